@@ -1,0 +1,525 @@
+"""Pooling layers that crop the spectrum of a feature map."""
+
+import math
+import numbers
+
+import gin
+import keras
+import numpy as np
+from keras import ops
+
+from diffstride import spectral
+
+
+def _register(cls):
+    """Makes a layer loadable by Keras and configurable as `pooling.<cls>`."""
+    keras.saving.register_keras_serializable(package='diffstride')(cls)
+    return gin.register(cls, module='pooling')
+
+
+class _SpectralPooling(keras.layers.Layer):
+    """Resamples every spatial axis; the base of all ranks."""
+
+    rank = 2
+
+    def __init__(self, strides, data_format, method, norm, **kwargs):
+        super().__init__(**kwargs)
+        self._initial_strides = standardize_strides(strides, self.rank)
+        self.data_format = _one_of(
+            'data_format',
+            data_format or keras.config.image_data_format(),
+            ('channels_last', 'channels_first'),
+        )
+        self.method = _one_of('method', method, spectral.METHODS)
+        self.norm = _one_of('norm', norm, spectral.NORMS)
+        self.input_spec = keras.layers.InputSpec(ndim=self.rank + 2)
+
+    @property
+    def _spatial_axes(self):
+        first = 2 if self.data_format == 'channels_first' else 1
+        return range(first, first + self.rank)
+
+    def _size_and_response(self, index, size):
+        """Output size and response, for a size that may be a tensor."""
+        raise NotImplementedError
+
+    def _known_size(self, index, size):
+        """Output size for a known size, or None where it varies."""
+        raise NotImplementedError
+
+    def _check_input(self, inputs):
+        if not keras.backend.is_float_dtype(inputs.dtype):
+            raise ValueError(
+                f'The input of layer "{self.name}" must have a floating-point '
+                f'dtype. Received: dtype={inputs.dtype}'
+            )
+        if any(inputs.shape[axis] == 0 for axis in self._spatial_axes):
+            raise ValueError(
+                f'The spatial sizes of the input of layer "{self.name}" must '
+                f'be at least 1. Received: shape={tuple(inputs.shape)}'
+            )
+
+    def call(self, inputs):
+        self._check_input(inputs)
+        sizes = ops.shape(inputs)
+        outputs = inputs
+        for index, axis in enumerate(self._spatial_axes):
+            output_size, response = self._size_and_response(index, sizes[axis])
+            outputs = spectral.resample(
+                outputs, axis, output_size, response, self.norm, self.method
+            )
+        return outputs
+
+    def compute_output_spec(self, inputs):
+        self._check_input(inputs)
+        return super().compute_output_spec(inputs)
+
+    def compute_output_shape(self, input_shape):
+        shape = list(input_shape)
+        for index, axis in enumerate(self._spatial_axes):
+            if shape[axis] is not None:
+                shape[axis] = self._known_size(index, shape[axis])
+        return tuple(shape)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            'strides': self._initial_strides,
+            'data_format': self.data_format,
+            'method': self.method,
+            'norm': self.norm,
+        }
+
+
+@_register
+class DiffStride(_SpectralPooling):
+    """Pooling whose strides are learned by gradient descent.
+
+    Keeps the frequencies |f| <= N / (2 S) of each spatial axis of length N, S
+    being the axis's stride, and samples the result anew on a smaller grid. The
+    band has a ramp for an edge, through which the gradient reaches S.
+
+    The output size follows the stride at every step where the backend allows
+    it. Under XLA and on JAX sizes must be constant, so there they are *pinned*:
+    computed from the strides at the time of `pin()`, which is called for you on
+    JAX and inside `tf.function(jit_compile=True)`. Under
+    `model.compile(jit_compile=True)` on TensorFlow call it yourself before
+    compiling. The response follows the stride exactly in both modes.
+
+    Args:
+        strides: Initial strides: a number >= 1, or one per spatial axis.
+        smoothness_factor: R > 0, the width of the ramp in frequencies.
+        cropping: Whether the output is cropped to the frequencies that are
+            left; False only masks, and keeps the input's size.
+        trainable: Whether the strides are learned.
+        shared_stride: Whether all axes share one stride.
+        lower_limit_stride: None or a number >= 1 below which no stride goes.
+        upper_limit_stride: None or a number above which no stride goes.
+        data_format: 'channels_last', 'channels_first', or None for
+            `keras.config.image_data_format()`.
+        ramp: 'outside' (the paper's): the band is kept whole, the ramp reaches
+            R frequencies further, and the output has about N / S + 2 R samples
+            along the axis. 'inside': the ramp is the band's upper end, and the
+            output has about N / S samples.
+        method: 'fft', 'matmul' (multiplication by a small matrix per axis), or
+            'auto' for the faster of the two. They agree to rounding.
+        norm: 'forward' keeps the mean of the input, 'backward' multiplies it by
+            N / M per axis, M being the output size, 'ortho' by sqrt(N / M).
+        strides_regularizer: Regularizer of the strides.
+        **kwargs: Of `keras.layers.Layer`, such as `name` and `dtype`.
+
+    Input shape:
+        [batch, height, width, channels], or [batch, channels, height, width]
+        with `data_format='channels_first'`; floating-point.
+
+    Output shape:
+        The same with each spatial size N replaced by M = min(N, 2 ceil(b + R))
+        (ramp 'outside') or min(N, 2 ceil(b)) ('inside'), where b = N / (2 S).
+
+    Raises:
+        ValueError: If an argument is out of its range, or if the input is of
+            another rank, has a spatial size of 0 or is not floating-point.
+
+    Attributes:
+        strides: The learned strides, float32 under every dtype policy,
+            [rank], or [1] with `shared_stride`.
+        pinned_strides: The strides that the output sizes are computed from,
+            or None while they follow `strides`.
+
+    Example:
+
+    >>> layer = DiffStride(strides=(2.0, 3.0))
+    >>> layer(keras.ops.ones((1, 32, 32, 8))).shape
+    (1, 24, 20, 8)
+
+    Reference:
+        Riad et al., "Learning strides in convolutional neural networks", ICLR
+        2022, arXiv:2202.01653, Eq. 3 and Algorithm 2.
+    """
+
+    def __init__(
+        self,
+        strides=2.0,
+        smoothness_factor=4.0,
+        cropping=True,
+        trainable=True,
+        shared_stride=False,
+        lower_limit_stride=None,
+        upper_limit_stride=None,
+        data_format=None,
+        ramp='outside',
+        method='auto',
+        norm='forward',
+        strides_regularizer=None,
+        **kwargs,
+    ):
+        super().__init__(
+            strides, data_format, method, norm, trainable=trainable, **kwargs
+        )
+        self.smoothness_factor = smoothness_factor
+        self.cropping = cropping
+        self.shared_stride = shared_stride
+        self.lower_limit_stride = lower_limit_stride
+        self.upper_limit_stride = upper_limit_stride
+        self.ramp = _one_of('ramp', ramp, spectral.RAMPS)
+        self.strides_regularizer = keras.regularizers.get(strides_regularizer)
+        self._check_arguments()
+        initial = self._initial_strides[: 1 if shared_stride else None]
+        self.strides = self.add_weight(
+            name='strides',
+            shape=(len(initial),),
+            dtype='float32',
+            autocast=False,
+            initializer=lambda shape, dtype: ops.convert_to_tensor(
+                initial, dtype
+            ),
+            regularizer=self.strides_regularizer,
+            constraint=_StrideLimits(*self._limits),
+        )
+        self.unpin()
+
+    @property
+    def _limits(self):
+        lower, upper = self.lower_limit_stride, self.upper_limit_stride
+        return 1.0 if lower is None else lower, upper
+
+    def _check_arguments(self):
+        if not _is_finite(self.smoothness_factor, above=0):
+            raise ValueError(
+                '`smoothness_factor` must be a finite number above 0. '
+                f'Received: smoothness_factor={self.smoothness_factor}'
+            )
+        for name in ('lower_limit_stride', 'upper_limit_stride'):
+            limit = getattr(self, name)
+            if limit is not None and not _is_finite(limit, least=1):
+                raise ValueError(
+                    f'`{name}` must be None or a finite number that is at '
+                    f'least 1. Received: {name}={limit}'
+                )
+        lower, upper = self._limits
+        upper = math.inf if upper is None else upper
+        if lower > upper:
+            raise ValueError(
+                '`lower_limit_stride` must not exceed `upper_limit_stride`. '
+                f'Received: lower_limit_stride={lower}, '
+                f'upper_limit_stride={upper}'
+            )
+        if not all(lower <= s <= upper for s in self._initial_strides):
+            raise ValueError(
+                '`strides` must lie between `lower_limit_stride` and '
+                f'`upper_limit_stride`. Received: '
+                f'strides={self._initial_strides}, '
+                f'lower_limit_stride={lower}, upper_limit_stride={upper}'
+            )
+        if self.shared_stride and len(set(self._initial_strides)) > 1:
+            raise ValueError(
+                '`strides` must be equal on all axes with '
+                '`shared_stride=True`. Received: '
+                f'strides={self._initial_strides}'
+            )
+
+    def pin(self):
+        """Computes output sizes from the strides as they are now, from now on.
+
+        Functions traced before keep the sizes that they were traced with.
+        """
+        self.pinned_strides = tuple(float(s) for s in _value_of(self.strides))
+        self.supports_jit = True
+
+    def unpin(self):
+        """Lets the output sizes follow the strides, where the backend can."""
+        self.pinned_strides = None
+        self.supports_jit = (
+            keras.backend.backend() != 'tensorflow' or not self.cropping
+        )
+
+    def _stride_of_size(self, index, stride=None):
+        """The stride of the size: a number where known, else `stride`."""
+        if self.pinned_strides is None and _sizes_must_be_constant():
+            self.pin()
+        values = self.pinned_strides
+        if values is None:
+            if stride is None or _is_symbolic():
+                return stride
+            values = _value_of(self.strides)
+        return float(values[0 if self.shared_stride else index])
+
+    def _clip(self, stride, size):
+        return spectral.clip_stride(
+            stride,
+            size,
+            self.smoothness_factor,
+            self.ramp,
+            self.lower_limit_stride,
+            self.upper_limit_stride,
+        )
+
+    def _output_size(self, size, stride):
+        if not self.cropping:
+            return size
+        return spectral.diffstride_size(
+            size, self._clip(stride, size), self.smoothness_factor, self.ramp
+        )
+
+    def _size_and_response(self, index, size):
+        stride = self.strides[0 if self.shared_stride else index]
+        output_size = self._output_size(
+            size, self._stride_of_size(index, ops.stop_gradient(stride))
+        )
+        response = spectral.diffstride_response(
+            size,
+            output_size,
+            self._clip(stride, size),
+            self.smoothness_factor,
+            self.ramp,
+        )
+        return output_size, response
+
+    def _known_size(self, index, size):
+        if not self.cropping:
+            return size
+        stride = self._stride_of_size(index)
+        return None if stride is None else self._output_size(size, stride)
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        if self.pinned_strides is not None:
+            store['pinned_strides'] = np.array(self.pinned_strides)
+
+    def load_own_variables(self, store):
+        self.strides.assign(store['0'])
+        self.unpin()
+        if 'pinned_strides' in store.keys():
+            self.pinned_strides = tuple(map(float, store['pinned_strides']))
+            self.supports_jit = True
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            'smoothness_factor': self.smoothness_factor,
+            'cropping': self.cropping,
+            'shared_stride': self.shared_stride,
+            'lower_limit_stride': self.lower_limit_stride,
+            'upper_limit_stride': self.upper_limit_stride,
+            'ramp': self.ramp,
+            'strides_regularizer': keras.regularizers.serialize(
+                self.strides_regularizer
+            ),
+        }
+
+
+@_register
+class FixedSpectralPooling(_SpectralPooling):
+    """Pooling with fixed strides, fractional ones too, in the Fourier domain.
+
+    Args:
+        strides: A number >= 1, or one per spatial axis.
+        data_format: As in `DiffStride`.
+        method: As in `DiffStride`.
+        norm: As in `DiffStride`.
+        **kwargs: Of `keras.layers.Layer`.
+
+    Input shape:
+        [batch, height, width, channels], or [batch, channels, height, width]
+        with `data_format='channels_first'`; floating-point.
+
+    Output shape:
+        The same with each spatial size N replaced by N / S rounded down to an
+        even number, at least 2 and at most N. A stride of 1 changes nothing.
+
+    Raises:
+        ValueError: If an argument is out of its range, or if the input is of
+            another rank, has a spatial size of 0 or is not floating-point.
+
+    Example:
+
+    >>> layer = FixedSpectralPooling(strides=(1.6, 3.0))
+    >>> layer(keras.ops.ones((1, 32, 32, 8))).shape
+    (1, 20, 10, 8)
+
+    Reference:
+        Rippel et al., "Spectral representations for convolutional neural
+        networks", NeurIPS 2015, arXiv:1506.03767, Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        strides=2.0,
+        data_format=None,
+        method='auto',
+        norm='forward',
+        **kwargs,
+    ):
+        super().__init__(strides, data_format, method, norm, **kwargs)
+
+    @property
+    def strides(self):
+        return self._initial_strides
+
+    def _size_and_response(self, index, size):
+        return spectral.fixed_size(size, self.strides[index]), None
+
+    def _known_size(self, index, size):
+        return spectral.fixed_size(size, self.strides[index])
+
+
+@_register
+class SpatialPooling(keras.layers.AveragePooling2D):
+    """Average pooling with 'same' padding: the baseline without a spectrum.
+
+    With the default `pool_size` it keeps every S-th sample, as a strided
+    convolution does.
+
+    Args:
+        pool_size: Size of the window, an integer >= 1 or one per axis.
+        strides: An integer >= 1, or one per axis.
+        **kwargs: Of `keras.layers.AveragePooling2D`, but `padding`.
+
+    Input shape:
+        [batch, height, width, channels], or [batch, channels, height, width]
+        with `data_format='channels_first'`.
+
+    Output shape:
+        The same with each spatial size N replaced by ceil(N / S).
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+
+    >>> SpatialPooling(strides=3)(keras.ops.ones((1, 32, 32, 8))).shape
+    (1, 11, 11, 8)
+    """
+
+    def __init__(self, pool_size=(1, 1), strides=(2, 2), **kwargs):
+        strides = standardize_strides(strides, 2)
+        if any(stride != int(stride) for stride in strides):
+            raise ValueError(
+                '`strides` of SpatialPooling must be integers. '
+                f'Received: strides={strides}'
+            )
+        super().__init__(
+            pool_size,
+            strides=tuple(map(int, strides)),
+            padding='same',
+            **kwargs,
+        )
+
+    def get_config(self):
+        config = super().get_config()
+        del config['padding']
+        return config
+
+
+def diffstride_layers(model):
+    """Returns the DiffStride layers of a model or layer, at any depth."""
+    return [
+        layer
+        for layer in model._flatten_layers()
+        if isinstance(layer, DiffStride)
+    ]
+
+
+def standardize_strides(strides, rank):
+    """Returns one float per axis, from a number or one number per axis.
+
+    Raises:
+        ValueError: If a stride is below 1 or not finite, or if their number is
+            not the rank.
+    """
+    values = strides
+    if isinstance(strides, numbers.Real):
+        values = (strides,) * rank
+    try:
+        values = tuple(values)
+    except TypeError:
+        values = ()
+    if len(values) != rank or not all(_is_finite(s, least=1) for s in values):
+        raise ValueError(
+            f'`strides` must be a number or {rank} numbers, each finite and at '
+            f'least 1. Received: strides={strides!r}'
+        )
+    return tuple(map(float, values))
+
+
+@keras.saving.register_keras_serializable(package='diffstride')
+class _StrideLimits(keras.constraints.Constraint):
+    """Keeps strides within limits after each step of the optimizer."""
+
+    def __init__(self, lower=1.0, upper=None):
+        self.lower = lower
+        self.upper = upper
+
+    def __call__(self, strides):
+        upper = math.inf if self.upper is None else self.upper
+        return ops.clip(strides, self.lower, upper)
+
+    def get_config(self):
+        return {'lower': self.lower, 'upper': self.upper}
+
+
+def _one_of(name, value, allowed):
+    if value not in allowed:
+        raise ValueError(
+            f'`{name}` must be one of {allowed}. Received: {name}={value!r}'
+        )
+    return value
+
+
+def _is_finite(value, least=-math.inf, above=-math.inf):
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return (
+        is_number and math.isfinite(value) and value >= least and value > above
+    )
+
+
+def _sizes_must_be_constant():
+    """Whether XLA compiles what is being traced or will be."""
+    if keras.backend.backend() == 'tensorflow':
+        import tensorflow as tf
+        from tensorflow.python.ops import control_flow_util
+
+        graph = tf.compat.v1.get_default_graph()
+        return control_flow_util.GraphOrParentsInXlaContext(graph)
+    return keras.backend.backend() == 'jax'
+
+
+def _is_symbolic():
+    """Whether values of tensors are not known now."""
+    if keras.backend.backend() == 'tensorflow':
+        import tensorflow as tf
+
+        return not tf.executing_eagerly()
+    return False
+
+
+def _value_of(variable):
+    """The present value of a variable as NumPy, while tracing too."""
+    if keras.backend.backend() == 'tensorflow':
+        import tensorflow as tf
+
+        with tf.init_scope():
+            return ops.convert_to_numpy(variable)
+    if keras.backend.backend() == 'jax':
+        return np.asarray(variable._value)
+    return ops.convert_to_numpy(variable)
