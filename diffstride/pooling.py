@@ -35,7 +35,7 @@ class _SpectralPooling(keras.layers.Layer):
         self.input_spec = keras.layers.InputSpec(ndim=self.rank + 2)
 
     @property
-    def _spatial_axes(self):
+    def spatial_axes(self):
         first = 2 if self.data_format == 'channels_first' else 1
         return range(first, first + self.rank)
 
@@ -53,7 +53,7 @@ class _SpectralPooling(keras.layers.Layer):
                 f'The input of layer "{self.name}" must have a floating-point '
                 f'dtype. Received: dtype={inputs.dtype}'
             )
-        if any(inputs.shape[axis] == 0 for axis in self._spatial_axes):
+        if any(inputs.shape[axis] == 0 for axis in self.spatial_axes):
             raise ValueError(
                 f'The spatial sizes of the input of layer "{self.name}" must '
                 f'be at least 1. Received: shape={tuple(inputs.shape)}'
@@ -63,7 +63,7 @@ class _SpectralPooling(keras.layers.Layer):
         self._check_input(inputs)
         sizes = ops.shape(inputs)
         outputs = inputs
-        for index, axis in enumerate(self._spatial_axes):
+        for index, axis in enumerate(self.spatial_axes):
             output_size, response = self._size_and_response(index, sizes[axis])
             outputs = spectral.resample(
                 outputs, axis, output_size, response, self.norm, self.method
@@ -76,7 +76,7 @@ class _SpectralPooling(keras.layers.Layer):
 
     def compute_output_shape(self, input_shape):
         shape = list(input_shape)
-        for index, axis in enumerate(self._spatial_axes):
+        for index, axis in enumerate(self.spatial_axes):
             if shape[axis] is not None:
                 shape[axis] = self._known_size(index, shape[axis])
         return tuple(shape)

@@ -180,7 +180,7 @@ def ResnetBlock(filters, strides=1, num_layers=2, project_first=True, **kwargs):
     Returns:
         A `keras.Sequential`.
     """
-    layer = gin.get_configurable(ResidualLayer)
+    layer = configured(ResidualLayer)
     first = layer(filters, strides=strides, project=project_first, **kwargs)
     others = [layer(filters, **kwargs) for _ in range(num_layers - 1)]
     return keras.Sequential([first, *others])
@@ -336,10 +336,7 @@ def _downsampling(strides, pooling_cls, channels_first):
                 f'integers. Received: strides={strides}'
             )
         return whole, None
-    try:
-        pooling_cls = gin.get_configurable(pooling_cls)
-    except ValueError:  # Not one of those that gin knows.
-        pass
+    pooling_cls = configured(pooling_cls)
     arguments = {'strides': whole, 'data_format': _format(channels_first)}
     parameters = inspect.signature(pooling_cls).parameters
     if 'pool_size' in parameters and (
@@ -347,6 +344,14 @@ def _downsampling(strides, pooling_cls, channels_first):
     ):
         arguments['pool_size'] = whole  # As Keras's average pooling needs.
     return (1, 1), pooling_cls(**arguments)
+
+
+def configured(function):
+    """Returns a function or class with gin's bindings, if gin knows it."""
+    try:
+        return gin.get_configurable(function)
+    except ValueError:
+        return function
 
 
 def _conv(filters, kernel_size, strides, channels_first, weight_decay):

@@ -1,0 +1,362 @@
+"""Training of an image classifier, set by gin and resumed after a kill."""
+
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import platform
+import shutil
+import time
+
+import gin
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+import diffstride
+from diffstride import callbacks, pooling, resnet
+from diffstride.examples import data
+
+
+class SetupError(Exception):
+    """What stops a training before it starts, in one line."""
+
+
+@gin.configurable(module='train')
+def train(
+    workdir=gin.REQUIRED,
+    load_data_fn=data.load_datasets,
+    model_cls=resnet.resnet18,
+    optimizer_cls=keras.optimizers.SGD,
+    loss_cls=keras.losses.CategoricalCrossentropy,
+    num_epochs=400,
+    steps_per_epoch=None,
+    data_format='auto',
+    dtype_policy='float32',
+    jit_compile='auto',
+    distribution='auto',
+    seed=0,
+):
+    """Trains a classifier, or continues where a run of the same workdir ended.
+
+    The workdir receives, after each epoch: last.keras and best.keras (by test
+    accuracy), history.json, results.json, strides.png (with matplotlib), and
+    for TensorBoard logs/; config.gin holds every parameter that was in effect.
+
+    Args:
+        workdir: Folder of all outputs, made if there is none.
+        load_data_fn: Called with `seed`, returns `data.Datasets`.
+        model_cls: Called with `num_output_classes` and `channels_first`, returns
+            a Keras model of [batch, height, width, channels] images that puts
+            out what `loss_cls` expects.
+        optimizer_cls: Returns the optimizer.
+        loss_cls: Returns the loss, of one-hot labels.
+        num_epochs: Epochs in all, those before a resumption counted in.
+        steps_per_epoch: Steps of an epoch; None for the whole training set.
+        data_format: 'channels_first', 'channels_last' or 'auto': channels_first
+            on a GPU and channels_last on a CPU, whose convolutions need it.
+        dtype_policy: Such as 'mixed_bfloat16'.
+        jit_compile: As in `keras.Model.compile`. Layers whose sizes follow their
+            strides cannot be compiled; True pins them.
+        distribution: 'none'; 'mirrored' over all devices of the kind that
+            computes; 'auto' for 'mirrored' if there are several GPUs.
+        seed: Of the initialization, the order of the data, and augmentation.
+
+    Returns:
+        The content of results.json, a dict.
+
+    Raises:
+        SetupError: Before any training, if something is set wrong.
+    """
+    with setup_errors():
+        workdir = _checked_workdir(workdir)
+        _check_arguments(num_epochs, steps_per_epoch, seed)
+        channels_first = _channels_first(data_format)
+        strategy = _strategy(distribution)
+        keras.utils.set_random_seed(seed)
+        keras.config.set_dtype_policy(dtype_policy)
+        datasets = resnet.configured(load_data_fn)(seed=seed)
+        with strategy.scope():
+            model = resnet.configured(model_cls)(
+                num_output_classes=datasets.num_classes,
+                channels_first=channels_first,
+            )
+            model.build((None, *datasets.image_shape))
+            loss = resnet.configured(loss_cls)()
+            _check_outputs(model, loss, datasets)
+            if jit_compile is True:
+                for layer in pooling.diffstride_layers(model):
+                    layer.pin()
+            model.compile(
+                optimizer=resnet.configured(optimizer_cls)(),
+                loss=loss,
+                metrics=['accuracy'],
+                jit_compile=jit_compile,
+            )
+        steps_per_epoch = steps_per_epoch or datasets.steps_per_epoch
+        history = _resume(model, workdir, steps_per_epoch)
+        workdir.mkdir(parents=True, exist_ok=True)
+    _write(workdir / 'config.gin', gin.operative_config_str())
+    if len(history) < num_epochs:
+        print(f'Epochs {len(history) + 1} to {num_epochs} in {workdir}', flush=True)
+        model.fit(
+            datasets.train(len(history)),
+            epochs=num_epochs,
+            initial_epoch=len(history),
+            steps_per_epoch=steps_per_epoch,
+            shuffle=False,
+            validation_data=datasets.test,
+            callbacks=[
+                # First, so that the line it ends does not list every stride.
+                keras.callbacks.ProgbarLogger(),
+                callbacks.StrideLogger(datasets.image_shape),
+                _Recorder(workdir, history, seed),
+                keras.callbacks.TensorBoard(workdir / 'logs', write_graph=False),
+            ],
+        )
+    return json.loads((workdir / 'results.json').read_text())
+
+
+@gin.configurable(module='train')
+def compare(workdir=gin.REQUIRED, model_cls=resnet.resnet18):
+    """Trains with strided convolutions, fixed and learned strides, and compares.
+
+    Args:
+        workdir: Folder of one workdir for each of the three.
+        model_cls: As in `train`; also called with `pooling_cls`.
+
+    Returns:
+        A dict from the name of the pooling to its results.
+    """
+    results = {}
+    for pooling_cls in (
+        None,
+        pooling.FixedSpectralPooling,
+        pooling.DiffStride,
+    ):
+        name = pooling_cls.__name__ if pooling_cls else 'StridedConvolution'
+        print(f'\n{name}', flush=True)
+        results[name] = train(
+            workdir=pathlib.Path(workdir) / name,
+            model_cls=functools.partial(
+                resnet.configured(model_cls), pooling_cls=pooling_cls
+            ),
+        )
+    print('\n| pooling | test accuracy | seconds | learned strides |')
+    print('| --- | --- | --- | --- |')
+    for name, result in results.items():
+        strides = ', '.join(
+            '({})'.format(' '.join(f'{s:.2f}' for s in layer['strides']))
+            for layer in result['layers'].values()
+        )
+        print(
+            f'| {name} | {100 * result["test_accuracy"]:.1f}% '
+            f'| {result["seconds"]:.0f} | {strides or "-"} |'
+        )
+    return results
+
+
+class _Recorder(keras.callbacks.Callback):
+    """Writes down each epoch; every file is whole under its name, or absent."""
+
+    def __init__(self, workdir, history, seed):
+        super().__init__()
+        self.workdir = workdir
+        self.history = history
+        self.seed = seed
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.start = time.monotonic()
+
+    def on_epoch_end(self, epoch, logs=None):
+        seconds = time.monotonic() - self.start
+        self.history.append({'epoch': epoch + 1, **logs, 'seconds': seconds})
+        best = max(row['val_accuracy'] for row in self.history)
+        temporary = self.workdir / 'unfinished.keras'
+        self.model.save(temporary)
+        if logs['val_accuracy'] == best:
+            copy = self.workdir / 'unfinished_best.keras'
+            shutil.copyfile(temporary, copy)
+            os.replace(copy, self.workdir / 'best.keras')
+        _write(self.workdir / 'history.json', _to_json(self.history))
+        _write(self.workdir / 'results.json', _to_json(self._results(best)))
+        _plot_strides(self.history, self.workdir / 'strides.png')
+        os.replace(temporary, self.workdir / 'last.keras')
+
+    def _results(self, best):
+        last = self.history[-1]
+        return {
+            'test_accuracy': last['val_accuracy'],
+            'best_test_accuracy': best,
+            'epochs': len(self.history),
+            'steps': int(self.model.optimizer.iterations),
+            'seconds': sum(row['seconds'] for row in self.history),
+            'seed': self.seed,
+            'layers': {
+                layer.name: {
+                    'strides': keras.ops.convert_to_numpy(layer.strides).tolist(),
+                    'sizes': [
+                        value
+                        for key, value in last.items()
+                        if key.startswith(f'size/{layer.name}/')
+                    ],
+                }
+                for layer in pooling.diffstride_layers(self.model)
+            },
+            'versions': {
+                'diffstride': diffstride.__version__,
+                'keras': keras.__version__,
+                'backend': keras.backend.backend(),
+                'tensorflow': tf.__version__,
+                'python': platform.python_version(),
+            },
+        }
+
+
+def _resume(model, workdir, steps_per_epoch):
+    """Loads the last checkpoint, if there is one, and returns its history."""
+    checkpoint = workdir / 'last.keras'
+    if not checkpoint.exists():
+        return []
+    model.optimizer.build(model.trainable_variables)
+    try:
+        model.load_weights(checkpoint)
+        history = json.loads((workdir / 'history.json').read_text())
+    except Exception as error:
+        raise ValueError(
+            f'{checkpoint} cannot be continued: it is damaged or is of another '
+            'model. Set train.workdir to another folder, or the model as it was '
+            f'in {workdir / "config.gin"}. ({_first_line(error)})'
+        ) from error
+    epochs, rest = divmod(int(model.optimizer.iterations), steps_per_epoch)
+    if rest or epochs > len(history):
+        raise ValueError(
+            f'{checkpoint} ends at step {int(model.optimizer.iterations)}, which '
+            f'is not an epoch of {steps_per_epoch} steps: set batch_size and '
+            'train.steps_per_epoch as before, or train.workdir to another folder'
+        )
+    return history[:epochs]
+
+
+def _plot_strides(history, path):
+    keys = [key for key in history[-1] if key.startswith('stride/')]
+    if not keys:
+        return
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        if len(history) == 1:
+            logging.warning('No strides.png: pip install diffstride[plot]')
+        return
+    epochs = [row['epoch'] for row in history]
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout='constrained')
+    styles = {'height': '-', 'width': '--', 'shared': '-'}
+    names = list(dict.fromkeys(key.split('/')[1] for key in keys))
+    for key in keys:
+        _, name, axis = key.split('/')
+        axes.plot(
+            epochs,
+            [row[key] for row in history],
+            styles[axis],
+            marker='.',
+            color=f'C{names.index(name)}',
+            label=f'{name}, {axis}',
+        )
+    axes.set_xlabel('epoch')
+    axes.set_ylabel('stride')
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend()
+    temporary = path.with_stem('unfinished_strides')
+    figure.savefig(temporary, dpi=120)
+    pyplot.close(figure)
+    os.replace(temporary, path)
+
+
+def _checked_workdir(workdir):
+    path = pathlib.Path(workdir).expanduser()
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(
+            'train.workdir must be a folder that can be written. '
+            f'Received: {workdir}'
+        )
+    return path
+
+
+def _check_arguments(num_epochs, steps_per_epoch, seed):
+    for name, value, least in (
+        ('num_epochs', num_epochs, 1),
+        ('steps_per_epoch', steps_per_epoch or 1, 1),
+        ('seed', seed, 0),
+    ):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(
+                f'train.{name} must be an integer of at least {least}. '
+                f'Received: {value!r}'
+            )
+
+
+def _channels_first(data_format):
+    if data_format == 'auto':
+        return bool(tf.config.list_physical_devices('GPU'))
+    if data_format not in ('channels_first', 'channels_last'):
+        raise ValueError(
+            "train.data_format must be 'channels_first', 'channels_last' or "
+            f"'auto'. Received: {data_format!r}"
+        )
+    return data_format == 'channels_first'
+
+
+def _strategy(distribution):
+    if distribution not in ('auto', 'none', 'mirrored'):
+        raise ValueError(
+            "train.distribution must be 'auto', 'none' or 'mirrored'. "
+            f'Received: {distribution!r}'
+        )
+    gpus = tf.config.list_logical_devices('GPU')
+    if distribution == 'mirrored' or (distribution == 'auto' and len(gpus) > 1):
+        devices = gpus or tf.config.list_logical_devices('CPU')
+        return tf.distribute.MirroredStrategy([d.name for d in devices])
+    return tf.distribute.get_strategy()
+
+
+def _check_outputs(model, loss, datasets):
+    images = np.zeros((2, *datasets.image_shape), 'float32')
+    outputs = keras.ops.convert_to_numpy(model(images, training=False))
+    if outputs.shape != (2, datasets.num_classes):
+        raise ValueError(
+            f'train.model_cls must put out {datasets.num_classes} classes. '
+            f'Received: outputs of shape {outputs.shape}'
+        )
+    wants_probabilities = loss.get_config().get('from_logits') is False
+    if wants_probabilities and not np.allclose(outputs.sum(1), 1, atol=1e-2):
+        raise ValueError(
+            'The loss expects probabilities and the model puts out logits: set '
+            "resnet.Resnet.output_activation = 'softmax', or from_logits = True "
+            'of the loss'
+        )
+
+
+@contextlib.contextmanager
+def setup_errors():
+    try:
+        yield
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        raise SetupError(_first_line(error)) from error
+
+
+def _first_line(error):
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _to_json(content):
+    return json.dumps(content, indent=2, default=float)
+
+
+def _write(path, text):
+    temporary = path.with_name(f'unfinished_{path.name}')
+    temporary.write_text(text)
+    os.replace(temporary, path)

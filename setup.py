@@ -1,0 +1,36 @@
+"""Package of diffstride: `pip install .`, or `pip install '.[plot]'`."""
+
+import pathlib
+import re
+
+import setuptools
+
+_ROOT = pathlib.Path(__file__).parent
+_VERSION = re.search(
+    r"__version__ = '(.+)'", (_ROOT / 'diffstride/__init__.py').read_text()
+).group(1)
+
+setuptools.setup(
+    name='diffstride',
+    version=_VERSION,
+    description='Pooling layers with learnable strides, for Keras 3',
+    long_description=(_ROOT / 'README.md').read_text(),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    packages=['diffstride', 'diffstride.examples'],
+    package_data={'diffstride.examples': ['*.gin']},
+    python_requires='>=3.10',
+    install_requires=[
+        'absl-py',
+        'gin-config>=0.5',
+        'keras>=3.5',
+        'numpy',
+        'tensorboard',
+        'tensorflow>=2.16',
+        'tensorflow-datasets>=4.9',
+    ],
+    extras_require={
+        'plot': ['matplotlib'],
+        'test': ['hypothesis', 'matplotlib', 'pytest', 'ruff'],
+    },
+)
