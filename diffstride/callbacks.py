@@ -38,10 +38,8 @@ class StrideLogger(keras.callbacks.Callback):
         if logs is None:
             return
         for layer in diffstride_layers(self.model):
-            strides = ops.convert_to_numpy(layer.strides)
-            names = ('shared',) if layer.shared_stride else _AXES[layer.rank]
-            for axis, stride in zip(names, strides):
-                logs[f'stride/{layer.name}/{axis}'] = float(stride)
+            for axis, stride in zip(_AXES[layer.rank], layer.stride_values):
+                logs[f'stride/{layer.name}/{axis}'] = stride
         shape = self.input_shape or self.model.input_shape[1:]
         if None not in shape:
             for layer, sizes in output_sizes(self.model, shape).items():

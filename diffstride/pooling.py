@@ -238,12 +238,18 @@ class DiffStride(_SpectralPooling):
                 f'strides={self._initial_strides}'
             )
 
+    @property
+    def stride_values(self):
+        """The present strides as numbers, one per spatial axis."""
+        values = tuple(map(float, _value_of(self.strides)))
+        return values * self.rank if self.shared_stride else values
+
     def pin(self):
         """Computes output sizes from the strides as they are now, from now on.
 
         Functions traced before keep the sizes that they were traced with.
         """
-        self.pinned_strides = tuple(float(s) for s in _value_of(self.strides))
+        self.pinned_strides = self.stride_values
         self.supports_jit = True
 
     def unpin(self):
@@ -257,12 +263,11 @@ class DiffStride(_SpectralPooling):
         """The stride of the size: a number where known, else `stride`."""
         if self.pinned_strides is None and _sizes_must_be_constant():
             self.pin()
-        values = self.pinned_strides
-        if values is None:
-            if stride is None or _is_symbolic():
-                return stride
-            values = _value_of(self.strides)
-        return float(values[0 if self.shared_stride else index])
+        if self.pinned_strides is not None:
+            return self.pinned_strides[index]
+        if stride is None or _is_symbolic():
+            return stride
+        return self.stride_values[index]
 
     def _clip(self, stride, size):
         return spectral.clip_stride(
@@ -519,7 +524,7 @@ def _value_of(variable):
         import tensorflow as tf
 
         with tf.init_scope():
-            return ops.convert_to_numpy(variable)
+            return variable.value.numpy()
     if keras.backend.backend() == 'jax':
         return np.asarray(variable._value)
-    return ops.convert_to_numpy(variable)
+    return ops.convert_to_numpy(variable.value)

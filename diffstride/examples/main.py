@@ -43,7 +43,7 @@ def main(argv):
             gin.parse_config_files_and_bindings(files, _BINDINGS.value)
         run()
     except train.SetupError as error:
-        sys.exit(f'error: {error}')
+        sys.exit(f'error: {train.first_line(error)}')
 
 
 if __name__ == '__main__':

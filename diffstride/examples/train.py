@@ -196,7 +196,7 @@ class _Recorder(keras.callbacks.Callback):
             'seed': self.seed,
             'layers': {
                 layer.name: {
-                    'strides': keras.ops.convert_to_numpy(layer.strides).tolist(),
+                    'strides': layer.stride_values,
                     'sizes': [
                         value
                         for key, value in last.items()
@@ -228,7 +228,7 @@ def _resume(model, workdir, steps_per_epoch):
         raise ValueError(
             f'{checkpoint} cannot be continued: it is damaged or is of another '
             'model. Set train.workdir to another folder, or the model as it was '
-            f'in {workdir / "config.gin"}. ({_first_line(error)})'
+            f'in {workdir / "config.gin"}. ({first_line(error)})'
         ) from error
     epochs, rest = divmod(int(model.optimizer.iterations), steps_per_epoch)
     if rest or epochs > len(history):
@@ -252,7 +252,7 @@ def _plot_strides(history, path):
         return
     epochs = [row['epoch'] for row in history]
     figure, axes = pyplot.subplots(figsize=(6, 4), layout='constrained')
-    styles = {'height': '-', 'width': '--', 'shared': '-'}
+    styles = {'height': '-', 'width': '--'}
     names = list(dict.fromkeys(key.split('/')[1] for key in keys))
     for key in keys:
         _, name, axis = key.split('/')
@@ -341,13 +341,15 @@ def _check_outputs(model, loss, datasets):
 
 @contextlib.contextmanager
 def setup_errors():
+    """Turns whatever goes wrong before training into a SetupError."""
     try:
         yield
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        raise SetupError(_first_line(error)) from error
+        raise SetupError(first_line(error)) from error
 
 
-def _first_line(error):
+def first_line(error):
+    """The first line of an error's message; gin and Keras append more."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 

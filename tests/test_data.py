@@ -1,0 +1,409 @@
+"""Tests of the example's datasets."""
+
+import functools
+import itertools
+import os
+
+import gin
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from diffstride.examples import data
+
+HEIGHT, WIDTH = 6, 8
+TRAIN = np.random.default_rng(0).integers(
+    0, 256, (40, HEIGHT, WIDTH, 3), np.uint8
+)
+TEST = np.random.default_rng(1).integers(
+    0, 256, (13, HEIGHT, WIDTH, 3), np.uint8
+)
+PLAIN = dict(flip=False, crop_padding=0, normalization=None)
+
+
+class _LocalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    VERSION = tfds.core.Version('1.0.0')
+    code_path = None
+
+    def _features(self):
+        return {
+            'id': tfds.features.Text(),
+            'image': tfds.features.Image(shape=(HEIGHT, WIDTH, 3)),
+            'label': tfds.features.ClassLabel(num_classes=len(TRAIN)),
+        }
+
+    def _info(self):
+        features = tfds.features.FeaturesDict(self._features())
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {
+            'train': self._generate_examples(TRAIN),
+            'test': self._generate_examples(TEST),
+            'unlabelled': self._generate_examples(TEST, labelled=False),
+        }
+
+    def _generate_examples(self, images, labelled=True):
+        for index, image in enumerate(images):
+            label = index if labelled else -1
+            yield index, {'id': str(index), 'image': image, 'label': label}
+
+
+class TinyNoise(_LocalBuilder):
+    """Images of noise, each its own class: a label tells the example."""
+
+
+class TinyOffline(_LocalBuilder):
+    """A dataset whose download fails."""
+
+    def _split_generators(self, dl_manager):
+        raise ConnectionError('Name or service not known')
+
+
+class TinyPair(_LocalBuilder):
+    """A dataset with two images in each example."""
+
+    def _features(self):
+        other = tfds.features.Image(shape=(HEIGHT, WIDTH, 3))
+        return super()._features() | {'other': other}
+
+
+class TinyUnlabelled(_LocalBuilder):
+    """A dataset without a class label."""
+
+    def _features(self):
+        return {'image': tfds.features.Image(shape=(HEIGHT, WIDTH, 3))}
+
+
+@pytest.fixture(scope='session')
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp('tfds')
+
+
+@pytest.fixture(scope='session')
+def load(data_dir):
+    """A function that loads `TinyNoise`, once for the same arguments."""
+    return functools.cache(
+        functools.partial(
+            data.load_datasets, 'tiny_noise', data_dir, batch_size=8
+        )
+    )
+
+
+def take(dataset, count=None):
+    """The first batches as arrays (images, labels), in a row."""
+    batches = dataset if count is None else dataset.take(count)
+    images, labels = zip(*batches.as_numpy_iterator(), strict=True)
+    return np.concatenate(images), np.concatenate(labels)
+
+
+def write_image(path, shape=(HEIGHT, WIDTH, 3), level=100):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = np.full(shape, level, np.uint8)
+    path.write_bytes(tf.io.encode_png(image).numpy())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of images: 3 of cats and 3 of dogs in each split."""
+    root = tmp_path / 'photos'
+    for split, animal, index in itertools.product(
+        ('train', 'test'), ('cat', 'dog'), range(3)
+    ):
+        level = 200 if animal == 'dog' else 50
+        # Grey images become RGB and the alpha channel is dropped.
+        shape = (HEIGHT, WIDTH, (1, 3, 4)[index])
+        write_image(root / split / animal / f'{index}.png', shape, level)
+    return root
+
+
+# What the datasets hold.
+
+
+def test_datasets_describe_their_batches(load):
+    datasets = load()
+    assert datasets.steps_per_epoch == 5
+    assert datasets.num_classes == 40
+    assert datasets.image_shape == (HEIGHT, WIDTH, 3)
+    assert datasets.class_names == tuple(map(str, range(40)))
+    assert datasets.train_examples == 40
+    assert datasets.test_examples == 13
+    for dataset in datasets.train(), datasets.test:
+        images, labels = next(iter(dataset))
+        assert images.shape == (8, HEIGHT, WIDTH, 3)
+        assert labels.shape == (8, 40)
+        assert images.dtype == labels.dtype == tf.float32
+        np.testing.assert_array_equal(np.sort(labels)[:, -2:], [[0, 1]] * 8)
+
+
+@pytest.mark.parametrize('cache', [True, False])
+def test_every_test_example_is_served_once(load, cache):
+    datasets = load(normalization=None, cache=cache)
+    sizes = [len(images) for images, _ in datasets.test]
+    assert sizes == [8, 5]
+    images, labels = take(datasets.test)
+    np.testing.assert_array_equal(np.sort(labels.argmax(-1)), range(13))
+    np.testing.assert_array_equal(images, TEST[labels.argmax(-1)])
+
+
+@pytest.mark.parametrize('cache', [True, False])
+def test_an_epoch_shuffles_the_training_split_into_full_batches(load, cache):
+    datasets = load(batch_size=12, cache=cache, **PLAIN)
+    assert datasets.steps_per_epoch == 3
+    images, labels = take(datasets.train(), 6)
+    examples = labels.argmax(-1)
+    np.testing.assert_array_equal(images, TRAIN[examples])
+    first, second = examples.reshape(2, 36)
+    assert len(set(first)) == len(set(second)) == 36
+    assert set(first) != set(second)
+    assert (first != second).any() and (first != np.sort(first)).any()
+
+
+# The stream is a pure function of (seed, epoch, step).
+
+
+@pytest.mark.parametrize('cache', [True, False])
+def test_training_resumes_at_any_epoch(load, cache):
+    arguments = {'mixup_alpha': 0.2, 'crop_padding': 2, 'cache': cache}
+    tf.random.set_seed(1)
+    images, labels = take(load(**arguments).train(), 20)
+    load.cache_clear()
+    tf.random.set_seed(2)
+    resumed_images, resumed_labels = take(load(**arguments).train(3), 5)
+    np.testing.assert_array_equal(images[-40:], resumed_images)
+    np.testing.assert_array_equal(labels[-40:], resumed_labels)
+    # Another seed draws another stream.
+    other_images, other_labels = take(
+        load(seed=2**63 - 1, **arguments).train(3), 5
+    )
+    assert (resumed_images != other_images).mean() > 0.5
+    assert (resumed_labels != other_labels).any()
+
+
+# Each parameter has an effect.
+
+
+def test_flip_mirrors_half_of_the_images(load):
+    images, labels = take(load(**PLAIN | {'flip': True}).train(), 50)
+    originals = TRAIN[labels.argmax(-1)]
+    kept = (images == originals).all((1, 2, 3))
+    mirrored = (images == originals[:, :, ::-1]).all((1, 2, 3))
+    assert (kept ^ mirrored).all()
+    assert 0.4 < mirrored.mean() < 0.6
+
+
+def test_crops_shift_by_at_most_the_padding(load):
+    datasets = load(flip=False, crop_padding=2, normalization='dataset')
+    images, labels = take(datasets.train(), 50)
+    plain, plain_labels = take(load(flip=False, crop_padding=0).train(), 5)
+    originals = plain[np.argsort(plain_labels.argmax(-1))]
+    padded = np.pad(originals, [(0, 0), (2, 2), (2, 2), (0, 0)])
+    padded = padded[labels.argmax(-1)]
+    shifts = np.stack(
+        [
+            (images == padded[:, y : y + HEIGHT, x : x + WIDTH]).all((1, 2, 3))
+            for y, x in itertools.product(range(5), repeat=2)
+        ]
+    )
+    np.testing.assert_array_equal(shifts.sum(0), 1)
+    assert shifts.any(-1).all()
+
+
+def test_mixup_mixes_images_and_labels_alike(load):
+    images, labels = take(load(mixup_alpha=1.0, **PLAIN).train(), 5)
+    np.testing.assert_allclose(labels.sum(-1), 1, atol=1e-6)
+    assert labels.min() >= 0
+    assert ((labels > 0).sum(-1) == 2).all()
+    # Lambda is drawn for each image.
+    assert len(set(labels.max(-1))) == len(labels)
+    mixed = np.einsum('bk,khwc->bhwc', labels, TRAIN.astype(np.float64))
+    np.testing.assert_allclose(images, mixed, atol=1e-3)
+
+
+@pytest.mark.parametrize('alpha', [1e-9, 0.01, 0.2, 1.0, 30.0, 1e15])
+def test_mixup_weights_follow_the_beta_distribution(alpha):
+    ones = tf.one_hot(tf.range(20_000) % 2, 2)
+    _, labels = data.mixup(ones[:, None, None], ones, [1, 2], alpha)
+    # Neighbours differ, so that the first class's share is lambda or
+    # 1 - lambda, which are distributed alike.
+    share = labels.numpy()[:, 0]
+    assert np.isfinite(share).all()
+    np.testing.assert_allclose(share.mean(), 0.5, atol=0.02)
+    np.testing.assert_allclose(share.var(), 0.25 / (2 * alpha + 1), atol=0.01)
+
+
+def test_dataset_normalization_standardizes_each_channel(load):
+    datasets = load(flip=False, crop_padding=0)
+    images, labels = take(datasets.train(), 5)
+    np.testing.assert_allclose(images.mean((0, 1, 2)), 0, atol=1e-5)
+    np.testing.assert_allclose(images.std((0, 1, 2)), 1, atol=1e-5)
+    images, labels = take(datasets.test)
+    mean, deviation = TRAIN.mean((0, 1, 2)), TRAIN.std((0, 1, 2))
+    expected = (TEST[labels.argmax(-1)] - mean) / deviation
+    np.testing.assert_allclose(images, expected, atol=1e-5)
+
+
+def test_constant_channel_is_not_scaled(folder):
+    for path in folder.rglob('*.png'):
+        write_image(path, level=7)
+    datasets = data.load_datasets(str(folder), batch_size=6)
+    images, _ = take(datasets.test)
+    np.testing.assert_allclose(images, 0, atol=1e-5)
+
+
+@pytest.mark.parametrize('normalization, scale', [('unit', 255), (None, 1)])
+def test_normalization_scales_pixels(load, normalization, scale):
+    images, labels = take(load(normalization=normalization).test)
+    expected = TEST[labels.argmax(-1)] / scale
+    np.testing.assert_allclose(images, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize('cache', [True, False])
+def test_image_size_resizes_with_antialiasing(load, cache):
+    datasets = load(image_size=(3, 5), normalization=None, cache=cache)
+    assert datasets.image_shape == (3, 5, 3)
+    assert next(iter(datasets.train()))[0].shape == (8, 3, 5, 3)
+    images, labels = take(datasets.test)
+    expected = tf.image.resize(TEST[labels.argmax(-1)], (3, 5), antialias=True)
+    np.testing.assert_allclose(images, expected, atol=0.51)
+
+
+def test_splits_may_be_slices(load):
+    datasets = load(train_split='train[:50%]', test_split='train[50%:]')
+    assert datasets.train_examples == datasets.test_examples == 20
+    _, train_labels = take(datasets.train(), 2)
+    _, test_labels = take(datasets.test)
+    assert not (train_labels.any(0) & test_labels.any(0)).any()
+
+
+def test_gin_binds_every_parameter(load):
+    with gin.unlock_config():
+        gin.parse_config("""
+            data.load_datasets.image_size = (4, 4)
+            data.load_datasets.mixup_alpha = 1.0
+        """)
+    try:
+        datasets = load()
+    finally:
+        gin.clear_config()
+    assert datasets.image_shape == (4, 4, 3)
+    assert take(datasets.train(), 1)[1].max() < 1
+
+
+# Folders of images.
+
+
+def test_folder_of_images(folder):
+    datasets = data.load_datasets(str(folder), batch_size=6, **PLAIN)
+    assert datasets.class_names == ('cat', 'dog')
+    assert datasets.image_shape == (HEIGHT, WIDTH, 3)
+    for batches in datasets.train().take(1), datasets.test:
+        images, labels = take(batches)
+        assert labels.sum(0).tolist() == [3, 3]
+        levels = 50 * labels[:, 0] + 200 * labels[:, 1]
+        assert (images == levels[:, None, None, None]).all()
+
+
+def test_folder_beside_is_found_by_its_name(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    assert data.load_datasets('photos', batch_size=6).train_examples == 6
+
+
+def test_folder_of_different_sizes_needs_image_size(folder):
+    write_image(folder / 'test' / 'dog' / '3.png', (HEIGHT + 1, WIDTH, 3))
+    load = functools.partial(data.load_datasets, str(folder), batch_size=6)
+    with pytest.raises(ValueError, match=r'6 x 8 and 7 x 8: set .*image_size'):
+        load()
+    assert load(image_size=(4, 4)).image_shape == (4, 4, 3)
+
+
+@pytest.mark.parametrize('image_size', [None, (4, 4)])
+def test_file_that_is_no_image_is_named(folder, image_size):
+    path = folder / 'test' / 'cat' / 'broken.png'
+    path.write_bytes(b'no image')
+    with pytest.raises(ValueError, match=f'cannot decode the image {path}'):
+        data.load_datasets(str(folder), batch_size=6, image_size=image_size)
+
+
+@pytest.mark.parametrize('content', [None, 'train', 'train/cat'])
+def test_folder_must_hold_images(tmp_path, content):
+    os.makedirs(tmp_path / (content or ''), exist_ok=True)
+    rule = f'train_split must be a folder inside {tmp_path} that holds one'
+    with pytest.raises(ValueError, match=rule):
+        data.load_datasets(str(tmp_path))
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    'argument, value, rule',
+    [
+        ('name', '', 'the name of a TFDS dataset'),
+        ('name', 3, 'the name of a TFDS dataset'),
+        ('name', '/no/such/folder', 'an existing folder'),
+        ('data_dir', 3, 'a path or None'),
+        ('batch_size', 0, 'an int >= 1'),
+        ('batch_size', 32.0, 'an int >= 1'),
+        ('batch_size', True, 'an int >= 1'),
+        ('mixup_alpha', -0.1, 'a finite number >= 0'),
+        ('mixup_alpha', float('nan'), 'a finite number >= 0'),
+        ('mixup_alpha', float('inf'), 'a finite number >= 0'),
+        ('mixup_alpha', '0.2', 'a finite number >= 0'),
+        ('flip', 'yes', 'True or False'),
+        ('crop_padding', -1, 'an int >= 0'),
+        ('crop_padding', 0.5, 'an int >= 0'),
+        ('normalization', 'imagenet', "'dataset', 'unit' or None"),
+        ('normalization', ['unit'], "'dataset', 'unit' or None"),
+        ('image_size', 32, r'\(height, width\)'),
+        ('image_size', (32,), r'\(height, width\)'),
+        ('image_size', (32, 0), r'\(height, width\)'),
+        ('image_size', (32.0, 32.0), r'\(height, width\)'),
+        ('train_split', None, 'a split name'),
+        ('test_split', '', 'a split name'),
+        ('seed', -1, 'an int >= 0'),
+        ('seed', 2**63, 'an int >= 0'),
+        ('seed', None, 'an int >= 0'),
+        ('cache', 'disk', "True, False or 'auto'"),
+        ('cache', 1, "True, False or 'auto'"),
+    ],
+)
+def test_wrong_argument_is_named_before_any_work(
+    tmp_path, argument, value, rule
+):
+    arguments = {'name': 'gratings', 'data_dir': str(tmp_path)}
+    with pytest.raises(ValueError, match=f'^{argument} must be {rule}') as info:
+        data.load_datasets(**arguments | {argument: value})
+    assert f'Received: {value!r}' in str(info.value)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        ({'name': 'gratngs'}, 'must be a TFDS .*did you mean gratings'),
+        ({'name': 'no name!'}, "cannot open the dataset 'no name!'"),
+        ({'name': 'gratings/big'}, "cannot open the dataset 'gratings/big'"),
+        ({'name': 'gratings:9.9.9'}, 'cannot be loaded at version 9.9.9'),
+        ({'name': 'tiny_pair'}, r'one 8-bit Image .*other \(Image\)'),
+        ({'name': 'tiny_unlabelled'}, r'one ClassLabel .*: image \(Image\)'),
+        ({'train_split': 'validation'}, r"train_split .*'test', 'train', "),
+        ({'test_split': 'test[99:]'}, 'test_split must be one of'),
+        ({'test_split': 'test[:0]'}, 'test_split must be one of'),
+        ({'test_split': 'unlabelled'}, "split 'unlabelled' has no labels"),
+        ({'batch_size': 41}, 'batch_size must be at most 40,'),
+    ],
+)
+def test_wrong_dataset_is_explained(data_dir, arguments, message):
+    arguments = {'name': 'tiny_noise', 'data_dir': data_dir} | arguments
+    with pytest.raises(ValueError, match=message):
+        data.load_datasets(**{'batch_size': 8} | arguments)
+
+
+def test_failed_download_names_the_folder(data_dir):
+    message = (
+        f"'tiny_offline' is not in {data_dir}.*service not known.*data_dir"
+    )
+    with pytest.raises(ValueError, match=message):
+        data.load_datasets('tiny_offline', data_dir)

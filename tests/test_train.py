@@ -1,0 +1,442 @@
+"""Training through the command line's own entry points."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import gin
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from absl import app, flags
+from PIL import Image
+
+from diffstride import pooling, resnet
+from diffstride.callbacks import StrideLogger, output_sizes
+from diffstride.examples import main
+
+SMALL = """
+train.num_epochs = 2
+train.optimizer_cls = @tf.keras.optimizers.SGD
+tf.keras.optimizers.SGD.learning_rate = 0.05
+tf.keras.optimizers.SGD.momentum = 0.9
+data.load_datasets.batch_size = 8
+data.load_datasets.crop_padding = 1
+data.load_datasets.mixup_alpha = 0.2
+resnet.resnet18.strides = '1, 1, 3, 2, 1'
+resnet.resnet18.width = 2
+resnet.Resnet.output_activation = 'softmax'
+resnet.Resnet.pooling_cls = @pooling.DiffStride
+pooling.DiffStride.smoothness_factor = 1.0
+"""
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    """A folder of 32 training and 10 test images of 2 classes, 12 x 16."""
+    folder = tmp_path_factory.mktemp('images')
+    rng = np.random.default_rng(0)
+    for split, count in (('train', 16), ('test', 5)):
+        for label in ('dark', 'light'):
+            (folder / split / label).mkdir(parents=True)
+            for i in range(count):
+                low = 0 if label == 'dark' else 128
+                pixels = rng.integers(low, low + 128, (12, 16, 3), np.uint8)
+                Image.fromarray(pixels).save(
+                    folder / split / label / f'{i}.png'
+                )
+    return folder
+
+
+@pytest.fixture
+def run(images, tmp_path):
+    """Runs the command line with a small configuration; returns its workdir."""
+    config = tmp_path / 'small.gin'
+    config.write_text(SMALL + f"data.load_datasets.name = '{images}'\n")
+
+    def run_main(*bindings, workdir='run', gin_config=config):
+        gin.clear_config()
+        flags.FLAGS.unparse_flags()
+        workdir = tmp_path / workdir
+        flags.FLAGS(
+            ['main', f'--gin_config={gin_config}']
+            + [f"--gin_bindings=train.workdir = '{workdir}'"]
+            + [f'--gin_bindings={binding}' for binding in bindings]
+        )
+        try:
+            main.main(['main'])
+        finally:
+            for name in ('gin_config', 'gin_bindings'):
+                flags.FLAGS[name].unparse()
+        return workdir
+
+    return run_main
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_a_run_leaves_all_its_outputs(run):
+    workdir = run()
+    assert {path.name for path in workdir.iterdir()} == {
+        'best.keras',
+        'config.gin',
+        'history.json',
+        'last.keras',
+        'logs',
+        'results.json',
+        'strides.png',
+    }
+    results = read(workdir / 'results.json')
+    history = read(workdir / 'history.json')
+    assert [row['epoch'] for row in history] == [1, 2]
+    assert results['epochs'] == 2
+    assert results['steps'] == 8
+    assert results['test_accuracy'] == history[-1]['val_accuracy']
+    assert results['best_test_accuracy'] == max(
+        row['val_accuracy'] for row in history
+    )
+    assert len(results['layers']) == 2
+    for layer in results['layers'].values():
+        assert len(layer['strides']) == len(layer['sizes']) == 2
+    assert results['versions']['keras'] == keras.__version__
+    assert (
+        'data.load_datasets.mixup_alpha = 0.2'
+        in re.sub(r'load_datasets\.', 'data.load_datasets.', '')
+        or 'mixup_alpha = 0.2' in (workdir / 'config.gin').read_text()
+    )
+
+
+def test_the_last_checkpoint_gives_the_reported_strides(run):
+    workdir = run()
+    model = keras.models.load_model(workdir / 'last.keras')
+    results = read(workdir / 'results.json')
+    strides = [
+        layer.stride_values
+        for layer in pooling.diffstride_layers(model)
+    ]
+    reported = [layer['strides'] for layer in results['layers'].values()]
+    np.testing.assert_allclose(strides, reported, rtol=1e-6)
+    sizes = output_sizes(model, (12, 16, 3)).values()
+    assert [list(s) for s in sizes] == [
+        layer['sizes'] for layer in results['layers'].values()
+    ]
+
+
+def test_a_continued_run_equals_an_uninterrupted_one(run):
+    whole = read(run('train.num_epochs = 3', workdir='whole') / 'history.json')
+    run('train.num_epochs = 1', workdir='parts')
+    parts = read(run('train.num_epochs = 3', workdir='parts') / 'history.json')
+    assert len(whole) == len(parts) == 3
+    for a, b in zip(whole, parts):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {'seconds'}:
+            np.testing.assert_allclose(a[key], b[key], rtol=1e-4, err_msg=key)
+
+
+def test_a_finished_run_is_not_repeated(run):
+    before = (run() / 'results.json').read_text()
+    after = (run() / 'results.json').read_text()
+    assert before == after
+
+
+def test_one_seed_fixes_everything(run):
+    a, b, c = (
+        read(run(f'train.seed = {seed}', workdir=name) / 'history.json')
+        for seed, name in ((1, 'a'), (1, 'b'), (2, 'c'))
+    )
+    np.testing.assert_allclose(a[-1]['loss'], b[-1]['loss'], rtol=1e-5)
+    assert abs(a[-1]['loss'] - c[-1]['loss']) > 1e-4
+
+
+def test_tensorboard_receives_losses_accuracies_strides_and_sizes(run):
+    workdir = run('train.num_epochs = 1')
+    tags = set()
+    for path in (workdir / 'logs').rglob('events*'):
+        for record in tf.data.TFRecordDataset(str(path)):
+            event = tf.compat.v1.Event.FromString(record.numpy())
+            tags |= {(path.parent.name, v.tag) for v in event.summary.value}
+    assert {('train', 'epoch_loss'), ('train', 'epoch_accuracy')} <= tags
+    assert {
+        ('validation', 'epoch_loss'),
+        ('validation', 'epoch_accuracy'),
+    } <= tags
+    for kind in ('stride', 'size'):
+        for axis in ('height', 'width'):
+            pattern = f'epoch_{kind}/diff_stride.*/{axis}'
+            assert sum(bool(re.fullmatch(pattern, t)) for _, t in tags) == 2
+
+
+@pytest.mark.parametrize(
+    'bindings, is_changed',
+    [
+        (['tf.keras.losses.CategoricalCrossentropy.label_smoothing=0.2'], True),
+        (['data.load_datasets.mixup_alpha = 0.0'], True),
+        (['data.load_datasets.flip = False'], True),
+        (['data.load_datasets.crop_padding = 0'], True),
+        (['data.load_datasets.normalization = None'], True),
+        (['tf.keras.optimizers.SGD.momentum = 0.0'], True),
+        (['resnet.Resnet.weight_decay = 0.0'], True),
+        (['batch_norm.epsilon = 0.1'], True),
+        (['pooling.DiffStride.smoothness_factor = 2.0'], True),
+        (["pooling.DiffStride.ramp = 'inside'"], True),
+        (["train.dtype_policy = 'mixed_bfloat16'"], True),
+        (["train.distribution = 'none'"], False),
+        (["train.data_format = 'channels_last'"], False),
+    ],
+)
+def test_every_binding_has_its_effect(run, bindings, is_changed):
+    few = ('train.num_epochs = 1', 'train.steps_per_epoch = 2')
+    plain = read(run(*few, workdir='plain') / 'history.json')[0]
+    bound = read(run(*few, *bindings, workdir='bound') / 'history.json')[0]
+    is_equal = np.isclose(plain['loss'], bound['loss'], rtol=1e-6, atol=0)
+    assert is_equal != is_changed
+
+
+@pytest.mark.parametrize(
+    'pooling_cls, expected',
+    [
+        ('None', ()),
+        ('@pooling.FixedSpectralPooling', ()),
+        ('@pooling.DiffStride', ('diff_stride', 'diff_stride')),
+    ],
+)
+def test_pooling_is_one_binding(run, pooling_cls, expected):
+    workdir = run(
+        f'resnet.Resnet.pooling_cls = {pooling_cls}', 'train.num_epochs = 1'
+    )
+    layers = read(workdir / 'results.json')['layers']
+    assert tuple(re.sub(r'_\d+$', '', name) for name in layers) == expected
+    assert (workdir / 'strides.png').exists() == bool(expected)
+
+
+def test_training_under_xla_pins_the_sizes(run):
+    workdir = run('train.jit_compile = True', 'train.num_epochs = 1')
+    model = keras.models.load_model(workdir / 'last.keras')
+    pinned = [p.pinned_strides for p in pooling.diffstride_layers(model)]
+    assert pinned == [(3.0, 3.0), (2.0, 2.0)]
+
+
+def test_compare_trains_the_three_poolings(run, tmp_path, capsys):
+    run(
+        'run.job = @train.compare',
+        f"compare.workdir = '{tmp_path / 'three'}'",
+        'train.num_epochs = 1',
+    )
+    table = capsys.readouterr().out.split('| pooling ')[1]
+    for name in ('StridedConvolution', 'FixedSpectralPooling', 'DiffStride'):
+        assert f'| {name} | ' in table
+        assert (tmp_path / 'three' / name / 'results.json').exists()
+
+
+@pytest.mark.parametrize(
+    'bindings, message',
+    [
+        (['nonsense.parameter = 1'], "No configurable matching 'nonsense'"),
+        (['resnet.Resnet.nonsense = 1'], 'nonsense'),
+        (['train.num_epochs = '], 'Unable to parse'),
+        (["data.load_datasets.name = 'cifar11'"], 'cifar11'),
+        (['data.load_datasets.batch_size = 0'], 'batch_size'),
+        (["data.load_datasets.mixup_alpha = 'much'"], 'mixup_alpha'),
+        (["resnet.resnet18.strides = '1, 1, 3'"], '`strides` must be as many'),
+        (["resnet.resnet18.strides = '1, 1, 0, 2, 3'"], '`strides` must be'),
+        (['resnet.Resnet.output_activation = None'], 'output_activation'),
+        (['pooling.DiffStride.smoothness_factor = 0'], '`smoothness_factor`'),
+        (['train.num_epochs = 0'], 'train.num_epochs must be'),
+        (['train.num_epochs = 1.5'], 'train.num_epochs must be'),
+        (['train.steps_per_epoch = -1'], 'train.steps_per_epoch must be'),
+        (["train.data_format = 'NHWC'"], 'train.data_format must be'),
+        (["train.distribution = 'all'"], 'train.distribution must be'),
+        (["train.dtype_policy = 'float31'"], 'float31'),
+        (['train.seed = -1'], 'train.seed must be'),
+    ],
+)
+def test_what_is_wrong_ends_it_with_one_line(
+    run, tmp_path, capsys, bindings, message
+):
+    workdir = tmp_path / 'run'
+    with pytest.raises(SystemExit) as stop:
+        run(*bindings)
+    assert stop.value.code.startswith('error: ')
+    assert message in stop.value.code
+    assert '\n' not in stop.value.code
+    assert not workdir.exists()
+    assert 'Epoch' not in capsys.readouterr().out
+
+
+def test_a_missing_gin_file_ends_it_with_one_line(run):
+    with pytest.raises(SystemExit, match=r'error: .*nowhere\.gin'):
+        run(gin_config='nowhere.gin')
+
+
+def test_a_workdir_that_is_a_file_is_left_alone(run, tmp_path):
+    (tmp_path / 'file').write_text('mine')
+    with pytest.raises(SystemExit, match=r'train\.workdir must be a folder'):
+        run(workdir='file')
+    with pytest.raises(SystemExit, match=r'train\.workdir must be a folder'):
+        run(workdir='file/below')
+    assert (tmp_path / 'file').read_text() == 'mine'
+
+
+def test_a_workdir_of_another_model_is_left_alone(run):
+    workdir = run('train.num_epochs = 1')
+    before = {p: p.read_bytes() for p in workdir.rglob('*') if p.is_file()}
+    with pytest.raises(SystemExit, match='cannot be continued'):
+        run('resnet.resnet18.width = 3')
+    with pytest.raises(SystemExit, match='ends at step 4, which is not'):
+        run('train.steps_per_epoch = 3')
+    assert before == {p: p.read_bytes() for p in before}
+
+
+def test_a_damaged_checkpoint_is_named_and_left_alone(run):
+    workdir = run('train.num_epochs = 1')
+    checkpoint = workdir / 'last.keras'
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(SystemExit, match=r'last\.keras cannot be continued'):
+        run()
+    assert len(checkpoint.read_bytes()) == 1000
+
+
+def test_unknown_arguments_are_refused():
+    with pytest.raises(app.UsageError, match='surplus'):
+        main.main(['main', 'surplus'])
+
+
+def test_stride_logger_logs_each_stride_and_size():
+    model = keras.Sequential(
+        [
+            keras.Input((16, 12, 3)),
+            pooling.DiffStride((2.0, 1.5), 1.0, name='first'),
+            pooling.DiffStride(2.0, 1.0, shared_stride=True, name='second'),
+            keras.layers.GlobalAveragePooling2D(),
+        ]
+    )
+    model.compile('sgd', 'mse')
+    x, y = np.zeros((4, 16, 12, 3)), np.zeros((4, 3))
+    logs = model.fit(x, y, verbose=0, callbacks=[StrideLogger()]).history
+    assert {k: v[0] for k, v in logs.items() if k != 'loss'} == {
+        'stride/first/height': 2.0,
+        'stride/first/width': 1.5,
+        'stride/second/height': 2.0,
+        'stride/second/width': 2.0,
+        'size/first/height': 10,
+        'size/first/width': 10,
+        'size/second/height': 8,
+        'size/second/width': 8,
+    }
+
+
+def test_resnet_is_trained_in_several_replicas():
+    """Two logical CPUs in a process of their own give one model."""
+    code = """
+import numpy as np, keras, tensorflow as tf
+cpu = tf.config.list_physical_devices('CPU')[0]
+tf.config.set_logical_device_configuration(
+    cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+from diffstride import resnet, DiffStride
+from diffstride.examples import train
+strategy = train._strategy('mirrored')
+assert strategy.num_replicas_in_sync == 2
+with strategy.scope():
+    model = resnet.Resnet([2, 2], '1, 2', 2, pooling_cls=DiffStride)
+    model.build((None, 8, 8, 1))
+    model.compile('sgd', 'mse')
+x = np.random.default_rng(0).normal(size=(8, 8, 8, 1))
+model.fit(x, np.eye(2)[np.arange(8) % 2], batch_size=8, verbose=0)
+print('trained')
+"""
+    done = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == 'trained', done.stderr
+
+
+def test_the_documented_command_works_from_any_folder(images, tmp_path):
+    """The README's command, its dataset and size replaced by small ones."""
+    done = subprocess.run(
+        [
+            *(sys.executable, '-m', 'diffstride.examples.main'),
+            '--gin_config=cifar10.gin',
+            f"--gin_bindings=train.workdir = '{tmp_path}/exp/resnet18/'",
+            f"--gin_bindings=data.load_datasets.name = '{images}'",
+            '--gin_bindings=data.load_datasets.batch_size = 16',
+            '--gin_bindings=resnet.resnet18.width = 2',
+            '--gin_bindings=train.num_epochs = 1',
+        ],
+        cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    config = (tmp_path / 'exp/resnet18/config.gin').read_text()
+    assert 'label_smoothing = 0.2' in config
+    results = read(tmp_path / 'exp/resnet18/results.json')
+    assert results['steps'] == 2
+
+
+def test_an_error_ends_the_command_with_code_1(tmp_path):
+    done = subprocess.run(
+        [
+            *(sys.executable, '-m', 'diffstride.examples.main'),
+            '--gin_config=cifar10.gin',
+        ],
+        cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert 'error: ' in done.stderr.splitlines()[-1]
+    assert 'workdir' in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        """
+data.load_datasets:
+  name = 'cifar100'
+  mixup_alpha = 0.0
+resnet.Resnet:
+  pooling_cls = @pooling.FixedSpectralPooling
+resnet.resnet18.strides = '1, 1, 3, 2, 3'
+""",
+        """
+import diffstride.examples.external_configurables
+import diffstride.examples.data as data
+import diffstride.examples.train as train
+import diffstride.resnet as resnet
+import diffstride.pooling as pooling
+train.train:
+  load_data_fn = @data.load_datasets
+  model_cls = @resnet.resnet18
+  optimizer_cls = @tf.keras.optimizers.SGD
+tf.keras.optimizers.SGD:
+  learning_rate = @tf.keras.optimizers.schedules.PiecewiseConstantDecay()
+resnet.resnet18.strides = [1, 1, 3, 2, 3]
+resnet.Resnet.pooling_cls = @pooling.FixedSpectralPooling
+batch_norm.momentum = 0.9
+""",
+    ],
+)
+def test_bindings_of_the_2022_release_are_understood(text):
+    packaged = pathlib.Path(main.__file__).parent / 'cifar10.gin'
+    gin.parse_config_files_and_bindings([str(packaged)], [text])
+    model = resnet.resnet18(num_output_classes=100, width=2)
+    model.build((None, 32, 32, 3))
+    layers = [
+        layer
+        for layer in model._flatten_layers()
+        if isinstance(layer, pooling.FixedSpectralPooling)
+    ]
+    assert [layer.strides for layer in layers] == [
+        (3.0, 3.0),
+        (2.0, 2.0),
+        (3.0, 3.0),
+    ]
