@@ -23,6 +23,7 @@ setuptools.setup(
     install_requires=[
         'absl-py',
         'gin-config>=0.5',
+        'importlib_resources',  # tensorflow-datasets 4.9.10 needs it unsaid.
         'keras>=3.5',
         'numpy',
         'tensorboard',

@@ -249,14 +249,18 @@ class DiffStride(_SpectralPooling):
 
         Functions traced before keep the sizes that they were traced with.
         """
-        self.pinned_strides = self.stride_values
-        self.supports_jit = True
+        self._pin_at(self.stride_values)
 
     def unpin(self):
         """Lets the output sizes follow the strides, where the backend can."""
-        self.pinned_strides = None
+        self._pin_at(None)
+
+    def _pin_at(self, strides):
+        self.pinned_strides = None if strides is None else tuple(strides)
         self.supports_jit = (
-            keras.backend.backend() != 'tensorflow' or not self.cropping
+            strides is not None
+            or not self.cropping
+            or keras.backend.backend() != 'tensorflow'
         )
 
     def _stride_of_size(self, index, stride=None):
@@ -313,10 +317,8 @@ class DiffStride(_SpectralPooling):
 
     def load_own_variables(self, store):
         self.strides.assign(store['0'])
-        self.unpin()
-        if 'pinned_strides' in store.keys():
-            self.pinned_strides = tuple(map(float, store['pinned_strides']))
-            self.supports_jit = True
+        is_pinned = 'pinned_strides' in store.keys()
+        self._pin_at(map(float, store['pinned_strides']) if is_pinned else None)
 
     def get_config(self):
         return {
@@ -330,7 +332,17 @@ class DiffStride(_SpectralPooling):
             'strides_regularizer': keras.regularizers.serialize(
                 self.strides_regularizer
             ),
+            # Not an argument: what Model.compile must know on loading.
+            'pinned_strides': self.pinned_strides,
         }
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        pinned_strides = config.pop('pinned_strides', None)
+        layer = cls(**config)
+        layer._pin_at(pinned_strides)
+        return layer
 
 
 @_register

@@ -29,8 +29,9 @@ METHODS = ('auto', 'fft', 'matmul')
 NORMS = ('forward', 'backward', 'ortho')
 RAMPS = ('outside', 'inside')
 
-# method='auto' multiplies by a matrix along axes up to this length.
-LONGEST_MATMUL = 256
+# method="auto" multiplies by a matrix along axes up to this length: beyond, the
+# FFT is faster (benchmarks/methods.py).
+LONGEST_MATMUL = 512
 
 # Above what float32 rounds off and below any difference in size that matters:
 # the floor or ceiling of a number this near an integer is that integer.

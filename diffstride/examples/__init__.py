@@ -1,0 +1,1 @@
+"""Training of an image classifier, the example that shows the layers."""

@@ -26,7 +26,7 @@ class SetupError(Exception):
 
 @gin.configurable(module='train')
 def train(
-    workdir=gin.REQUIRED,
+    workdir=None,
     load_data_fn=data.load_datasets,
     model_cls=resnet.resnet18,
     optimizer_cls=keras.optimizers.SGD,
@@ -48,7 +48,7 @@ def train(
     Args:
         workdir: Folder of all outputs, made if there is none.
         load_data_fn: Called with `seed`, returns `data.Datasets`.
-        model_cls: Called with `num_output_classes` and `channels_first`, returns
+        model_cls: Called with `num_output_classes` and `channels_first`; makes
             a Keras model of [batch, height, width, channels] images that puts
             out what `loss_cls` expects.
         optimizer_cls: Returns the optimizer.
@@ -58,7 +58,7 @@ def train(
         data_format: 'channels_first', 'channels_last' or 'auto': channels_first
             on a GPU and channels_last on a CPU, whose convolutions need it.
         dtype_policy: Such as 'mixed_bfloat16'.
-        jit_compile: As in `keras.Model.compile`. Layers whose sizes follow their
+        jit_compile: As in `keras.Model.compile`. Layers whose sizes follow the
             strides cannot be compiled; True pins them.
         distribution: 'none'; 'mirrored' over all devices of the kind that
             computes; 'auto' for 'mirrored' if there are several GPUs.
@@ -75,6 +75,7 @@ def train(
         _check_arguments(num_epochs, steps_per_epoch, seed)
         channels_first = _channels_first(data_format)
         strategy = _strategy(distribution)
+        keras.utils.clear_session()  # Names of layers are keys of the logs.
         keras.utils.set_random_seed(seed)
         keras.config.set_dtype_policy(dtype_policy)
         datasets = resnet.configured(load_data_fn)(seed=seed)
@@ -100,7 +101,10 @@ def train(
         workdir.mkdir(parents=True, exist_ok=True)
     _write(workdir / 'config.gin', gin.operative_config_str())
     if len(history) < num_epochs:
-        print(f'Epochs {len(history) + 1} to {num_epochs} in {workdir}', flush=True)
+        print(
+            f'Epochs {len(history) + 1} to {num_epochs} in {workdir}',
+            flush=True,
+        )
         model.fit(
             datasets.train(len(history)),
             epochs=num_epochs,
@@ -113,15 +117,17 @@ def train(
                 keras.callbacks.ProgbarLogger(),
                 callbacks.StrideLogger(datasets.image_shape),
                 _Recorder(workdir, history, seed),
-                keras.callbacks.TensorBoard(workdir / 'logs', write_graph=False),
+                keras.callbacks.TensorBoard(
+                    workdir / 'logs', write_graph=False
+                ),
             ],
         )
     return json.loads((workdir / 'results.json').read_text())
 
 
 @gin.configurable(module='train')
-def compare(workdir=gin.REQUIRED, model_cls=resnet.resnet18):
-    """Trains with strided convolutions, fixed and learned strides, and compares.
+def compare(workdir=None, model_cls=resnet.resnet18):
+    """Compares strided convolutions, fixed strides and learned strides.
 
     Args:
         workdir: Folder of one workdir for each of the three.
@@ -130,6 +136,8 @@ def compare(workdir=gin.REQUIRED, model_cls=resnet.resnet18):
     Returns:
         A dict from the name of the pooling to its results.
     """
+    with setup_errors():
+        workdir = _checked_workdir(workdir)
     results = {}
     for pooling_cls in (
         None,
@@ -139,7 +147,7 @@ def compare(workdir=gin.REQUIRED, model_cls=resnet.resnet18):
         name = pooling_cls.__name__ if pooling_cls else 'StridedConvolution'
         print(f'\n{name}', flush=True)
         results[name] = train(
-            workdir=pathlib.Path(workdir) / name,
+            workdir=workdir / name,
             model_cls=functools.partial(
                 resnet.configured(model_cls), pooling_cls=pooling_cls
             ),
@@ -226,16 +234,16 @@ def _resume(model, workdir, steps_per_epoch):
         history = json.loads((workdir / 'history.json').read_text())
     except Exception as error:
         raise ValueError(
-            f'{checkpoint} cannot be continued: it is damaged or is of another '
-            'model. Set train.workdir to another folder, or the model as it was '
+            f'{checkpoint} cannot be continued: it is damaged, or of another '
+            'model. Set train.workdir to another folder, or the model as it is '
             f'in {workdir / "config.gin"}. ({first_line(error)})'
         ) from error
     epochs, rest = divmod(int(model.optimizer.iterations), steps_per_epoch)
     if rest or epochs > len(history):
         raise ValueError(
-            f'{checkpoint} ends at step {int(model.optimizer.iterations)}, which '
-            f'is not an epoch of {steps_per_epoch} steps: set batch_size and '
-            'train.steps_per_epoch as before, or train.workdir to another folder'
+            f'{checkpoint} ends at step {int(model.optimizer.iterations)}, '
+            f'which is not an epoch of {steps_per_epoch} steps: set batch_size '
+            'and train.steps_per_epoch as before, or another train.workdir'
         )
     return history[:epochs]
 
@@ -275,12 +283,17 @@ def _plot_strides(history, path):
 
 
 def _checked_workdir(workdir):
+    if not workdir or not isinstance(workdir, (str, os.PathLike)):
+        raise ValueError(
+            'workdir must be a folder, set as in '
+            '--gin_bindings="train.workdir = \'/tmp/run\'". '
+            f'Received: {workdir!r}'
+        )
     path = pathlib.Path(workdir).expanduser()
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(
-            'train.workdir must be a folder that can be written. '
-            f'Received: {workdir}'
+            f'workdir must be a folder that can be written. Received: {workdir}'
         )
     return path
 
@@ -333,9 +346,9 @@ def _check_outputs(model, loss, datasets):
     wants_probabilities = loss.get_config().get('from_logits') is False
     if wants_probabilities and not np.allclose(outputs.sum(1), 1, atol=1e-2):
         raise ValueError(
-            'The loss expects probabilities and the model puts out logits: set '
-            "resnet.Resnet.output_activation = 'softmax', or from_logits = True "
-            'of the loss'
+            'The loss expects probabilities, the model puts out logits: set '
+            "resnet.Resnet.output_activation = 'softmax', or from_logits of "
+            'the loss'
         )
 
 
@@ -344,7 +357,8 @@ def setup_errors():
     """Turns whatever goes wrong before training into a SetupError."""
     try:
         yield
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except Exception as error:
+        logging.debug('Set up', exc_info=True)  # With --verbosity=1.
         raise SetupError(first_line(error)) from error
 
 
