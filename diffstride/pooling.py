@@ -25,10 +25,10 @@ class _SpectralPooling(keras.layers.Layer):
     def __init__(self, strides, data_format, method, norm, **kwargs):
         super().__init__(**kwargs)
         self._initial_strides = standardize_strides(strides, self.rank)
+        if data_format is None:
+            data_format = keras.config.image_data_format()
         self.data_format = _one_of(
-            'data_format',
-            data_format or keras.config.image_data_format(),
-            ('channels_last', 'channels_first'),
+            'data_format', data_format, ('channels_last', 'channels_first')
         )
         self.method = _one_of('method', method, spectral.METHODS)
         self.norm = _one_of('norm', norm, spectral.NORMS)
@@ -47,20 +47,8 @@ class _SpectralPooling(keras.layers.Layer):
         """Output size for a known size, or None where it varies."""
         raise NotImplementedError
 
-    def _check_input(self, inputs):
-        if not keras.backend.is_float_dtype(inputs.dtype):
-            raise ValueError(
-                f'The input of layer "{self.name}" must have a floating-point '
-                f'dtype. Received: dtype={inputs.dtype}'
-            )
-        if any(inputs.shape[axis] == 0 for axis in self.spatial_axes):
-            raise ValueError(
-                f'The spatial sizes of the input of layer "{self.name}" must '
-                f'be at least 1. Received: shape={tuple(inputs.shape)}'
-            )
-
     def call(self, inputs):
-        self._check_input(inputs)
+        _check_input(self, inputs, self.spatial_axes)
         sizes = ops.shape(inputs)
         outputs = inputs
         for index, axis in enumerate(self.spatial_axes):
@@ -71,7 +59,7 @@ class _SpectralPooling(keras.layers.Layer):
         return outputs
 
     def compute_output_spec(self, inputs):
-        self._check_input(inputs)
+        _check_input(self, inputs, self.spatial_axes)
         return super().compute_output_spec(inputs)
 
     def compute_output_shape(self, input_shape):
@@ -149,7 +137,7 @@ class DiffStride(_SpectralPooling):
     Example:
 
     >>> layer = DiffStride(strides=(2.0, 3.0))
-    >>> layer(keras.ops.ones((1, 32, 32, 8))).shape
+    >>> tuple(layer(keras.ops.ones((1, 32, 32, 8))).shape)
     (1, 24, 20, 8)
 
     Reference:
@@ -216,6 +204,9 @@ class DiffStride(_SpectralPooling):
                     f'`{name}` must be None or a finite number that is at '
                     f'least 1. Received: {name}={limit}'
                 )
+            elif limit is not None:
+                setattr(self, name, float(limit))
+        self.smoothness_factor = float(self.smoothness_factor)
         lower, upper = self._limits
         upper = math.inf if upper is None else upper
         if lower > upper:
@@ -224,7 +215,10 @@ class DiffStride(_SpectralPooling):
                 f'Received: lower_limit_stride={lower}, '
                 f'upper_limit_stride={upper}'
             )
-        if not all(lower <= s <= upper for s in self._initial_strides):
+        rounded = (lower * (1 - 1e-6), upper * (1 + 1e-6))  # As in float32.
+        if not all(
+            rounded[0] <= s <= rounded[1] for s in self._initial_strides
+        ):
             raise ValueError(
                 '`strides` must lie between `lower_limit_stride` and '
                 f'`upper_limit_stride`. Received: '
@@ -371,7 +365,7 @@ class FixedSpectralPooling(_SpectralPooling):
     Example:
 
     >>> layer = FixedSpectralPooling(strides=(1.6, 3.0))
-    >>> layer(keras.ops.ones((1, 32, 32, 8))).shape
+    >>> tuple(layer(keras.ops.ones((1, 32, 32, 8))).shape)
     (1, 20, 10, 8)
 
     Reference:
@@ -424,7 +418,8 @@ class SpatialPooling(keras.layers.AveragePooling2D):
 
     Example:
 
-    >>> SpatialPooling(strides=3)(keras.ops.ones((1, 32, 32, 8))).shape
+    >>> layer = SpatialPooling(strides=3)
+    >>> tuple(layer(keras.ops.ones((1, 32, 32, 8))).shape)
     (1, 11, 11, 8)
     """
 
@@ -442,10 +437,35 @@ class SpatialPooling(keras.layers.AveragePooling2D):
             **kwargs,
         )
 
+    def _check_input(self, inputs):
+        is_last = self.data_format == 'channels_last'
+        _check_input(self, inputs, (1, 2) if is_last else (2, 3))
+
+    def call(self, inputs):
+        self._check_input(inputs)
+        return super().call(inputs)
+
+    def compute_output_spec(self, inputs):
+        self._check_input(inputs)
+        return super().compute_output_spec(inputs)
+
     def get_config(self):
         config = super().get_config()
         del config['padding']
         return config
+
+
+def _check_input(layer, inputs, spatial_axes):
+    if not keras.backend.is_float_dtype(inputs.dtype):
+        raise ValueError(
+            f'The input of layer "{layer.name}" must have a floating-point '
+            f'dtype. Received: dtype={inputs.dtype}'
+        )
+    if any(inputs.shape[axis] == 0 for axis in spatial_axes):
+        raise ValueError(
+            f'The spatial sizes of the input of layer "{layer.name}" must be '
+            f'at least 1. Received: shape={tuple(inputs.shape)}'
+        )
 
 
 def diffstride_layers(model):

@@ -62,7 +62,7 @@ class ResidualLayer(keras.layers.Layer):
     >>> layer = ResidualLayer(
     ...     16, strides=2, pooling_cls=DiffStride, project=True
     ... )
-    >>> layer(keras.ops.ones((1, 32, 32, 8))).shape
+    >>> tuple(layer(keras.ops.ones((1, 32, 32, 8))).shape)
     (1, 24, 24, 16)
     """
 
@@ -95,12 +95,24 @@ class ResidualLayer(keras.layers.Layer):
             self.strides, pooling_cls, self.channels_first
         )
 
+        if isinstance(self.pool, keras.layers.Layer):
+            self.pool.dtype_policy = self.dtype_policy
+
         def norm():
-            return _batch_norm(self.channels_first, self.batch_norm_args)
+            return _batch_norm(
+                self.channels_first,
+                dtype=self.dtype_policy,
+                **self.batch_norm_args,
+            )
 
         def conv(kernel_size, strides=1):
             return _conv(
-                filters, kernel_size, strides, channels_first, weight_decay
+                filters,
+                kernel_size,
+                strides,
+                self.channels_first,
+                weight_decay,
+                dtype=self.dtype_policy,
             )
 
         self.norms = [norm(), norm()]
@@ -227,7 +239,7 @@ def Resnet(
     Example:
 
     >>> model = Resnet([8, 8, 16], '1, 1, 3', 10, pooling_cls=DiffStride)
-    >>> model(keras.ops.ones((4, 32, 32, 3))).shape
+    >>> tuple(model(keras.ops.ones((4, 32, 32, 3))).shape)
     (4, 10)
     """
     strides = parse_strides(strides)
@@ -257,7 +269,7 @@ def Resnet(
             )
         )
     layers += [
-        _batch_norm(channels_first, batch_norm()),
+        _batch_norm(channels_first, **batch_norm()),
         keras.layers.ReLU(),
         keras.layers.GlobalAveragePooling2D(
             data_format=_format(channels_first)
@@ -354,7 +366,9 @@ def configured(function):
         return function
 
 
-def _conv(filters, kernel_size, strides, channels_first, weight_decay):
+def _conv(
+    filters, kernel_size, strides, channels_first, weight_decay, **kwargs
+):
     return keras.layers.Conv2D(
         filters,
         kernel_size,
@@ -364,12 +378,13 @@ def _conv(filters, kernel_size, strides, channels_first, weight_decay):
         use_bias=False,
         kernel_initializer='he_normal',
         kernel_regularizer=keras.regularizers.L2(weight_decay),
+        **kwargs,
     )
 
 
-def _batch_norm(channels_first, arguments):
+def _batch_norm(channels_first, **kwargs):
     axis = 1 if channels_first else -1
-    return keras.layers.BatchNormalization(axis=axis, **arguments)
+    return keras.layers.BatchNormalization(axis=axis, **kwargs)
 
 
 def _is_channels_first(channels_first):

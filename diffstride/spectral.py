@@ -87,9 +87,8 @@ def _resample_by_fft(inputs, axis, output_size, response, norm):
     frequencies, xp = _frequencies(size, output_size)
     # When upsampling, the input's Nyquist coefficient is that of both signs.
     pair = (2 * frequencies == size) & (output_size > size)
-    weights = ops.cast(xp.where(pair, 0.5, 1.0), dtype) * ops.cast(
-        _gain(size, output_size, norm), dtype
-    )
+    gain = _gain(size, output_size, norm)
+    weights = ops.cast(xp.where(pair, 0.5, 1.0) * gain, dtype)
     if response is not None:
         weights = weights * ops.cast(response, dtype)
     x = ops.cast(ops.moveaxis(inputs, axis, -1), dtype)
@@ -183,18 +182,25 @@ def diffstride_response(size, output_size, stride, smoothness, ramp='outside'):
     band = band_edge(size, stride)
     frequencies = ops.arange(output_size // 2 + 1, dtype='int32')
     distance = band - ops.cast(frequencies, 'float32')
+    tolerance = _TOLERANCE * (band + smoothness)
     if ramp == 'outside':
-        level = (smoothness + distance) / smoothness
+        level, width = (smoothness + distance) / smoothness, smoothness
     else:
         width = _with_gradient_of(
-            (smoothness + band - ops.abs(smoothness - band)) / 2,
+            _step(smoothness - band, tolerance) * band,
             ops.minimum(smoothness, band),
         )
         level = distance / width
-    response = _with_gradient_of(
-        (ops.abs(level) - ops.abs(level - 1)) / 2, ops.clip(level, 0, 1)
-    )
+    tolerance = tolerance / width
+    slope = _step(level, tolerance) - _step(level - 1, tolerance)
+    response = _with_gradient_of(slope * level, ops.clip(level, 0, 1))
     return ops.where(frequencies > 0, response, 1.0)
+
+
+def _step(x, tolerance):
+    """0 below zero, 1 above, 1/2 at zero; a constant in the gradient."""
+    sign = ops.sign(ops.where(ops.abs(x) <= tolerance, 0.0, x))
+    return ops.stop_gradient((sign + 1) / 2)
 
 
 def diffstride_size(size, stride, smoothness, ramp='outside'):

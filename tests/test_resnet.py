@@ -320,8 +320,8 @@ def test_training_moves_strides_and_lowers_the_loss():
     )
     x, y = images(8, 12, 12, 3), np.arange(8) % 3
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.Adam(0.01), loss)
-    history = model.fit(x, y, batch_size=8, epochs=5, verbose=0)
+    model.compile(keras.optimizers.Adam(0.01), loss, run_eagerly=True)
+    history = model.fit(x, y, batch_size=8, epochs=4, verbose=0)
     assert history.history['loss'][-1] < history.history['loss'][0]
     (pool,) = layers_of(model, DiffStride)
     assert np.all(pool.strides.numpy() != (1.5, 2))
@@ -334,6 +334,29 @@ def test_outputs_are_float32_under_mixed_precision():
     (pool,) = layers_of(model, DiffStride)
     assert pool.compute_dtype == 'bfloat16'
     assert pool.strides.dtype == 'float32'
+
+
+@pytest.mark.parametrize('project', [False, True])
+@pytest.mark.parametrize('dtype', ['float64', 'mixed_bfloat16'])
+def test_dtype_of_a_layer_is_that_of_its_convolutions(dtype, project):
+    layer = resnet.ResidualLayer(
+        4, strides=2 if project else 1, project=project, dtype=dtype
+    )
+    y = layer(images(1, 8, 8, 4))
+    assert y.dtype == layer.compute_dtype
+    for inner in layer.convs + layer.norms:
+        assert inner.compute_dtype == layer.compute_dtype
+
+
+def test_precision_of_a_network_is_saved_with_it(tmp_path):
+    keras.config.set_dtype_policy('mixed_bfloat16')
+    model = changed(DiffStride, False)
+    model.save(tmp_path / 'model.keras')
+    keras.config.set_dtype_policy('float32')
+    loaded = keras.models.load_model(tmp_path / 'model.keras')
+    for layer in layers_of(loaded, keras.layers.Conv2D):
+        assert layer.compute_dtype == 'bfloat16'
+    assert_same_network(loaded, model)
 
 
 # Keywords of 2022
@@ -575,7 +598,6 @@ def test_pooling_cls_is_bound_by_gin(value, cls):
 @pytest.mark.parametrize(
     'make',
     [
-        lambda: DiffStride(),
         lambda: resnet.ResidualLayer(
             4, strides=2, pooling_cls=DiffStride, project=True
         ),
@@ -585,9 +607,9 @@ def test_pooling_cls_is_bound_by_gin(value, cls):
             num_output_classes=2, width=2, pooling_cls=DiffStride
         ),
     ],
-    ids=['DiffStride', 'ResidualLayer', 'ResnetBlock', 'Resnet', 'resnet18'],
+    ids=['ResidualLayer', 'ResnetBlock', 'Resnet', 'resnet18'],
 )
-def test_bindings_of_pooling_reach_direct_calls(make):
+def test_bindings_of_pooling_reach_networks(make):
     gin.parse_config('pooling.DiffStride.smoothness_factor = 2.0')
     model = make()
     pools = layers_of(model, DiffStride) or [model]
@@ -597,13 +619,12 @@ def test_bindings_of_pooling_reach_direct_calls(make):
 @pytest.mark.parametrize(
     'make',
     [
-        lambda: resnet.ResidualLayer(4, project=True),
         lambda: resnet.ResnetBlock(4),
         lambda: small_resnet(weight_decay=0.5),
     ],
-    ids=['ResidualLayer', 'ResnetBlock', 'Resnet'],
+    ids=['ResnetBlock', 'Resnet'],
 )
-def test_bindings_of_layers_reach_direct_calls(make):
+def test_bindings_of_layers_reach_networks(make):
     gin.parse_config("""
         resnet.ResidualLayer.weight_decay = 0.5
         batch_norm.momentum = 0.25

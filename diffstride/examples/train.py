@@ -98,9 +98,9 @@ def train(
             )
         steps_per_epoch = steps_per_epoch or datasets.steps_per_epoch
         history = _resume(model, workdir, steps_per_epoch)
-        workdir.mkdir(parents=True, exist_ok=True)
-    _write(workdir / 'config.gin', gin.operative_config_str())
     if len(history) < num_epochs:
+        workdir.mkdir(parents=True, exist_ok=True)
+        _write(workdir / 'config.gin', gin.operative_config_str())
         print(
             f'Epochs {len(history) + 1} to {num_epochs} in {workdir}',
             flush=True,

@@ -1,0 +1,34 @@
+"""Settings of every test: fixed seeds, clean configuration, a small CPU."""
+
+import os
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+
+import gin
+import keras
+import pytest
+import tensorflow as tf
+
+# Raised within Keras and TensorFlow, and of no consequence here.
+HARMLESS_WARNINGS = [
+    # keras.ops.convert_to_numpy of a tensor or variable, under NumPy 2.
+    "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning",
+]
+
+tf.config.threading.set_intra_op_parallelism_threads(2)
+tf.config.threading.set_inter_op_parallelism_threads(2)
+
+
+def pytest_configure(config):
+    for line in HARMLESS_WARNINGS:
+        config.addinivalue_line('filterwarnings', line)
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    keras.utils.set_random_seed(0)
+    yield
+    gin.clear_config()
+    keras.config.set_image_data_format('channels_last')
+    keras.config.set_floatx('float32')
+    keras.config.set_dtype_policy('float32')
