@@ -469,12 +469,15 @@ def _check_input(layer, inputs, spatial_axes):
 
 
 def diffstride_layers(model):
-    """Returns the DiffStride layers of a model or layer, at any depth."""
-    return [
-        layer
-        for layer in model._flatten_layers()
-        if isinstance(layer, DiffStride)
-    ]
+    """Returns the DiffStride layers of a model or layer, at any depth.
+
+    In the order in which their containers hold them, which is from input to
+    output in Sequential and Functional models.
+    """
+    layers = [model] if isinstance(model, DiffStride) else []
+    for inner in model._layers:
+        layers += [x for x in diffstride_layers(inner) if x not in layers]
+    return layers
 
 
 def standardize_strides(strides, rank):

@@ -88,7 +88,7 @@ def _resample_by_fft(inputs, axis, output_size, response, norm):
     # When upsampling, the input's Nyquist coefficient is that of both signs.
     pair = (2 * frequencies == size) & (output_size > size)
     gain = _gain(size, output_size, norm)
-    weights = ops.cast(xp.where(pair, 0.5, 1.0) * gain, dtype)
+    weights = ops.cast(_real(xp.where(pair, 0.5, 1.0)) * gain, dtype)
     if response is not None:
         weights = weights * ops.cast(response, dtype)
     x = ops.cast(ops.moveaxis(inputs, axis, -1), dtype)
@@ -96,6 +96,9 @@ def _resample_by_fft(inputs, axis, output_size, response, norm):
     count = _minimum(size, output_size) // 2 + 1
     real, imag = (part[..., :count] * weights for part in spectrum)
     y = ops.moveaxis(ops.irfft((real, imag), output_size), -1, axis)
+    # What is known of the shape is known again after this.
+    shape = ops.shape(inputs)
+    y = ops.reshape(y, (*shape[:axis], output_size, *shape[axis + 1 :]))
     return ops.cast(y, inputs.dtype)
 
 
@@ -129,7 +132,7 @@ def _tables(size, output_size, norm):
         2 * frequencies == _minimum(size, output_size)
     )
     scale = _gain(size, output_size, norm) / _real(output_size)
-    weights = xp.where(single, 1.0, 2.0) * scale
+    weights = _real(xp.where(single, 1.0, 2.0)) * scale
     return (
         _basis(frequencies, output_size),
         xp.concatenate([weights, weights]),
@@ -277,7 +280,7 @@ def _maximum(a, b):
 
 
 def _real(value):
-    """A number or array as float64, a tensor as float32."""
+    """A number or array as float64; a tensor as float32, whatever floatx."""
     if isinstance(value, (numbers.Real, np.ndarray)):
         return value * 1.0
     return ops.cast(value, 'float32')
