@@ -184,7 +184,7 @@ def ResnetBlock(filters, strides=1, num_layers=2, project_first=True, **kwargs):
 
     Args:
         filters: Number of output channels.
-        strides: Of the first layer.
+        strides: Of the first layer, if that projects.
         num_layers: Number of residual layers.
         project_first: Whether the first layer projects.
         **kwargs: Of every `ResidualLayer`.
@@ -193,6 +193,7 @@ def ResnetBlock(filters, strides=1, num_layers=2, project_first=True, **kwargs):
         A `keras.Sequential`.
     """
     layer = configured(ResidualLayer)
+    strides = strides if project_first else 1
     first = layer(filters, strides=strides, project=project_first, **kwargs)
     others = [layer(filters, **kwargs) for _ in range(num_layers - 1)]
     return keras.Sequential([first, *others])
@@ -233,8 +234,9 @@ def Resnet(
         [batch, height, width, channels] -> float32 [batch, num_output_classes].
 
     Raises:
-        ValueError: If `filters` and `strides` differ in length, or if a stride
-            is not allowed, see `ResidualLayer`.
+        ValueError: If `filters` and `strides` differ in length, if a stride is
+            not allowed, see `ResidualLayer`, or if it is above 1 in a block of
+            `id_only`.
 
     Example:
 
@@ -248,6 +250,12 @@ def Resnet(
             f'`strides` must be as many as `filters`, {len(filters)}. '
             f'Received: strides={strides}'
         )
+    for block in id_only:
+        if strides[1 + block] != (1, 1):
+            raise ValueError(
+                '`strides` must be 1 in the blocks of `id_only`. '
+                f'Received: strides={strides}, id_only={id_only}'
+            )
     channels_first = _is_channels_first(channels_first)
     decay = keras.regularizers.L2(weight_decay)
     conv_strides, pool = _downsampling(strides[0], pooling_cls, channels_first)

@@ -369,11 +369,11 @@ def test_id_only_blocks_do_not_project():
         assert actual == [expected[0], False, expected[1], False]
 
 
-def test_project_first_tells_whether_a_block_projects():
+def test_project_first_tells_whether_a_block_projects_and_strides():
     for project in (True, False):
         block = resnet.ResnetBlock(
             filters=7,
-            strides=1,
+            strides=1 if project else (2, 4),
             num_layers=3,
             project_first=project,
             kernel_size=5,
@@ -426,11 +426,9 @@ def test_weight_decay_penalizes_kernels_and_the_last_bias(weight_decay):
         (lambda: small_resnet('1.5, 1, 1'), 'integers', '1.5'),
         (lambda: small_resnet('1, 1, 1.5', pooling_cls=SpatialPooling),
          'integers', '1.5'),
-        (lambda: small_resnet('1, 2, 2', id_only=[0]), 'project=False', '2'),
+        (lambda: small_resnet('1, 2, 2', id_only=[0]), 'id_only', '(2.0, 2.0)'),
         (lambda: resnet.ResidualLayer(4, strides=(1, 2)), 'project=False',
          '(1, 2)'),
-        (lambda: resnet.ResnetBlock(4, 2, project_first=False),
-         'project=False', '2'),
         (lambda: small_resnet('one, 1, 2'), 'such as', "'one, 1, 2'"),
         (lambda: small_resnet('1, 1, 2]'), 'such as', "'1, 1, 2]'"),
         (lambda: small_resnet('1 1 2'), 'such as', "'1 1 2'"),

@@ -32,6 +32,8 @@ def main(argv):
     """Parses gin, runs, and ends with code 1 if something is set wrong."""
     if len(argv) > 1:
         raise app.UsageError(f'Unknown arguments: {argv[1:]}')
+    if not flags.FLAGS['verbosity'].present:
+        logging.set_verbosity(logging.WARNING)
     packaged = pathlib.Path(__file__).parent
     gin.add_config_file_search_path(str(packaged))  # For include statements.
     files = [
@@ -47,5 +49,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    flags.FLAGS.set_default('verbosity', logging.WARNING)
     app.run(main)

@@ -190,7 +190,9 @@ class _Recorder(keras.callbacks.Callback):
             os.replace(copy, self.workdir / 'best.keras')
         _write(self.workdir / 'history.json', _to_json(self.history))
         _write(self.workdir / 'results.json', _to_json(self._results(best)))
-        _plot_strides(self.history, self.workdir / 'strides.png')
+        layers = pooling.diffstride_layers(self.model)
+        initial = [s for layer in layers for s in layer.get_config()['strides']]
+        _plot_strides(initial, self.history, self.workdir / 'strides.png')
         os.replace(temporary, self.workdir / 'last.keras')
 
     def _results(self, best):
@@ -248,7 +250,7 @@ def _resume(model, workdir, steps_per_epoch):
     return history[:epochs]
 
 
-def _plot_strides(history, path):
+def _plot_strides(initial, history, path):
     keys = [key for key in history[-1] if key.startswith('stride/')]
     if not keys:
         return
@@ -258,15 +260,15 @@ def _plot_strides(history, path):
         if len(history) == 1:
             logging.warning('No strides.png: pip install diffstride[plot]')
         return
-    epochs = [row['epoch'] for row in history]
+    epochs = [0] + [row['epoch'] for row in history]
     figure, axes = pyplot.subplots(figsize=(6, 4), layout='constrained')
     styles = {'height': '-', 'width': '--'}
     names = list(dict.fromkeys(key.split('/')[1] for key in keys))
-    for key in keys:
+    for key, start in zip(keys, initial):
         _, name, axis = key.split('/')
         axes.plot(
             epochs,
-            [row[key] for row in history],
+            [start] + [row[key] for row in history],
             styles[axis],
             marker='.',
             color=f'C{names.index(name)}',
