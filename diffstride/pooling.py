@@ -1,14 +1,13 @@
 """Pooling layers that crop the spectrum of a feature map."""
 
 import math
-import numbers
 
 import gin
 import keras
 import numpy as np
 from keras import ops
 
-from diffstride import spectral
+from diffstride import backend, spectral, validation
 
 
 def _register(cls):
@@ -24,14 +23,16 @@ class _SpectralPooling(keras.layers.Layer):
 
     def __init__(self, strides, data_format, method, norm, **kwargs):
         super().__init__(**kwargs)
-        self._initial_strides = standardize_strides(strides, self.rank)
+        self._initial_strides = validation.standardize_strides(
+            strides, self.rank
+        )
         if data_format is None:
             data_format = keras.config.image_data_format()
-        self.data_format = _one_of(
+        self.data_format = validation.one_of(
             'data_format', data_format, ('channels_last', 'channels_first')
         )
-        self.method = _one_of('method', method, spectral.METHODS)
-        self.norm = _one_of('norm', norm, spectral.NORMS)
+        self.method = validation.one_of('method', method, spectral.METHODS)
+        self.norm = validation.one_of('norm', norm, spectral.NORMS)
         self.input_spec = keras.layers.InputSpec(ndim=self.rank + 2)
 
     @property
@@ -48,7 +49,7 @@ class _SpectralPooling(keras.layers.Layer):
         raise NotImplementedError
 
     def call(self, inputs):
-        _check_input(self, inputs, self.spatial_axes)
+        validation.check_input(self, inputs, self.spatial_axes)
         sizes = ops.shape(inputs)
         outputs = inputs
         for index, axis in enumerate(self.spatial_axes):
@@ -59,7 +60,7 @@ class _SpectralPooling(keras.layers.Layer):
         return outputs
 
     def compute_output_spec(self, inputs):
-        _check_input(self, inputs, self.spatial_axes)
+        validation.check_input(self, inputs, self.spatial_axes)
         return super().compute_output_spec(inputs)
 
     def compute_output_shape(self, input_shape):
@@ -169,7 +170,7 @@ class DiffStride(_SpectralPooling):
         self.shared_stride = shared_stride
         self.lower_limit_stride = lower_limit_stride
         self.upper_limit_stride = upper_limit_stride
-        self.ramp = _one_of('ramp', ramp, spectral.RAMPS)
+        self.ramp = validation.one_of('ramp', ramp, spectral.RAMPS)
         self.strides_regularizer = keras.regularizers.get(strides_regularizer)
         self._check_arguments()
         initial = self._initial_strides[: 1 if shared_stride else None]
@@ -192,50 +193,48 @@ class DiffStride(_SpectralPooling):
         return 1.0 if lower is None else lower, upper
 
     def _check_arguments(self):
-        if not _is_finite(self.smoothness_factor, above=0):
-            raise ValueError(
-                '`smoothness_factor` must be a finite number above 0. '
-                f'Received: smoothness_factor={self.smoothness_factor}'
-            )
+        validation.require(
+            validation.is_finite(self.smoothness_factor, above=0),
+            '`smoothness_factor` must be a finite number above 0',
+            smoothness_factor=self.smoothness_factor,
+        )
+        self.smoothness_factor = float(self.smoothness_factor)
         for name in ('lower_limit_stride', 'upper_limit_stride'):
             limit = getattr(self, name)
-            if limit is not None and not _is_finite(limit, least=1):
-                raise ValueError(
-                    f'`{name}` must be None or a finite number that is at '
-                    f'least 1. Received: {name}={limit}'
+            if limit is not None:
+                validation.require(
+                    validation.is_finite(limit, least=1),
+                    f'`{name}` must be None or a finite number, at least 1',
+                    **{name: limit},
                 )
-            elif limit is not None:
                 setattr(self, name, float(limit))
-        self.smoothness_factor = float(self.smoothness_factor)
         lower, upper = self._limits
-        upper = math.inf if upper is None else upper
-        if lower > upper:
-            raise ValueError(
-                '`lower_limit_stride` must not exceed `upper_limit_stride`. '
-                f'Received: lower_limit_stride={lower}, '
-                f'upper_limit_stride={upper}'
-            )
-        rounded = (lower * (1 - 1e-6), upper * (1 + 1e-6))  # As in float32.
-        if not all(
-            rounded[0] <= s <= rounded[1] for s in self._initial_strides
-        ):
-            raise ValueError(
-                '`strides` must lie between `lower_limit_stride` and '
-                f'`upper_limit_stride`. Received: '
-                f'strides={self._initial_strides}, '
-                f'lower_limit_stride={lower}, upper_limit_stride={upper}'
-            )
-        if self.shared_stride and len(set(self._initial_strides)) > 1:
-            raise ValueError(
-                '`strides` must be equal on all axes with '
-                '`shared_stride=True`. Received: '
-                f'strides={self._initial_strides}'
-            )
+        limits = {'lower_limit_stride': lower, 'upper_limit_stride': upper}
+        strides = self._initial_strides
+        validation.require(
+            upper is None or lower <= upper,
+            '`lower_limit_stride` must not exceed `upper_limit_stride`',
+            **limits,
+        )
+        rounding = 1e-6  # Of strides that went through float32.
+        validation.require(
+            min(strides) >= lower * (1 - rounding)
+            and (upper is None or max(strides) <= upper * (1 + rounding)),
+            '`strides` must lie between `lower_limit_stride` and '
+            '`upper_limit_stride`',
+            strides=strides,
+            **limits,
+        )
+        validation.require(
+            not self.shared_stride or len(set(strides)) == 1,
+            '`strides` must be equal on all axes with `shared_stride=True`',
+            strides=strides,
+        )
 
     @property
     def stride_values(self):
         """The present strides as numbers, one per spatial axis."""
-        values = tuple(map(float, _value_of(self.strides)))
+        values = tuple(map(float, backend.value_of(self.strides)))
         return values * self.rank if self.shared_stride else values
 
     def pin(self):
@@ -259,11 +258,11 @@ class DiffStride(_SpectralPooling):
 
     def _stride_of_size(self, index, stride=None):
         """The stride of the size: a number where known, else `stride`."""
-        if self.pinned_strides is None and _sizes_must_be_constant():
+        if self.pinned_strides is None and backend.sizes_must_be_constant():
             self.pin()
         if self.pinned_strides is not None:
             return self.pinned_strides[index]
-        if stride is None or _is_symbolic():
+        if stride is None or backend.is_symbolic():
             return stride
         return self.stride_values[index]
 
@@ -315,7 +314,7 @@ class DiffStride(_SpectralPooling):
         self._pin_at(map(float, store['pinned_strides']) if is_pinned else None)
 
     def get_config(self):
-        return {
+        config = {
             **super().get_config(),
             'smoothness_factor': self.smoothness_factor,
             'cropping': self.cropping,
@@ -326,9 +325,11 @@ class DiffStride(_SpectralPooling):
             'strides_regularizer': keras.regularizers.serialize(
                 self.strides_regularizer
             ),
-            # Not an argument: what Model.compile must know on loading.
-            'pinned_strides': self.pinned_strides,
         }
+        if self.pinned_strides is not None:
+            # Not an argument: what Model.compile must know on loading.
+            config['pinned_strides'] = self.pinned_strides
+        return config
 
     @classmethod
     def from_config(cls, config):
@@ -424,12 +425,12 @@ class SpatialPooling(keras.layers.AveragePooling2D):
     """
 
     def __init__(self, pool_size=(1, 1), strides=(2, 2), **kwargs):
-        strides = standardize_strides(strides, 2)
-        if any(stride != int(stride) for stride in strides):
-            raise ValueError(
-                '`strides` of SpatialPooling must be integers. '
-                f'Received: strides={strides}'
-            )
+        strides = validation.standardize_strides(strides, 2)
+        validation.require(
+            all(stride == int(stride) for stride in strides),
+            '`strides` of SpatialPooling must be integers',
+            strides=strides,
+        )
         super().__init__(
             pool_size,
             strides=tuple(map(int, strides)),
@@ -439,7 +440,7 @@ class SpatialPooling(keras.layers.AveragePooling2D):
 
     def _check_input(self, inputs):
         is_last = self.data_format == 'channels_last'
-        _check_input(self, inputs, (1, 2) if is_last else (2, 3))
+        validation.check_input(self, inputs, (1, 2) if is_last else (2, 3))
 
     def call(self, inputs):
         self._check_input(inputs)
@@ -455,19 +456,6 @@ class SpatialPooling(keras.layers.AveragePooling2D):
         return config
 
 
-def _check_input(layer, inputs, spatial_axes):
-    if not keras.backend.is_float_dtype(inputs.dtype):
-        raise ValueError(
-            f'The input of layer "{layer.name}" must have a floating-point '
-            f'dtype. Received: dtype={inputs.dtype}'
-        )
-    if any(inputs.shape[axis] == 0 for axis in spatial_axes):
-        raise ValueError(
-            f'The spatial sizes of the input of layer "{layer.name}" must be '
-            f'at least 1. Received: shape={tuple(inputs.shape)}'
-        )
-
-
 def diffstride_layers(model):
     """Returns the DiffStride layers of a model or layer, at any depth.
 
@@ -478,28 +466,6 @@ def diffstride_layers(model):
     for inner in model._layers:
         layers += [x for x in diffstride_layers(inner) if x not in layers]
     return layers
-
-
-def standardize_strides(strides, rank):
-    """Returns one float per axis, from a number or one number per axis.
-
-    Raises:
-        ValueError: If a stride is below 1 or not finite, or if their number is
-            not the rank.
-    """
-    values = strides
-    if isinstance(strides, numbers.Real):
-        values = (strides,) * rank
-    try:
-        values = tuple(values)
-    except TypeError:
-        values = ()
-    if len(values) != rank or not all(_is_finite(s, least=1) for s in values):
-        raise ValueError(
-            f'`strides` must be a number or {rank} numbers, each finite and at '
-            f'least 1. Received: strides={strides!r}'
-        )
-    return tuple(map(float, values))
 
 
 @keras.saving.register_keras_serializable(package='diffstride')
@@ -516,50 +482,3 @@ class _StrideLimits(keras.constraints.Constraint):
 
     def get_config(self):
         return {'lower': self.lower, 'upper': self.upper}
-
-
-def _one_of(name, value, allowed):
-    if value not in allowed:
-        raise ValueError(
-            f'`{name}` must be one of {allowed}. Received: {name}={value!r}'
-        )
-    return value
-
-
-def _is_finite(value, least=-math.inf, above=-math.inf):
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return (
-        is_number and math.isfinite(value) and value >= least and value > above
-    )
-
-
-def _sizes_must_be_constant():
-    """Whether XLA compiles what is being traced or will be."""
-    if keras.backend.backend() == 'tensorflow':
-        import tensorflow as tf
-        from tensorflow.python.ops import control_flow_util
-
-        graph = tf.compat.v1.get_default_graph()
-        return control_flow_util.GraphOrParentsInXlaContext(graph)
-    return keras.backend.backend() == 'jax'
-
-
-def _is_symbolic():
-    """Whether values of tensors are not known now."""
-    if keras.backend.backend() == 'tensorflow':
-        import tensorflow as tf
-
-        return not tf.executing_eagerly()
-    return False
-
-
-def _value_of(variable):
-    """The present value of a variable as NumPy, while tracing too."""
-    if keras.backend.backend() == 'tensorflow':
-        import tensorflow as tf
-
-        with tf.init_scope():
-            return variable.value.numpy()
-    if keras.backend.backend() == 'jax':
-        return np.asarray(variable._value)
-    return ops.convert_to_numpy(variable.value)

@@ -12,7 +12,7 @@ import gin
 import keras
 from keras import ops
 
-from diffstride.pooling import standardize_strides
+from diffstride.validation import standardize_strides
 
 
 @gin.configurable(module='resnet')

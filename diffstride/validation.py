@@ -1,0 +1,67 @@
+"""Checks of arguments, which name the argument, the rule and the value."""
+
+import math
+import numbers
+
+import keras
+
+
+def one_of(name, value, allowed):
+    """Returns the value of the argument `name` if it is allowed."""
+    require(
+        value in allowed, f'`{name}` must be one of {allowed}', **{name: value}
+    )
+    return value
+
+
+def require(holds, rule, **received):
+    """Raises a ValueError of the rule and what was received unless it holds."""
+    if not holds:
+        values = ', '.join(f'{name}={v!r}' for name, v in received.items())
+        raise ValueError(f'{rule}. Received: {values}')
+
+
+def is_finite(value, least=-math.inf, above=-math.inf):
+    """Whether it is a finite number, at least `least` and above `above`."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return (
+        is_number and math.isfinite(value) and value >= least and value > above
+    )
+
+
+def standardize_strides(strides, rank):
+    """Returns one float per axis, from a number or one number per axis.
+
+    Raises:
+        ValueError: If a stride is below 1 or not finite, or if their number is
+            not the rank.
+    """
+    values = strides
+    if isinstance(strides, numbers.Real):
+        values = (strides,) * rank
+    try:
+        values = tuple(values)
+    except TypeError:
+        values = ()
+    require(
+        len(values) == rank and all(is_finite(s, least=1) for s in values),
+        f'`strides` must be a number or {rank} numbers, each finite and at '
+        'least 1',
+        strides=strides,
+    )
+    return tuple(map(float, values))
+
+
+def check_input(layer, inputs, spatial_axes):
+    """Checks the dtype and the spatial sizes of what a layer is called with."""
+    require(
+        keras.backend.is_float_dtype(inputs.dtype),
+        f'The input of layer "{layer.name}" must have a floating-point dtype',
+        dtype=inputs.dtype,
+    )
+    require(
+        all(inputs.shape[axis] != 0 for axis in spatial_axes),
+        f'The spatial sizes of the input of layer "{layer.name}" must be at '
+        'least 1',
+        shape=tuple(inputs.shape),
+    )
