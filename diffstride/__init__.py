@@ -1,6 +1,6 @@
 """Pooling layers whose strides are learned by gradient descent, for Keras 3."""
 
-from diffstride import resnet
+from diffstride import callbacks, resnet
 from diffstride.pooling import (
     DiffStride,
     FixedSpectralPooling,
@@ -8,4 +8,10 @@ from diffstride.pooling import (
 )
 
 __version__ = '0.1.0'
-__all__ = ['DiffStride', 'FixedSpectralPooling', 'SpatialPooling', 'resnet']
+__all__ = [
+    'DiffStride',
+    'FixedSpectralPooling',
+    'SpatialPooling',
+    'callbacks',
+    'resnet',
+]
