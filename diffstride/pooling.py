@@ -37,8 +37,7 @@ class _SpectralPooling(keras.layers.Layer):
 
     @property
     def spatial_axes(self):
-        first = 2 if self.data_format == 'channels_first' else 1
-        return range(first, first + self.rank)
+        return _spatial_axes(self.data_format, self.rank)
 
     def _size_and_response(self, index, size):
         """Output size and response, for a size that may be a tensor."""
@@ -439,8 +438,8 @@ class SpatialPooling(keras.layers.AveragePooling2D):
         )
 
     def _check_input(self, inputs):
-        is_last = self.data_format == 'channels_last'
-        validation.check_input(self, inputs, (1, 2) if is_last else (2, 3))
+        axes = _spatial_axes(self.data_format, rank=2)
+        validation.check_input(self, inputs, axes)
 
     def call(self, inputs):
         self._check_input(inputs)
@@ -454,6 +453,11 @@ class SpatialPooling(keras.layers.AveragePooling2D):
         config = super().get_config()
         del config['padding']
         return config
+
+
+def _spatial_axes(data_format, rank):
+    first = 2 if data_format == 'channels_first' else 1
+    return range(first, first + rank)
 
 
 def diffstride_layers(model):

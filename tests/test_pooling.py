@@ -99,35 +99,44 @@ def shares_of_the_grid(default, slow=1):
 every_kind = pytest.mark.parametrize('ramp, smoothness', KINDS)
 
 
+def variant_of_diffstride(ramp, smoothness, method, data_format, norm):
+    return DiffStride(
+        2.0,
+        smoothness,
+        ramp=ramp,
+        method=method,
+        data_format=data_format,
+        norm=norm,
+    )
+
+
+def error_at(layer, pool, sizes, strides, seed):
+    """The error of `pool`, which calls the layer, at these strides."""
+    layer.strides.assign(strides)
+    x = image(sizes, layer.data_format, batch=1, seed=seed)
+    y = reference.diffstride(
+        x,
+        strides,
+        layer.smoothness_factor,
+        layer.ramp,
+        layer.norm,
+        data_format=layer.data_format,
+    )
+    return error_of(pool(x), y)
+
+
 @shares_of_the_grid(30, slow=4)
 @every_kind
 def test_eager_values_and_sizes_agree_with_reference(ramp, smoothness, share):
     layers = [
-        DiffStride(
-            2.0,
-            smoothness,
-            ramp=ramp,
-            method=method,
-            data_format=data_format,
-            norm=norm,
-        )
-        for method, data_format, norm in VARIANTS
+        variant_of_diffstride(ramp, smoothness, *variant)
+        for variant in VARIANTS
     ]
     wrong = []
     seed = KINDS.index((ramp, smoothness))
     for i, (sizes, strides) in enumerate(pairs_of_axes(share, seed)):
         layer = layers[i % len(layers)]
-        layer.strides.assign(strides)
-        x = image(sizes, layer.data_format, batch=1, seed=i)
-        y = reference.diffstride(
-            x,
-            strides,
-            smoothness,
-            ramp,
-            layer.norm,
-            data_format=layer.data_format,
-        )
-        error = error_of(layer(x), y)
+        error = error_at(layer, layer, sizes, strides, seed=i)
         if not error <= 2e-5:
             wrong.append((sizes, strides, VARIANTS[i % len(layers)], error))
     assert not wrong
@@ -140,29 +149,12 @@ def test_graph_values_and_sizes_agree_with_reference(ramp, smoothness, share):
     wrong = []
     variants = VARIANTS[seed % 4 :: 4][: 3 if share == 1 else 1]
     layers = []
-    for method, data_format, norm in variants:
-        layer = DiffStride(
-            2.0,
-            smoothness,
-            ramp=ramp,
-            method=method,
-            data_format=data_format,
-            norm=norm,
-        )
-        layers.append((layer, graph(layer, data_format)))
+    for variant in variants:
+        layer = variant_of_diffstride(ramp, smoothness, *variant)
+        layers.append((layer, graph(layer, layer.data_format)))
     for i, (sizes, strides) in enumerate(pairs_of_axes(share, seed + 100)):
         layer, pool = layers[i % len(layers)]
-        layer.strides.assign(strides)
-        x = image(sizes, layer.data_format, batch=1, seed=i)
-        y = reference.diffstride(
-            x,
-            strides,
-            smoothness,
-            ramp,
-            layer.norm,
-            data_format=layer.data_format,
-        )
-        error = error_of(pool(x), y)
+        error = error_at(layer, pool, sizes, strides, seed=i)
         if not error <= 2e-5:
             wrong.append((sizes, strides, variants[i % len(layers)], error))
     assert not wrong
