@@ -1,6 +1,7 @@
 """Pooling layers whose strides are learned by gradient descent, for Keras 3."""
 
 from diffstride import callbacks, resnet
+from diffstride.complexity import complexity
 from diffstride.pooling import (
     DiffStride,
     FixedSpectralPooling,
@@ -13,5 +14,6 @@ __all__ = [
     'FixedSpectralPooling',
     'SpatialPooling',
     'callbacks',
+    'complexity',
     'resnet',
 ]

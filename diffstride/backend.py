@@ -35,3 +35,52 @@ def value_of(variable):
     if keras.backend.backend() == 'jax':
         return np.asarray(variable._value)
     return ops.convert_to_numpy(variable.value)
+
+
+def filter_spectrum(inputs, weights, output_size):
+    """irfft(weights * rfft(x)[: len(weights)], n=M): [..., N] -> [..., M]."""
+    name = keras.backend.backend()
+    if name == 'tensorflow':
+        import tensorflow as tf
+
+        spectrum = tf.signal.rfft(inputs)[..., : tf.shape(weights)[0]]
+        spectrum *= tf.cast(weights, spectrum.dtype)
+        return tf.signal.irfft(spectrum, [output_size])
+    spectrum = ops.rfft(inputs)
+    spectrum = [part[..., : len(weights)] * weights for part in spectrum]
+    return ops.irfft(spectrum, output_size)
+
+
+def custom_gradient(function, gradients):
+    """Returns a function of a gradient that is not derived from its code.
+
+    Args:
+        function: Of (x, *others), returns y and what `gradients` needs of it.
+        gradients: Of (what it needs, others, gradient of y), returns the tuple
+            of the gradients of x and all others.
+    """
+    if keras.backend.backend() == 'jax':
+        import jax
+
+        def forward(x, *others):
+            # Not function's y: this one has a gradient in turn.
+            return apply(x, *others), (function(x, *others)[1], others)
+
+        def backward(residuals, upstream):
+            return gradients(*residuals, upstream)
+
+        apply = jax.custom_vjp(lambda *args: function(*args)[0])
+        apply.defvjp(forward, backward)
+        return apply
+
+    @ops.custom_gradient
+    def apply(x, *others):
+        y, kept = function(x, *others)
+
+        def backward(*args, upstream=None):
+            upstream = args[-1] if upstream is None else upstream
+            return gradients(kept, others, upstream)
+
+        return y, backward
+
+    return apply

@@ -308,7 +308,7 @@ _RULES = {
         *('SeparableConv1D', 'SeparableConv2D'),
     ),
     layers.EinsumDense: _einsum_dense,
-    pooling._SpectralPooling: _spectral_pooling,
+    pooling.SpectralPooling: _spectral_pooling,
     # Reversed, an embedding is a product.
     layers.Embedding: lambda layer, x, y: 0 if len(y) > len(x) else None,
     **_rules(

@@ -16,8 +16,12 @@ def _register(cls):
     return gin.register(cls, module='pooling')
 
 
-class _SpectralPooling(keras.layers.Layer):
-    """Resamples every spatial axis; the base of all ranks."""
+class SpectralPooling(keras.layers.Layer):
+    """The base of the spectral pooling layers of all ranks.
+
+    Resamples every spatial axis of a tensor, or of a list of tensors of equal
+    spatial sizes and dtype, for which all tables are made once.
+    """
 
     rank = 2
 
@@ -33,40 +37,56 @@ class _SpectralPooling(keras.layers.Layer):
         )
         self.method = validation.one_of('method', method, spectral.METHODS)
         self.norm = validation.one_of('norm', norm, spectral.NORMS)
-        self.input_spec = keras.layers.InputSpec(ndim=self.rank + 2)
 
     @property
     def spatial_axes(self):
         return _spatial_axes(self.data_format, self.rank)
 
-    def _size_and_response(self, index, size):
-        """Output size and response, for a size that may be a tensor."""
+    def _resampling(self, index, size):
+        """Output size and other arguments of `spectral.resample`."""
         raise NotImplementedError
 
-    def _known_size(self, index, size):
-        """Output size for a known size, or None where it varies."""
+    def _present_size(self, index, size):
+        """Output size for a known size, as it is now."""
         raise NotImplementedError
+
+    def _varies(self):
+        """Whether the output size for a known size is not known."""
+        return False
 
     def call(self, inputs):
-        validation.check_input(self, inputs, self.spatial_axes)
-        sizes = ops.shape(inputs)
-        outputs = inputs
+        validation.check_inputs(self, inputs, self.spatial_axes)
+        is_list = isinstance(inputs, (list, tuple))
+        outputs = list(inputs) if is_list else [inputs]
         for index, axis in enumerate(self.spatial_axes):
-            output_size, response = self._size_and_response(index, sizes[axis])
+            size = ops.shape(outputs[0])[axis]
+            output_size, arguments = self._resampling(index, size)
+            method = self.method
+            if method == 'auto' and isinstance(size, int):
+                present_size = self._present_size(index, size)
+                method = spectral.fastest_method(
+                    outputs[0].shape, axis, present_size
+                )
             outputs = spectral.resample(
-                outputs, axis, output_size, response, self.norm, self.method
+                outputs, axis, output_size, self.norm, method, **arguments
             )
-        return outputs
+        return outputs if is_list else outputs[0]
 
     def compute_output_spec(self, inputs):
-        validation.check_input(self, inputs, self.spatial_axes)
+        validation.check_inputs(self, inputs, self.spatial_axes)
         return super().compute_output_spec(inputs)
 
     def compute_output_shape(self, input_shape):
+        if isinstance(input_shape[0], (tuple, list)):
+            return [self.compute_output_shape(shape) for shape in input_shape]
         shape = list(input_shape)
         for index, axis in enumerate(self.spatial_axes):
             if shape[axis] is not None:
-                shape[axis] = self._known_size(index, shape[axis])
+                shape[axis] = (
+                    None
+                    if self._varies()
+                    else self._present_size(index, shape[axis])
+                )
         return tuple(shape)
 
     def get_config(self):
@@ -80,7 +100,7 @@ class _SpectralPooling(keras.layers.Layer):
 
 
 @_register
-class DiffStride(_SpectralPooling):
+class DiffStride(SpectralPooling):
     """Pooling whose strides are learned by gradient descent.
 
     Keeps the frequencies |f| <= N / (2 S) of each spatial axis of length N, S
@@ -118,7 +138,8 @@ class DiffStride(_SpectralPooling):
 
     Input shape:
         [batch, height, width, channels], or [batch, channels, height, width]
-        with `data_format='channels_first'`; floating-point.
+        with `data_format='channels_first'`; floating-point. Or a list of such
+        tensors, of equal sizes but for the channels, pooled alike at less cost.
 
     Output shape:
         The same with each spatial size N replaced by M = min(N, 2 ceil(b + R))
@@ -282,25 +303,33 @@ class DiffStride(_SpectralPooling):
             size, self._clip(stride, size), self.smoothness_factor, self.ramp
         )
 
-    def _size_and_response(self, index, size):
+    def _resampling(self, index, size):
         stride = self.strides[0 if self.shared_stride else index]
         output_size = self._output_size(
             size, self._stride_of_size(index, ops.stop_gradient(stride))
         )
-        response = spectral.diffstride_response(
+        about = (
             size,
             output_size,
             self._clip(stride, size),
             self.smoothness_factor,
             self.ramp,
         )
-        return output_size, response
+        frequencies = spectral.ramp_frequencies(*about)
+        return output_size, {
+            'response': spectral.diffstride_response(*about),
+            'varying': (
+                frequencies,
+                spectral.diffstride_response(*about, frequencies),
+            ),
+        }
 
-    def _known_size(self, index, size):
-        if not self.cropping:
-            return size
-        stride = self._stride_of_size(index)
-        return None if stride is None else self._output_size(size, stride)
+    def _present_size(self, index, size):
+        strides = self.pinned_strides or self.stride_values
+        return self._output_size(size, strides[index])
+
+    def _varies(self):
+        return self.cropping and self._stride_of_size(0) is None
 
     def save_own_variables(self, store):
         super().save_own_variables(store)
@@ -340,7 +369,7 @@ class DiffStride(_SpectralPooling):
 
 
 @_register
-class FixedSpectralPooling(_SpectralPooling):
+class FixedSpectralPooling(SpectralPooling):
     """Pooling with fixed strides, fractional ones too, in the Fourier domain.
 
     Args:
@@ -352,7 +381,8 @@ class FixedSpectralPooling(_SpectralPooling):
 
     Input shape:
         [batch, height, width, channels], or [batch, channels, height, width]
-        with `data_format='channels_first'`; floating-point.
+        with `data_format='channels_first'`; floating-point. Or a list of such
+        tensors, of equal sizes but for the channels, pooled alike at less cost.
 
     Output shape:
         The same with each spatial size N replaced by N / S rounded down to an
@@ -387,10 +417,10 @@ class FixedSpectralPooling(_SpectralPooling):
     def strides(self):
         return self._initial_strides
 
-    def _size_and_response(self, index, size):
-        return spectral.fixed_size(size, self.strides[index]), None
+    def _resampling(self, index, size):
+        return spectral.fixed_size(size, self.strides[index]), {}
 
-    def _known_size(self, index, size):
+    def _present_size(self, index, size):
         return spectral.fixed_size(size, self.strides[index])
 
 
@@ -439,7 +469,7 @@ class SpatialPooling(keras.layers.AveragePooling2D):
 
     def _check_input(self, inputs):
         axes = _spatial_axes(self.data_format, rank=2)
-        validation.check_input(self, inputs, axes)
+        validation.check_inputs(self, inputs, axes)
 
     def call(self, inputs):
         self._check_input(inputs)

@@ -12,6 +12,7 @@ import gin
 import keras
 from keras import ops
 
+from diffstride.pooling import SpectralPooling
 from diffstride.validation import standardize_strides
 
 
@@ -142,12 +143,18 @@ class ResidualLayer(keras.layers.Layer):
         self.built = True
 
     def call(self, inputs):
-        pool = self.pool or (lambda x: x)
         x = ops.relu(self.norms[0](inputs))
-        shortcut = self.shortcut(pool(x)) if self.project else inputs
-        x = pool(self.convs[0](x))
+        shortcut, x = self._pooled(x, self.convs[0](x))
+        shortcut = self.shortcut(shortcut) if self.project else inputs
         x = self.convs[1](ops.relu(self.norms[1](x)))
         return x + shortcut
+
+    def _pooled(self, *maps):
+        if self.pool is None:
+            return maps
+        if isinstance(self.pool, SpectralPooling):
+            return self.pool(list(maps))  # One set of tables for both.
+        return [self.pool(x) for x in maps]
 
     def compute_output_shape(self, input_shape):
         shape = self.convs[0].compute_output_shape(input_shape)

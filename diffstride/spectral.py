@@ -25,13 +25,11 @@ import keras
 import numpy as np
 from keras import ops
 
+from diffstride import backend
+
 METHODS = ('auto', 'fft', 'matmul')
 NORMS = ('forward', 'backward', 'ortho')
 RAMPS = ('outside', 'inside')
-
-# method="auto" multiplies by a matrix along axes up to this length: beyond, the
-# FFT is faster (benchmarks/methods.py).
-LONGEST_MATMUL = 512
 
 # Above what float32 rounds off and below any difference in size that matters:
 # the floor or ceiling of a number this near an integer is that integer.
@@ -39,38 +37,147 @@ _TOLERANCE = 2.0**-19
 
 
 def resample(
-    inputs, axis, output_size, response=None, norm='forward', method='auto'
+    inputs,
+    axis,
+    output_size,
+    norm='forward',
+    method='auto',
+    response=None,
+    varying=None,
 ):
-    """Resamples `inputs` along `axis` through its spectrum.
+    """Resamples tensors along `axis` through their spectra, by one operator.
 
     Args:
-        inputs: Float tensor [..., N, ...].
+        inputs: A list of float tensors [..., N, ...] of one N and one dtype.
         axis: The axis of length N, counted from 0.
         output_size: M, its length in the output: below, equal to or above N.
-        response: Float tensor [min(M, N) // 2 + 1], the weight of each
-            frequency; None for ones.
         norm: 'forward' keeps the mean, 'backward' multiplies it by N / M, as
             numpy.fft does by default, 'ortho' by sqrt(N / M).
-        method: 'fft', 'matmul', or 'auto' for the faster of the two.
+        method: 'fft', 'matmul', or 'auto' for that of `fastest_method`.
+        response: Float tensor [min(M, N) // 2 + 1], the weight of each
+            frequency; None for ones.
+        varying: Frequencies and their response, int32 and float [count]: those
+            to which a gradient goes, the others being constant; None for all.
+            The fewer, the faster.
 
     Returns:
-        Tensor [..., M, ...] of the dtype of `inputs`.
+        A list of tensors [..., M, ...] of the dtype of the inputs.
     """
-    size = ops.shape(inputs)[axis]
+    size = ops.shape(inputs[0])[axis]
     if response is None and _known(size, output_size) and size == output_size:
         return inputs
     if method == 'auto':
-        long = _known(size) and size > LONGEST_MATMUL
-        method = 'fft' if long else 'matmul'
-    by_method = _resample_by_fft if method == 'fft' else _resample_by_matmul
-    return by_method(inputs, axis, output_size, response, norm)
+        method = fastest_method(inputs[0].shape, axis, output_size)
+    dtype = _table_dtype(inputs[0])
+    constant = None if response is None else ops.stop_gradient(response)
+    if method == 'fft':
+        operators = _filters(size, output_size, constant, norm, dtype)
+    else:
+        matrix = resampling_matrix(size, output_size, constant, norm, dtype)
+        operators = _products(matrix)
+    if response is None:
+        return [_apply(x, axis, operators) for x in inputs]
+    if varying is None:
+        frequencies = ops.arange(ops.shape(response)[0], dtype='int32')
+        varying = frequencies, response
+    frequencies, response = varying
+    scales = _scales(frequencies, size, output_size, norm)
+    weights = ops.cast(response, dtype) * ops.cast(scales, dtype)
+    bases = [
+        ops.cast(_basis(frequencies, length), dtype)
+        for length in (size, output_size)
+    ]
+    # Of a short axis, some rows of the spectrum are no less than the input.
+    count = ops.shape(frequencies)[0]
+    keeps_input = _known(size, count) and size < 4 * count
+    return [
+        _apply(x, axis, operators, bases, keeps_input, weights) for x in inputs
+    ]
 
 
-def _resample_by_matmul(inputs, axis, output_size, response, norm):
-    shape = ops.shape(inputs)
-    dtype = _table_dtype(inputs)
-    matrix = resampling_matrix(shape[axis], output_size, response, norm, dtype)
+def fastest_method(shape, axis, output_size):
+    """The method of least time by a model of it, 'matmul' where sizes vary.
+
+    A matrix takes time in proportion to M for each input, and more where it
+    multiplies few columns; the FFT in proportion to the logarithm of N, which
+    hardly varies. The two constants are fitted to measurements on a CPU
+    (benchmarks/pooling.py), of 3 to 64 channels and 224 to 1024 pixels.
+    """
+    columns = shape[axis + 1 :]
+    if not _known(shape[axis], output_size, *columns):
+        return 'matmul'
+    waste = 1 + 12 / math.prod(columns) if columns else 1
+    return 'matmul' if output_size * waste < 480 else 'fft'
+
+
+def _apply(inputs, axis, operators, bases=(), keeps_input=False, *weights):
+    """An operator along `axis`, with the gradient that its structure gives.
+
+    The gradient of the inputs is the adjoint operator's. That of the weight of
+    a frequency is the inner product of the spectra of the input and of the
+    output's gradient there.
+
+    Args:
+        inputs: Tensor [..., N, ...].
+        axis: Of length N.
+        operators: The operator and its adjoint, functions of (tensor, axis).
+        bases: Of an input's and an output's spectrum at the frequencies whose
+            weights receive a gradient, [2 count, N] and [2 count, M].
+        keeps_input: Whether the input is kept for it, or its spectrum there.
+        *weights: None, or one tensor [count].
+    """
+
+    def function(inputs, *weights):
+        kept = inputs
+        if weights and not keeps_input:
+            kept = _multiply(inputs, axis, bases[0])
+        return operators[0](inputs, axis), kept if weights else None
+
+    def gradients(kept, weights, upstream):
+        # Not operators[1] alone: this has a gradient in turn.
+        of_inputs = _apply(
+            upstream, axis, operators[::-1], bases[::-1], keeps_input, *weights
+        )
+        if not weights:
+            return (of_inputs,)
+        if keeps_input:
+            spectra = ops.matmul(bases[0], _outer(kept, upstream, axis))
+            products = ops.sum(spectra * bases[1], axis=1)
+        else:
+            # The diagonal of a product of matrices: faster than sum(a * b).
+            spectrum = _multiply(upstream, axis, bases[1])
+            products = ops.diagonal(_outer(kept, spectrum, axis))
+        cosine, sine = ops.split(products, 2)
+        return of_inputs, cosine + sine
+
+    return backend.custom_gradient(function, gradients)(inputs, *weights)
+
+
+def _outer(a, b, axis):
+    """[..., n, ...] and [..., m, ...] -> [n, m], sums over all other axes."""
+    dtype, after = _table_dtype(a), ops.shape(a)[axis + 1 :]
+    rows = (math.prod(after),) if after else ()
+    a, b = (
+        ops.reshape(ops.cast(x, dtype), (-1, ops.shape(x)[axis], *rows))
+        for x in (a, b)
+    )
+    if not after:
+        return ops.matmul(ops.transpose(a), b)
+    return ops.sum(ops.matmul(a, ops.transpose(b, (0, 2, 1))), axis=0)
+
+
+def _products(matrix):
+    """The product with a matrix, and with its transpose."""
+    return (
+        functools.partial(_multiply, matrix=matrix),
+        functools.partial(_multiply, matrix=_transpose(matrix)),
+    )
+
+
+def _multiply(inputs, axis, matrix):
+    """[..., N, ...] -> [..., M, ...] by a matrix [M, N]."""
     matrix = ops.cast(matrix, inputs.dtype)
+    shape = ops.shape(inputs)
     before, after = shape[:axis], shape[axis + 1 :]
     if after:
         columns = ops.reshape(inputs, (-1, shape[axis], math.prod(after)))
@@ -78,24 +185,30 @@ def _resample_by_matmul(inputs, axis, output_size, response, norm):
     else:
         rows = ops.reshape(inputs, (-1, shape[axis]))
         outputs = ops.matmul(rows, ops.transpose(matrix))
-    return ops.reshape(outputs, (*before, output_size, *after))
+    return ops.reshape(outputs, (*before, ops.shape(matrix)[0], *after))
 
 
-def _resample_by_fft(inputs, axis, output_size, response, norm):
-    size = ops.shape(inputs)[axis]
-    dtype = _table_dtype(inputs)
+def _filters(size, output_size, response, norm, dtype):
+    """The filter by FFT from N to M samples, and its adjoint."""
     frequencies, xp = _frequencies(size, output_size)
-    # When upsampling, the input's Nyquist coefficient is that of both signs.
-    pair = (2 * frequencies == size) & (output_size > size)
-    gain = _gain(size, output_size, norm)
-    weights = ops.cast(_real(xp.where(pair, 0.5, 1.0)) * gain, dtype)
-    if response is not None:
-        weights = weights * ops.cast(response, dtype)
-    x = ops.cast(ops.moveaxis(inputs, axis, -1), dtype)
-    spectrum = ops.rfft(x)
-    count = _minimum(size, output_size) // 2 + 1
-    real, imag = (part[..., :count] * weights for part in spectrum)
-    y = ops.moveaxis(ops.irfft((real, imag), output_size), -1, axis)
+    scales = _scales(frequencies, size, output_size, norm)
+
+    def filter_to(length):
+        single = (frequencies == 0) | (2 * frequencies == length)
+        # The inverse FFT counts pairs twice and divides by the length.
+        weights = scales * _real(xp.where(single, 1.0, 0.5)) * _real(length)
+        weights = ops.cast(weights, dtype)
+        if response is not None:
+            weights = weights * ops.cast(response, dtype)
+        return functools.partial(_filter, output_size=length, weights=weights)
+
+    return filter_to(output_size), filter_to(size)
+
+
+def _filter(inputs, axis, output_size, weights):
+    """[..., N, ...] -> [..., M, ...], by weights of the first frequencies."""
+    x = ops.cast(ops.moveaxis(inputs, axis, -1), weights.dtype)
+    y = ops.moveaxis(backend.filter_spectrum(x, weights, output_size), -1, axis)
     # What is known of the shape is known again after this.
     shape = ops.shape(inputs)
     y = ops.reshape(y, (*shape[:axis], output_size, *shape[axis + 1 :]))
@@ -108,45 +221,32 @@ def resampling_matrix(
     """Returns A, [output_size, size]: an array of NumPy where all is known."""
     if response is None and _known(size, output_size):
         return _constant_matrix(size, output_size, norm)
-    synthesis, weights, analysis = (
-        ops.cast(table, dtype) for table in _tables(size, output_size, norm)
-    )
+    frequencies, _ = _frequencies(size, output_size)
+    weights = ops.cast(_scales(frequencies, size, output_size, norm), dtype)
     if response is not None:
-        weights = weights * ops.cast(ops.concatenate([response] * 2), dtype)
-    return ops.matmul(synthesis * weights, ops.transpose(analysis))
+        weights = weights * ops.cast(response, dtype)
+    synthesis, analysis = (
+        ops.cast(_basis(frequencies, length), dtype)
+        for length in (output_size, size)
+    )
+    weights = ops.concatenate([weights, weights])
+    return ops.matmul(ops.transpose(synthesis) * weights, analysis)
 
 
 @functools.lru_cache(maxsize=256)
 def _constant_matrix(size, output_size, norm):
-    synthesis, weights, analysis = _tables(size, output_size, norm)
-    return (synthesis * weights) @ analysis.T
-
-
-def _tables(size, output_size, norm):
-    """Returns B_M [M, 2F], c gain / M [2F] and B_N [N, 2F], for F frequencies.
-
-    A = B_M diag(c r gain / M) B_N^T, as cos(a - b) = cos a cos b + sin a sin b.
-    """
-    frequencies, xp = _frequencies(size, output_size)
-    single = (frequencies == 0) | (
-        2 * frequencies == _minimum(size, output_size)
-    )
-    scale = _gain(size, output_size, norm) / _real(output_size)
-    weights = _real(xp.where(single, 1.0, 2.0)) * scale
-    return (
-        _basis(frequencies, output_size),
-        xp.concatenate([weights, weights]),
-        _basis(frequencies, size),
-    )
+    frequencies, _ = _frequencies(size, output_size)
+    weights = np.tile(_scales(frequencies, size, output_size, norm), 2)
+    synthesis = _basis(frequencies, output_size).T
+    return (synthesis * weights) @ _basis(frequencies, size)
 
 
 def _basis(frequencies, size):
-    """cos and sin of 2 pi f p / size, [size, 2F], of exactly reduced phases."""
+    """cos and sin of 2 pi f p / size, [2F, size], of exactly reduced phases."""
     xp = np if isinstance(frequencies, np.ndarray) else ops
-    positions = xp.arange(size, dtype='int32')[:, None]
-    phases = (positions * frequencies) % size
+    phases = (frequencies[:, None] * xp.arange(size, dtype='int32')) % size
     angles = _real(phases) * (2 * math.pi / _real(size))
-    return xp.concatenate([xp.cos(angles), xp.sin(angles)], axis=1)
+    return xp.concatenate([xp.cos(angles), xp.sin(angles)])
 
 
 def _frequencies(size, output_size):
@@ -156,6 +256,16 @@ def _frequencies(size, output_size):
     return xp.arange(count, dtype='int32'), xp
 
 
+def _scales(frequencies, size, output_size, norm):
+    """c_f gain / M, where f is one or a pair of complex exponentials."""
+    xp = np if isinstance(frequencies, np.ndarray) else ops
+    single = (frequencies == 0) | (
+        2 * frequencies == _minimum(size, output_size)
+    )
+    scale = _gain(size, output_size, norm) / _real(output_size)
+    return _real(xp.where(single, 1.0, 2.0)) * scale
+
+
 def _gain(size, output_size, norm):
     if norm == 'backward':
         return 1.0
@@ -163,13 +273,19 @@ def _gain(size, output_size, norm):
     return gain**0.5 if norm == 'ortho' else gain
 
 
+def _transpose(matrix):
+    return matrix.T if isinstance(matrix, np.ndarray) else ops.transpose(matrix)
+
+
 def band_edge(size, stride):
     """b = N / (2 S), the highest frequency kept, in cycles per signal."""
     return _real(size) / (2.0 * stride)
 
 
-def diffstride_response(size, output_size, stride, smoothness, ramp='outside'):
-    """The response m(f) of DiffStride (Riad et al., Eq. 3), [M // 2 + 1].
+def diffstride_response(
+    size, output_size, stride, smoothness, ramp='outside', frequencies=None
+):
+    """The response m(f) of DiffStride (Riad et al., Eq. 3), [count].
 
     Its gradient reaches the stride; at a kink it is the mean of the slopes on
     both sides, as a central difference has it.
@@ -181,29 +297,49 @@ def diffstride_response(size, output_size, stride, smoothness, ramp='outside'):
         smoothness: R > 0, the width of the ramp, in frequencies.
         ramp: 'outside' of the band, falling from 1 at b to 0 at b + R, or
             'inside', from 1 at b - min(R, b) to 0 at b.
+        frequencies: int32 [count]; None for 0 .. M // 2.
     """
+    if frequencies is None:
+        frequencies = ops.arange(output_size // 2 + 1, dtype='int32')
     band = band_edge(size, stride)
-    frequencies = ops.arange(output_size // 2 + 1, dtype='int32')
-    distance = band - ops.cast(frequencies, 'float32')
-    tolerance = _TOLERANCE * (band + smoothness)
+    edge = ops.stop_gradient(band)
+    distance = edge - ops.cast(frequencies, 'float32')
+    tolerance = _TOLERANCE * (edge + smoothness)
     if ramp == 'outside':
-        level, width = (smoothness + distance) / smoothness, smoothness
+        width, level = smoothness, distance / smoothness + 1
+        slope = 1 / smoothness
     else:
-        width = _with_gradient_of(
-            _step(smoothness - band, tolerance) * band,
-            ops.minimum(smoothness, band),
-        )
+        width = ops.minimum(smoothness, edge)
         level = distance / width
+        # Where the ramp is as wide as the band, it widens with the band.
+        slope = (1 - level * _step(smoothness - edge, tolerance)) / width
     tolerance = tolerance / width
-    slope = _step(level, tolerance) - _step(level - 1, tolerance)
-    response = _with_gradient_of(slope * level, ops.clip(level, 0, 1))
+    slope *= _step(level, tolerance) - _step(level - 1, tolerance)
+    response = ops.clip(level, 0, 1) + slope * (band - edge)
     return ops.where(frequencies > 0, response, 1.0)
 
 
 def _step(x, tolerance):
-    """0 below zero, 1 above, 1/2 at zero; a constant in the gradient."""
-    sign = ops.sign(ops.where(ops.abs(x) <= tolerance, 0.0, x))
-    return ops.stop_gradient((sign + 1) / 2)
+    """0 below zero, 1 above, 1/2 at zero."""
+    above, not_below = x > tolerance, x > -tolerance
+    return (ops.cast(above, x.dtype) + ops.cast(not_below, x.dtype)) / 2
+
+
+def ramp_frequencies(size, output_size, stride, smoothness, ramp='outside'):
+    """The frequencies, of 0 .. M // 2, where the response varies with S.
+
+    They are those on the ramp, its two corners included, or few more: int32
+    [count], count being an integer where M or N is.
+    """
+    edge = band_edge(size, ops.stop_gradient(stride))
+    if ramp == 'inside':
+        edge = edge - ops.minimum(smoothness, edge)
+    first = ops.ceil(edge - _TOLERANCE * (edge + smoothness))
+    count = math.floor(smoothness + 0.01) + 1
+    highest = output_size // 2
+    count = _minimum(count, (size if _known(size) else output_size) // 2 + 1)
+    first = ops.minimum(ops.cast(first, 'int32'), highest + 1 - count)
+    return first + ops.arange(count, dtype='int32')
 
 
 def diffstride_size(size, stride, smoothness, ramp='outside'):

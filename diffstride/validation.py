@@ -52,16 +52,35 @@ def standardize_strides(strides, rank):
     return tuple(map(float, values))
 
 
-def check_input(layer, inputs, spatial_axes):
-    """Checks the dtype and the spatial sizes of what a layer is called with."""
+def check_inputs(layer, inputs, spatial_axes):
+    """Checks the tensor or the list of tensors that a layer is called with."""
+    tensors = inputs if isinstance(inputs, (list, tuple)) else [inputs]
+    for tensor in tensors:
+        require(
+            keras.backend.is_float_dtype(tensor.dtype),
+            f'The input of layer "{layer.name}" must have a floating-point '
+            'dtype',
+            dtype=tensor.dtype,
+        )
+        require(
+            len(tensor.shape) == len(spatial_axes) + 2,
+            f'The input of layer "{layer.name}" must have '
+            f'ndim={len(spatial_axes) + 2}',
+            shape=tuple(tensor.shape),
+        )
+        require(
+            all(tensor.shape[axis] != 0 for axis in spatial_axes),
+            f'The spatial sizes of the input of layer "{layer.name}" must be '
+            'at least 1',
+            shape=tuple(tensor.shape),
+        )
+    kinds = {
+        (tensor.dtype, *(tensor.shape[axis] for axis in spatial_axes))
+        for tensor in tensors
+    }
     require(
-        keras.backend.is_float_dtype(inputs.dtype),
-        f'The input of layer "{layer.name}" must have a floating-point dtype',
-        dtype=inputs.dtype,
-    )
-    require(
-        all(inputs.shape[axis] != 0 for axis in spatial_axes),
-        f'The spatial sizes of the input of layer "{layer.name}" must be at '
-        'least 1',
-        shape=tuple(inputs.shape),
+        len(kinds) == 1,
+        f'The inputs of layer "{layer.name}" must be at least one tensor, of '
+        'equal spatial sizes and dtype',
+        inputs=[(tuple(x.shape), x.dtype) for x in tensors],
     )

@@ -1,0 +1,175 @@
+"""Time and memory of whole steps of resnet18, by what downsamples.
+
+    python3 benchmarks/training.py [--rounds 7] [--cases 32,64,32 8,32,64]
+
+A case is batch, width (filters of the first convolution; 64 is resnet18's) and
+size of the image. For each, in turns in one process: strided convolutions,
+FixedSpectralPooling, DiffStride (stride 2, R = 4, ramp 'outside'), the same by
+the textbook's FFTs, and free pooling: a slice of the sizes of DiffStride. What
+DiffStride takes beyond free pooling is the cost of pooling; what free pooling
+takes beyond strided convolutions is that of its larger maps, as the MACs tell.
+Two rows at the end of each case: mixed_bfloat16 and XLA (sizes pinned).
+
+Writes benchmarks/results/training.json and .md. The full run takes about a
+quarter of an hour on two CPU cores.
+"""
+
+import argparse
+import functools
+import time
+
+import keras
+import numpy as np
+from harness import (
+    BACKEND,
+    FreePooling,
+    TextbookPooling,
+    interleaved_seconds,
+    machine,
+    peak_bytes,
+    ratio,
+    wait,
+    write,
+)
+
+from diffstride import DiffStride, FixedSpectralPooling, complexity, resnet
+from diffstride.pooling import diffstride_layers
+
+POOLINGS = {
+    'strided convolution': (None, {}),
+    'FixedSpectralPooling': (FixedSpectralPooling, {}),
+    'free pooling': (FreePooling, {}),
+    'DiffStride': (DiffStride, {}),
+    'textbook': (TextbookPooling, {}),
+    'DiffStride, mixed_bfloat16': (DiffStride, {'policy': 'mixed_bfloat16'}),
+    'DiffStride, XLA': (DiffStride, {'jit_compile': True}),
+}
+if BACKEND == 'jax':
+    del POOLINGS['DiffStride, XLA']  # All of them are compiled by XLA.
+
+# Batch, width, size: each grows alone from the first.
+CASES = ((32, 32, 32), (128, 32, 32), (32, 64, 32), (32, 32, 64))
+
+
+def model_of(pooling_cls, width, policy='float32', jit_compile=None):
+    keras.config.set_dtype_policy(policy)
+    keras.utils.set_random_seed(0)
+    model = resnet.resnet18(
+        width=width, num_output_classes=10, pooling_cls=pooling_cls
+    )
+    keras.config.set_dtype_policy('float32')
+    if jit_compile:
+        for layer in diffstride_layers(model):
+            layer.pin()
+    model.compile(
+        # At a rate of 0 all sizes stay what they are at the start.
+        keras.optimizers.SGD(0.0, momentum=0.9),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=(BACKEND == 'jax') if jit_compile is None else True,
+    )
+    return model
+
+
+def measure(case, rounds):
+    """Returns one row of results per way of downsampling."""
+    batch, width, size = case
+    images = np.random.normal(size=(batch, size, size, 3)).astype('float32')
+    labels = np.random.randint(0, 10, batch)
+    training, inference, rows = {}, {}, {}
+    for name, (pooling_cls, options) in POOLINGS.items():
+        model = model_of(pooling_cls, width, **options)
+        train = functools.partial(model.train_on_batch, images, labels)
+        infer = functools.partial(model.predict_on_batch, images)
+        start = time.perf_counter()
+        wait(train())
+        first = time.perf_counter() - start
+        infer()
+        training[name], inference[name] = train, infer
+        rows[name] = {
+            'case': case,
+            'pooling': name,
+            'first_step_seconds': first,
+            'macs_per_image': _macs(model, size),
+        }
+    for kind, steps in (('training', training), ('inference', inference)):
+        seconds = interleaved_seconds(steps, rounds)
+        for name, row in rows.items():
+            row[kind] = {
+                'milliseconds': 1e3 * float(np.median(seconds[name])),
+                'ratio, quartiles to free pooling': ratio(
+                    seconds, name, 'free pooling'
+                ),
+                'peak_bytes': _median_peak(steps[name]),
+            }
+    return list(rows.values())
+
+
+def _macs(model, size):
+    layers = complexity(model, (size, size, 3)).layers
+    return sum(x.macs for x in layers if x.class_name != 'FreePooling')
+
+
+def _median_peak(step):
+    peaks = [peak_bytes(step) for _ in range(5)]
+    return None if None in peaks else int(np.median(peaks))
+
+
+def table(results):
+    """Returns the results as Markdown."""
+    lines = [', '.join(f'{k} {v}' for k, v in results['machine'].items()), '']
+    lines += [
+        f'n = {results["rounds"]} interleaved rounds. Times are medians, with '
+        'their ratio to free pooling and its quartiles over rounds. Memory: '
+        'peak of live bytes of a step beyond weights and optimizer, median of '
+        '5, and its ratio.'
+    ]
+    for case in dict.fromkeys(tuple(row['case']) for row in results['rows']):
+        rows = [row for row in results['rows'] if tuple(row['case']) == case]
+        free = next(row for row in rows if row['pooling'] == 'free pooling')
+        batch, width, size = case
+        lines += ['', f'### batch {batch}, width {width}, {size} x {size}', '']
+        lines += [
+            '| pooling | MMAC / image | training, ms | to free | MB | to free '
+            '| inference, ms | to free | first step, s |',
+            '| --- ' * 9 + '|',
+        ]
+        for row in rows:
+            train, infer = row['training'], row['inference']
+            peak, of_free = train['peak_bytes'], free['training']['peak_bytes']
+            memory = (
+                f'{peak / 1e6:.0f} | {peak / of_free:.2f}' if peak else '- | -'
+            )
+            lines += [
+                f'| {row["pooling"]} | {row["macs_per_image"] / 1e6:.0f} '
+                f'| {_cells(train)} | {memory} | {_cells(infer)} '
+                f'| {row["first_step_seconds"]:.1f} |'
+            ]
+    return '\n'.join(lines)
+
+
+def _cells(result):
+    quartiles = result['ratio, quartiles to free pooling']
+    return f'{result["milliseconds"]:.0f} | ' + '{:.2f} ({:.2f}-{:.2f})'.format(
+        *quartiles
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--rounds', type=int, default=7)
+    parser.add_argument('--cases', nargs='*', help='batch,width,size ...')
+    parser.add_argument('--out', default='training', help='name of the results')
+    args = parser.parse_args()
+    cases = CASES
+    if args.cases:
+        cases = [tuple(map(int, case.split(','))) for case in args.cases]
+    rows = []
+    for case in cases:
+        rows += measure(case, args.rounds)
+        print(case, flush=True)
+    results = {'machine': machine(), 'rounds': args.rounds, 'rows': rows}
+    write(args.out, results, table(results))
+
+
+if __name__ == '__main__':
+    main()
