@@ -1,6 +1,7 @@
 """Time and memory of the pooling layers, beside what else would downsample.
 
-    python3 benchmarks/pooling.py [--rounds 15] [--sizes 32 56] [--out NAME]
+    python3 benchmarks/pooling.py [--rounds 15] [--sizes 32 56] [--batches 32]
+        [--formats channels_last] [--dtypes float32] [--out NAME]
 
 For each shape, data format, dtype and pass it measures, in turns in one
 process: DiffStride (stride 2, R = 4) by 'auto', 'matmul' and 'fft'; the
@@ -215,6 +216,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--rounds', type=int, default=15)
     parser.add_argument('--sizes', type=int, nargs='*', help='default: all')
+    parser.add_argument('--batches', type=int, nargs='*', help='default: all')
     parser.add_argument(
         '--formats', nargs='*', default=['channels_last', 'channels_first']
     )
@@ -226,7 +228,9 @@ def main():
     for data_format in args.formats:
         for dtype in args.dtypes:
             for shape in SHAPES:
-                if not args.sizes or shape[1] in args.sizes:
+                if shape[0] in (args.batches or shape) and (
+                    shape[1] in (args.sizes or shape)
+                ):
                     rows += measure(shape, data_format, dtype, args.rounds)
                     print(rows[-1]['shape'], data_format, dtype, flush=True)
     results = {'machine': machine(), 'rounds': args.rounds, 'rows': rows}

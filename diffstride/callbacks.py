@@ -5,6 +5,7 @@ import contextlib
 import keras
 from keras import ops
 
+from diffstride.complexity import recorded
 from diffstride.pooling import diffstride_layers
 
 _AXES = {
@@ -58,25 +59,14 @@ def output_sizes(model, input_shape):
         A dict from layer to a tuple of one size per spatial axis, in the order
         of the layers. A layer that is called more than once tells the last.
     """
-    sizes = {}
+    found = diffstride_layers(model)
+    calls = {}
     with contextlib.ExitStack() as stack:
-        for layer in diffstride_layers(model):
-            stack.enter_context(_recorded(layer, sizes))
+        for layer in found:
+            stack.enter_context(recorded(layer, calls))
         model(ops.zeros((1, *input_shape)), training=False)
-    return {layer: sizes[layer] for layer in diffstride_layers(model)}
-
-
-@contextlib.contextmanager
-def _recorded(layer, sizes):
-    call = layer.call
-
-    def recording_call(inputs):
-        outputs = call(inputs)
-        sizes[layer] = tuple(outputs.shape[axis] for axis in layer.spatial_axes)
-        return outputs
-
-    layer.call = recording_call
-    try:
-        yield
-    finally:
-        del layer.call
+    shapes = {layer: calls[layer][-1].outputs[-1] for layer in found}
+    return {
+        layer: tuple(shape[axis] for axis in layer.spatial_axes)
+        for layer, shape in shapes.items()
+    }

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import math
 import numbers
+import typing
 
 import keras
 from keras import layers, ops, tree
@@ -90,9 +91,9 @@ def complexity(model, input_shape):
     is first built by a call.
 
     A row is a layer without others inside, or one with weights of its own. A
-    layer that is called more than once, as is the pooling of a `ResidualLayer`,
-    has one row, with the sums over its calls. A layer with weights that is not
-    called in inference has one too.
+    layer that is called more than once, or with several tensors, as is the
+    pooling of a `ResidualLayer`, has one row, with the sums over them. A layer
+    with weights that is not called in inference has one too.
 
     One MAC is one multiplication by a weight and one addition. Padding counts
     like pixels. Biases, activations, normalization, plain pooling, embedding
@@ -138,7 +139,7 @@ def complexity(model, input_shape):
     calls = {}
     with contextlib.ExitStack() as stack:
         for layer in paths:
-            stack.enter_context(_recorded(layer, calls))
+            stack.enter_context(recorded(layer, calls))
         with keras.StatelessScope():
             model(inputs, training=False)
     rows = _rows(paths, calls)
@@ -187,9 +188,17 @@ def _paths(layer, path='', paths=None):
     return paths
 
 
+class Call(typing.NamedTuple):
+    """The shapes of what a layer was called with and of what it returned."""
+
+    inputs: list
+    outputs: list
+    is_symbolic: bool
+
+
 @contextlib.contextmanager
-def _recorded(layer, calls):
-    """Adds [shapes of inputs, of outputs, whether symbolic] at every call."""
+def recorded(layer, calls):
+    """Adds a `Call` to `calls[layer]` at every call."""
     is_quantized = getattr(layer, 'quantization_mode', None) is not None
     name = 'quantized_call' if is_quantized else 'call'
     attributes = vars(layer)
@@ -201,7 +210,7 @@ def _recorded(layer, calls):
         calls_of_layer = calls.setdefault(layer, [])
         outputs = call(*args, **kwargs)
         shapes = _shapes((args, kwargs)), _shapes(outputs)
-        calls_of_layer.append((*shapes, backend.is_symbolic()))
+        calls_of_layer.append(Call(*shapes, backend.is_symbolic()))
         return outputs
 
     attributes[name] = recording_call

@@ -77,7 +77,7 @@ class SpectralPooling(keras.layers.Layer):
         return super().compute_output_spec(inputs)
 
     def compute_output_shape(self, input_shape):
-        if isinstance(input_shape[0], (tuple, list)):
+        if hasattr(input_shape[0], '__len__'):
             return [self.compute_output_shape(shape) for shape in input_shape]
         shape = list(input_shape)
         for index, axis in enumerate(self.spatial_axes):
@@ -130,7 +130,8 @@ class DiffStride(SpectralPooling):
             along the axis. 'inside': the ramp is the band's upper end, and the
             output has about N / S samples.
         method: 'fft', 'matmul' (multiplication by a small matrix per axis), or
-            'auto' for the faster of the two. They agree to rounding.
+            'auto' for the one that should be faster, for each axis by its
+            sizes. They agree to rounding.
         norm: 'forward' keeps the mean of the input, 'backward' multiplies it by
             N / M per axis, M being the output size, 'ortho' by sqrt(N / M).
         strides_regularizer: Regularizer of the strides.

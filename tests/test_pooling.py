@@ -1413,3 +1413,59 @@ def test_bad_inputs_are_refused(cls, mode, shape, dtype, rule, received):
     assert 'pool' in message
     assert rule in message
     assert received in message
+
+
+# Lists of maps
+
+
+@pytest.mark.parametrize('data_format', ['channels_last', 'channels_first'])
+@pytest.mark.parametrize('cls', [DiffStride, FixedSpectralPooling])
+def test_a_list_is_pooled_as_its_maps_are(cls, data_format):
+    layer = cls(3.0, data_format=data_format)
+    maps = [ops.array(image((12, 15), data_format, channels=c)) for c in (1, 3)]
+    pooled = layer(maps)
+    assert isinstance(pooled, list)
+    for x, y in zip(maps, pooled):
+        np.testing.assert_array_equal(y, layer(x))
+    assert layer.compute_output_shape([x.shape for x in maps]) == [
+        layer.compute_output_shape(x.shape) for x in maps
+    ]
+
+
+def test_a_list_is_pooled_in_a_functional_model():
+    inputs = [keras.Input((12, 12, channels)) for channels in (1, 2)]
+    layer = FixedSpectralPooling(2)
+    model = keras.Model(inputs, layer(inputs))
+    assert model.output_shape == [(None, 6, 6, 1), (None, 6, 6, 2)]
+    maps = [ops.array(image((12, 12), channels=c)) for c in (1, 2)]
+    for x, y in zip(maps, model(maps)):
+        np.testing.assert_allclose(y, layer(x), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    'shapes', [[], [(2, 8, 8, 3), (2, 8, 9, 3)], [(2, 8, 8, 3), (2, 8, 8)]]
+)
+@pytest.mark.parametrize('cls', [DiffStride, FixedSpectralPooling])
+def test_a_list_of_unequal_maps_is_refused(cls, shapes):
+    layer = cls(name='pool')
+    with pytest.raises(ValueError, match='"pool" must'):
+        layer([ops.zeros(shape) for shape in shapes])
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_xla_compiles_one_program_for_all_strides(method):
+    layer = DiffStride(2.0, method=method)
+    layer.pin()
+    x = ops.array(image((16, 16)))
+
+    @tf.function(autograph=False, jit_compile=True)
+    def gradients(x):
+        with tf.GradientTape() as tape:
+            loss = ops.sum(layer(x) ** 2)
+        return tape.gradient(loss, layer.strides.value)
+
+    programs = []
+    for stride in (2.0, 2.3):
+        layer.strides.assign([stride, stride])
+        programs.append(gradients.experimental_get_compiler_ir(x)('hlo'))
+    assert programs[0] == programs[1]

@@ -409,3 +409,137 @@ def test_gradient_of_response_is_the_central_difference(smoothness, ramp):
         )
         expected = (after - before) / (2 * step)
         np.testing.assert_allclose(jacobian, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize('ramp', RAMPS)
+def test_ramp_frequencies_hold_every_slope(ramp):
+    for size, smoothness, stride in itertools.product(
+        (1, 2, 3, 8, 15, 32, 224), SMOOTHNESSES, STRIDES[::2]
+    ):
+        case = size, smoothness, stride
+        stride = spectral.clip_stride(stride, size, smoothness, ramp)
+        output_size = spectral.diffstride_size(size, stride, smoothness, ramp)
+        stride = tf.constant(float(stride))
+        about = size, output_size, stride, smoothness, ramp
+        frequencies = np.asarray(spectral.ramp_frequencies(*about))
+        assert len(set(frequencies)) == len(frequencies), case
+        assert frequencies.max() <= output_size // 2, case
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch(stride)
+            response = spectral.diffstride_response(*about)
+        jacobian = np.asarray(
+            tape.jacobian(response, stride, experimental_use_pfor=False)
+        )
+        assert set(np.flatnonzero(jacobian)) <= set(frequencies), case
+        chosen = spectral.diffstride_response(*about, frequencies)
+        expected = np.asarray(response)[np.maximum(frequencies, 0)]
+        np.testing.assert_array_equal(chosen, expected)
+
+
+# Gradients
+
+
+def reference_gradient_of_response(x, axis, output_size, gradient, norm):
+    """Inner products of the output's gradient and each frequency's share."""
+    count = output_size // 2 + 1
+    shares = [
+        reference.resample(x, axis, output_size, one, norm)
+        for one in np.eye(count)
+    ]
+    return np.array([np.sum(share * gradient) for share in shares])
+
+
+@pytest.mark.parametrize('norm', NORMS)
+@pytest.mark.parametrize('axis', [1, 3])
+@pytest.mark.parametrize('size, output_size', [(9, 6), (30, 17), (48, 48)])
+@pytest.mark.parametrize('method', METHODS)
+def test_gradient_of_a_response_is_the_product_of_the_spectra(
+    method, size, output_size, axis, norm
+):
+    shape = [2, 3, 4, 5]
+    shape[axis] = size
+    x = tf.constant(random(*shape))
+    shape[axis] = output_size
+    gradient = random(*shape, seed=1)
+    response = tf.constant(np.linspace(1, 0.2, output_size // 2 + 1, 'float32'))
+    expected = reference_gradient_of_response(
+        x, axis, output_size, gradient, norm
+    )
+
+    def value_and_gradient(varying):
+        with tf.GradientTape() as tape:
+            tape.watch(response)
+            if varying is not None:
+                varying = varying, tf.gather(response, varying)
+            y = spectral.resample(
+                [x], axis, output_size, norm, method, response, varying
+            )[0]
+            loss = ops.sum(y * gradient)
+        return y, tf.convert_to_tensor(tape.gradient(loss, response))
+
+    y, actual = value_and_gradient(None)
+    assert_close(actual, expected, 1e-5)
+    few = tf.constant([1, output_size // 2])
+    y_of_few, actual = value_and_gradient(few)
+    np.testing.assert_array_equal(y_of_few, y)
+    expected[np.isin(range(len(expected)), few, invert=True)] = 0
+    assert_close(actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize('size', [7, 40])
+@pytest.mark.parametrize('method', METHODS)
+def test_gradient_of_a_gradient_is_the_central_difference(method, size):
+    x = tf.constant(random(2, size, 3))
+    output_size = size // 2 + 1
+
+    def penalty(response):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = resample(x, 1, output_size, response, method=method)
+            loss = ops.sum(y**2)
+        return ops.sum(tape.gradient(loss, x) ** 2)
+
+    response = np.linspace(1, 0.5, output_size // 2 + 1, dtype='float32')
+    response = tf.constant(response)
+    with tf.GradientTape() as tape:
+        tape.watch(response)
+        value = penalty(response)
+    actual = np.asarray(tape.gradient(value, response))
+    for index in range(len(actual)):
+        step = 1e-2 * np.eye(len(actual), dtype='float32')[index]
+        after, before = penalty(response + step), penalty(response - step)
+        expected = float(after - before) / 2e-2
+        assert actual[index] == pytest.approx(expected, rel=5e-3)
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_a_list_is_resampled_as_its_tensors_are(method):
+    tensors = [tf.constant(random(2, 12, c, seed=c)) for c in (1, 3)]
+    response = ops.ones((4,))
+    together = spectral.resample(
+        tensors, 1, 6, method=method, response=response
+    )
+    for x, y in zip(tensors, together):
+        alone = resample(x, 1, 6, response, method=method)
+        np.testing.assert_array_equal(y, alone)
+
+
+@pytest.mark.parametrize(
+    'shape, axis, output_size, method',
+    [
+        ((32, 32, 32, 64), 1, 24, 'matmul'),
+        ((32, 32, 32, 64), 2, 24, 'matmul'),
+        ((4, 512, 512, 64), 2, 264, 'matmul'),
+        # The product with few columns is slow, that along the last axis not.
+        ((4, 512, 512, 3), 2, 264, 'fft'),
+        ((4, 3, 512, 512), 3, 264, 'matmul'),
+        ((2, 1024, 1024, 8), 1, 520, 'fft'),
+        ((2, 1024, 1024, 8), 1, 264, 'matmul'),
+        ((2, 1024, None, 8), 1, 520, 'matmul'),
+        ((2, 1024, 1024, 8), 1, None, 'matmul'),
+    ],
+)
+def test_the_fastest_method_follows_the_model_of_time(
+    shape, axis, output_size, method
+):
+    assert spectral.fastest_method(shape, axis, output_size) == method

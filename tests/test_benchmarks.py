@@ -1,0 +1,94 @@
+"""What the benchmarks compare is the same, and their commands run."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from diffstride import DiffStride
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / 'benchmarks'
+
+
+@pytest.fixture
+def harness(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import harness
+
+    return harness
+
+
+@pytest.mark.parametrize('data_format', ['channels_last', 'channels_first'])
+@pytest.mark.parametrize('shape', [(2, 16, 16, 3), (2, 7, 12, 2)])
+def test_the_textbook_computes_what_diffstride_does(
+    harness, shape, data_format
+):
+    if data_format == 'channels_first':
+        shape = (shape[0], shape[3], *shape[1:3])
+    x = tf.constant(np.random.default_rng(0).normal(size=shape), 'float32')
+    results = []
+    for cls in (DiffStride, harness.TextbookPooling):
+        # A ramp that ends below the highest frequency kept, of which the
+        # textbook takes one sign alone.
+        layer = cls(2.2, smoothness_factor=2, data_format=data_format)
+        y = harness.forward(layer)(x)
+        step = harness.forward_and_backward(layer)
+        again, gradients = step(x, tf.cos(y))
+        np.testing.assert_array_equal(y, again)
+        results.append([y, *gradients])
+    for ours, textbook in zip(*results):
+        np.testing.assert_allclose(ours, textbook, rtol=1e-4, atol=1e-4)
+
+
+def test_free_pooling_has_the_sizes_of_diffstride(harness):
+    x = tf.zeros((2, 16, 12, 3))
+    free = harness.FreePooling(strides=(2, 3), smoothness_factor=1)
+    assert free(x).shape == DiffStride((2, 3), smoothness_factor=1)(x).shape
+
+
+def test_ratio_is_that_of_medians_with_quartiles(harness):
+    seconds = {'a': np.array([2.0, 4.0, 6.0]), 'b': np.array([1.0, 1.0, 2.0])}
+    assert harness.ratio(seconds, 'a', 'b') == (4.0, 2.5, 3.5)
+
+
+def test_peak_of_live_bytes_is_measured(harness):
+    x = tf.zeros((1024, 1024))
+    step = tf.function(lambda: tf.sort(x + 1))
+    step()
+    peak = harness.peak_bytes(step)
+    assert x.shape.num_elements() * 4 <= peak < 100e6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'command',
+    [
+        ('pooling.py', '--sizes', '7', '--dtypes', 'bfloat16'),
+        ('training.py', '--cases', '2,4,12'),
+    ],
+)
+def test_commands_write_tables(command, tmp_path):
+    script, *arguments = command
+    out = tmp_path / 'results'
+    subprocess.run(
+        [
+            sys.executable,
+            BENCHMARKS / script,
+            *arguments,
+            '--rounds=1',
+            f'--out={out}',
+        ],
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, 'KERAS_BACKEND': 'tensorflow'},
+    )
+    results = json.loads(out.with_suffix('.json').read_text())
+    assert results['rounds'] == 1 and results['rows']
+    assert '| auto' in out.with_suffix('.md').read_text() or (
+        '| DiffStride, XLA |' in out.with_suffix('.md').read_text()
+    )
