@@ -137,7 +137,9 @@ def table(results):
             train, infer = row['training'], row['inference']
             peak, of_free = train['peak_bytes'], free['training']['peak_bytes']
             memory = (
-                f'{peak / 1e6:.0f} | {peak / of_free:.2f}' if peak else '- | -'
+                f'{peak / 1e6:.0f} | {peak / of_free:.2f}'
+                if peak and of_free
+                else '- | -'
             )
             lines += [
                 f'| {row["pooling"]} | {row["macs_per_image"] / 1e6:.0f} '
