@@ -40,12 +40,12 @@ class _OfSizesOfDiffStride(diffstride.DiffStride):
     """Has the output sizes of DiffStride and its own way to them."""
 
     def call(self, inputs):
-        if isinstance(inputs, list):
-            return [self.call(x) for x in inputs]
-        sizes = [ops.shape(inputs)[axis] for axis in self.spatial_axes]
-        return self.pool(
-            inputs, sizes, [self._resampling(i, n) for i, n in enumerate(sizes)]
-        )
+        is_list = isinstance(inputs, list)
+        maps = inputs if is_list else [inputs]
+        sizes = [ops.shape(maps[0])[axis] for axis in self.spatial_axes]
+        resamplings = [self._resampling(i, n) for i, n in enumerate(sizes)]
+        outputs = [self.pool(x, sizes, resamplings) for x in maps]
+        return outputs if is_list else outputs[0]
 
 
 class TextbookPooling(_OfSizesOfDiffStride):

@@ -1,4 +1,4 @@
-"""What differs between the backends of Keras: when values are known."""
+"""What differs between the backends: known values, FFTs, own gradients."""
 
 import keras
 import numpy as np
@@ -39,8 +39,7 @@ def value_of(variable):
 
 def filter_spectrum(inputs, weights, output_size):
     """irfft(weights * rfft(x)[: len(weights)], n=M): [..., N] -> [..., M]."""
-    name = keras.backend.backend()
-    if name == 'tensorflow':
+    if keras.backend.backend() == 'tensorflow':
         import tensorflow as tf
 
         spectrum = tf.signal.rfft(inputs)[..., : tf.shape(weights)[0]]

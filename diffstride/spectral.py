@@ -100,8 +100,9 @@ def fastest_method(shape, axis, output_size):
 
     A matrix takes time in proportion to M for each input, and more where it
     multiplies few columns; the FFT in proportion to the logarithm of N, which
-    hardly varies. The two constants are fitted to measurements on a CPU
-    (benchmarks/pooling.py), of 3 to 64 channels and 224 to 1024 pixels.
+    hardly varies. The two constants are fitted to measurements on a CPU,
+    as benchmarks/pooling.py makes them, of 3 to 64 channels and 224 to 1024
+    pixels.
     """
     columns = shape[axis + 1 :]
     if not _known(shape[axis], output_size, *columns):
