@@ -88,6 +88,7 @@ def measure(shape, data_format, dtype, rounds):
     steps = {'forward': {}, 'forward + backward': {}}
     for name, pooling in poolings(channels).items():
         layer = pooling(data_format=data_format, dtype=dtype)
+        layer.build(images.shape)
         try:
             outputs = forward(layer)(images)
             gradient = ops.cast(np.random.normal(size=outputs.shape), dtype)
@@ -96,7 +97,7 @@ def measure(shape, data_format, dtype, rounds):
             )
             step()
         except Exception as error:
-            print(f'{name}, {data_format}, {dtype}: {type(error).__name__}')
+            print(f'{name}, {data_format}, {dtype}: {error}')
             continue
         steps['forward'][name] = functools.partial(forward(layer), images)
         steps['forward + backward'][name] = step
