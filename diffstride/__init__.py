@@ -1,6 +1,6 @@
 """Pooling layers whose strides are learned by gradient descent, for Keras 3."""
 
-from diffstride import callbacks, resnet
+from diffstride import callbacks, regularizers, resnet
 from diffstride.complexity import complexity
 from diffstride.pooling import (
     DiffStride,
@@ -15,5 +15,6 @@ __all__ = [
     'SpatialPooling',
     'callbacks',
     'complexity',
+    'regularizers',
     'resnet',
 ]

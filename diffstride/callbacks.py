@@ -1,11 +1,12 @@
-"""Keras callbacks that show what strides do while they learn."""
+"""Keras callbacks that show what strides do while they learn, and end it."""
 
-import contextlib
+import os
 
+import gin
 import keras
-from keras import ops
+from keras import tree
 
-from diffstride.complexity import recorded
+from diffstride.complexity import measure
 from diffstride.pooling import diffstride_layers
 
 _AXES = {
@@ -16,57 +17,98 @@ _AXES = {
 
 
 class StrideLogger(keras.callbacks.Callback):
-    """Adds every stride and every output size to the logs of each epoch.
+    """Adds every stride, output size and the MACs to the logs of each epoch.
 
-    The names are 'stride/<layer>/<axis>' and 'size/<layer>/<axis>', in samples.
-    Callbacks that come after it (History, CSVLogger, TensorBoard) receive them.
+    The names are 'stride/<layer>/<axis>', 'size/<layer>/<axis>', in samples,
+    and 'macs', for one image. Callbacks that come after it (History, CSVLogger,
+    TensorBoard) receive them.
 
     Args:
-        input_shape: [height, width, channels] that the sizes are told for; None
-            for the input shape of the model. Sizes are left out where it has
-            unknown sizes.
+        input_shape: [height, width, channels] that sizes and MACs are told for;
+            None for the input shape of the model. They are left out where it
+            has unknown sizes.
+        log_dir: Folder in which TensorBoard finds images of the masks, white
+            for what is kept and the mean in the middle, under 'masks'. They
+            need TensorFlow, and are left out where sizes are. None for no
+            images.
 
     Example:
 
     >>> model.fit(x, y, callbacks=[StrideLogger(), TensorBoard('logs')])
     """
 
-    def __init__(self, input_shape=None):
+    def __init__(self, input_shape=None, log_dir=None):
         super().__init__()
         self.input_shape = input_shape
+        self.log_dir = log_dir
+        self._writer = None
 
     def on_epoch_end(self, epoch, logs=None):
         if logs is None:
             return
-        for layer in diffstride_layers(self.model):
+        layers = diffstride_layers(self.model)
+        for layer in layers:
             for axis, stride in zip(_AXES[layer.rank], layer.stride_values):
                 logs[f'stride/{layer.name}/{axis}'] = stride
         shape = self.input_shape or self.model.input_shape[1:]
-        if None not in shape:
-            for layer, sizes in output_sizes(self.model, shape).items():
-                for axis, size in zip(_AXES[layer.rank], sizes):
-                    logs[f'size/{layer.name}/{axis}'] = size
+        if None in tree.flatten(shape):
+            return
+        rows, calls = measure(self.model, shape)
+        for layer in layers:
+            output_shape = calls[layer][-1].outputs[-1]
+            for axis, index in zip(_AXES[layer.rank], layer.spatial_axes):
+                logs[f'size/{layer.name}/{axis}'] = output_shape[index]
+        logs['macs'] = sum(row.macs or 0 for row in rows.values())
+        if self.log_dir is not None:
+            for layer in layers:
+                self._write_mask(epoch, layer, calls[layer][-1].inputs[-1])
+
+    def _write_mask(self, epoch, layer, shape):
+        import tensorflow as tf
+
+        if self._writer is None:
+            self._writer = tf.summary.create_file_writer(
+                os.path.join(self.log_dir, 'masks')
+            )
+        sizes = [shape[axis] for axis in layer.spatial_axes]
+        with self._writer.as_default(epoch):
+            # A layer of three axes is shown by its last two, one of one as it
+            # is, a line.
+            image = layer.mask(sizes)[..., None]
+            image = image.reshape(-1, *image.shape[-3:])[:1]
+            tf.summary.image(f'mask/{layer.name}', image)
+
+    def on_train_end(self, logs=None):
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
 
-def output_sizes(model, input_shape):
-    """Returns the sizes that the DiffStride layers of a model put out now.
+@gin.register(module='callbacks')
+class SettleStrides(keras.callbacks.Callback):
+    """Ends the learning of strides before that of the weights.
+
+    Sizes that change until the end cost accuracy; from the given epoch on all
+    strides and sizes stay as they are, and the rest of the training fits the
+    weights to them.
 
     Args:
-        model: A model with DiffStride layers, at any depth.
-        input_shape: [height, width, channels] of its input.
+        epoch: Number of epochs in which strides are learned, at least 0.
 
-    Returns:
-        A dict from layer to a tuple of one size per spatial axis, in the order
-        of the layers. A layer that is called more than once tells the last.
+    Example:
+
+    >>> model.fit(x, y, epochs=10, callbacks=[SettleStrides(epoch=5)])
     """
-    found = diffstride_layers(model)
-    calls = {}
-    with contextlib.ExitStack() as stack:
-        for layer in found:
-            stack.enter_context(recorded(layer, calls))
-        model(ops.zeros((1, *input_shape)), training=False)
-    shapes = {layer: calls[layer][-1].outputs[-1] for layer in found}
-    return {
-        layer: tuple(shape[axis] for axis in layer.spatial_axes)
-        for layer, shape in shapes.items()
-    }
+
+    def __init__(self, epoch):
+        super().__init__()
+        self.epoch = epoch
+
+    def on_epoch_begin(self, epoch, logs=None):
+        layers = diffstride_layers(self.model)
+        if epoch < self.epoch or all(layer.settled for layer in layers):
+            return
+        for layer in layers:
+            layer.settle()
+        self.model.make_train_function(force=True)
+        self.model.make_test_function(force=True)

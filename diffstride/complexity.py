@@ -133,19 +133,30 @@ def complexity(model, input_shape):
     diff_stride  DiffStride  24x24x8           2        4,608  344,064
     total                                    226       12,800  565,248
     """
+    rows, _ = measure(model, input_shape)
+    return Complexity(tuple(rows.values()), _count(model.weights))
+
+
+def measure(model, input_shape):
+    """As `complexity`, but returns what it is made of.
+
+    Returns:
+        {layer: LayerComplexity} and {layer: list of Call}, both in the order of
+        the layers' first calls.
+    """
     inputs = _zeros(input_shape, input_shape)
     _build(model, inputs)
     paths = _paths(model)
     calls = {}
     with contextlib.ExitStack() as stack:
         for layer in paths:
-            stack.enter_context(recorded(layer, calls))
+            stack.enter_context(_recorded(layer, calls))
         with keras.StatelessScope():
             model(inputs, training=False)
     rows = _rows(paths, calls)
     order = {layer: index for index, layer in enumerate(calls)}
     found = sorted(rows, key=lambda layer: order.get(layer, len(order)))
-    return Complexity(tuple(rows[x] for x in found), _count(model.weights))
+    return {layer: rows[layer] for layer in found}, calls
 
 
 def _zeros(shape, received):
@@ -197,7 +208,7 @@ class Call(typing.NamedTuple):
 
 
 @contextlib.contextmanager
-def recorded(layer, calls):
+def _recorded(layer, calls):
     """Adds a `Call` to `calls[layer]` at every call."""
     is_quantized = getattr(layer, 'quantization_mode', None) is not None
     name = 'quantized_call' if is_quantized else 'call'

@@ -46,8 +46,20 @@ class SpectralPooling(keras.layers.Layer):
         """Output size and other arguments of `spectral.resample`."""
         raise NotImplementedError
 
-    def _present_size(self, index, size):
+    def present_size(self, index, size):
         """Output size for a known size, as it is now."""
+        raise NotImplementedError
+
+    def size_with_gradient(self, index, size):
+        """The output size at the present strides, with the gradient of N / S.
+
+        Args:
+            index: Of the spatial axis, from 0.
+            size: N, a float32 scalar tensor of an integer.
+
+        Returns:
+            M, a float32 scalar tensor.
+        """
         raise NotImplementedError
 
     def _varies(self):
@@ -63,7 +75,7 @@ class SpectralPooling(keras.layers.Layer):
             output_size, arguments = self._resampling(index, size)
             method = self.method
             if method == 'auto' and isinstance(size, int):
-                present_size = self._present_size(index, size)
+                present_size = self.present_size(index, size)
                 method = spectral.fastest_method(
                     outputs[0].shape, axis, present_size
                 )
@@ -85,7 +97,7 @@ class SpectralPooling(keras.layers.Layer):
                 shape[axis] = (
                     None
                     if self._varies()
-                    else self._present_size(index, shape[axis])
+                    else self.present_size(index, shape[axis])
                 )
         return tuple(shape)
 
@@ -128,13 +140,16 @@ class DiffStride(SpectralPooling):
         ramp: 'outside' (the paper's): the band is kept whole, the ramp reaches
             R frequencies further, and the output has about N / S + 2 R samples
             along the axis. 'inside': the ramp is the band's upper end, and the
-            output has about N / S samples.
+            output has about N / S samples. 'straight_through': as 'inside', but
+            the ramp is in the gradient alone; the output is that of spectral
+            pooling, all that its samples can hold.
         method: 'fft', 'matmul' (multiplication by a small matrix per axis), or
             'auto' for the one that should be faster, for each axis by its
             sizes. They agree to rounding.
         norm: 'forward' keeps the mean of the input, 'backward' multiplies it by
             N / M per axis, M being the output size, 'ortho' by sqrt(N / M).
-        strides_regularizer: Regularizer of the strides.
+        strides_regularizer: Regularizer of the strides, [rank], such as
+            `regularizers.StrideCost`.
         **kwargs: Of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Input shape:
@@ -144,7 +159,7 @@ class DiffStride(SpectralPooling):
 
     Output shape:
         The same with each spatial size N replaced by M = min(N, 2 ceil(b + R))
-        (ramp 'outside') or min(N, 2 ceil(b)) ('inside'), where b = N / (2 S).
+        (ramp 'outside') or min(N, 2 ceil(b)) (the others), where b = N / (2 S).
 
     Raises:
         ValueError: If an argument is out of its range, or if the input is of
@@ -203,10 +218,19 @@ class DiffStride(SpectralPooling):
             initializer=lambda shape, dtype: ops.convert_to_tensor(
                 initial, dtype
             ),
-            regularizer=self.strides_regularizer,
+            regularizer=self._regularizer_per_axis(),
             constraint=_StrideLimits(*self._limits),
         )
+        self.settled = False
         self.unpin()
+
+    def _regularizer_per_axis(self):
+        regularizer = self.strides_regularizer
+        if regularizer is None or not self.shared_stride:
+            return regularizer
+        return lambda strides: regularizer(
+            ops.broadcast_to(strides, (self.rank,))
+        )
 
     @property
     def _limits(self):
@@ -245,6 +269,12 @@ class DiffStride(SpectralPooling):
             '`upper_limit_stride`',
             strides=strides,
             **limits,
+        )
+        validation.require(
+            self.cropping or self.ramp != 'straight_through',
+            "`cropping` must be True with `ramp='straight_through'`, which "
+            'removes nothing else',
+            cropping=self.cropping,
         )
         validation.require(
             not self.shared_stride or len(set(strides)) == 1,
@@ -287,6 +317,80 @@ class DiffStride(SpectralPooling):
             return stride
         return self.stride_values[index]
 
+    @property
+    def strides_per_axis(self):
+        """The present strides as a float32 tensor, [rank]."""
+        strides = ops.convert_to_tensor(self.strides)
+        if self.settled:
+            strides = ops.stop_gradient(strides)
+        return ops.broadcast_to(strides, (self.rank,))
+
+    def size_with_gradient(self, index, size):
+        if not self.cropping:
+            return size
+        stride = self.strides_per_axis[index]
+        output_size = self._output_size(
+            ops.cast(size, 'int32'), ops.stop_gradient(stride)
+        )
+        return spectral.with_gradient_of(
+            size / stride, ops.cast(output_size, 'float32')
+        )
+
+    def response(self, size, index=0):
+        """The weight that the layer gives to each frequency now.
+
+        Args:
+            size: N, of the axis in the input.
+            index: Of the spatial axis, from 0.
+
+        Returns:
+            float32 array of NumPy [N // 2 + 1], for f = 0 .. N // 2 in cycles
+            per N samples; 0 for what is cropped.
+        """
+        output_size = self.present_size(index, size)
+        response = np.zeros(size // 2 + 1, 'float32')
+        kept = min(size, output_size) // 2 + 1
+        if self.ramp == 'straight_through':
+            response[:kept] = 1.0
+        else:
+            stride = self._clip(self.stride_values[index], size)
+            response[:kept] = ops.convert_to_numpy(
+                spectral.diffstride_response(
+                    size,
+                    output_size,
+                    ops.convert_to_tensor(stride, 'float32'),
+                    self.smoothness_factor,
+                    self.ramp,
+                )
+            )
+        return response
+
+    def mask(self, sizes):
+        """The weights of all frequencies now, the mean in the middle.
+
+        Args:
+            sizes: N of each spatial axis of the input.
+
+        Returns:
+            float32 array of NumPy, of these sizes.
+        """
+        mask = np.ones((), 'float32')
+        for index, size in enumerate(sizes):
+            frequencies = np.abs(np.arange(size) - size // 2)
+            mask = mask[..., None] * self.response(size, index)[frequencies]
+        return mask
+
+    def settle(self):
+        """Ends the learning of the strides: they and all sizes stay.
+
+        The optimizer keeps the variable, and its constraint keeps the value.
+        Functions traced before go on as before.
+        """
+        self.pin()
+        values = backend.value_of(self.strides).tolist()
+        self.strides.constraint = _StrideLimits(values, values)
+        self.settled = True
+
     def _clip(self, stride, size):
         return spectral.clip_stride(
             stride,
@@ -305,7 +409,7 @@ class DiffStride(SpectralPooling):
         )
 
     def _resampling(self, index, size):
-        stride = self.strides[0 if self.shared_stride else index]
+        stride = self.strides_per_axis[index]
         output_size = self._output_size(
             size, self._stride_of_size(index, ops.stop_gradient(stride))
         )
@@ -317,15 +421,18 @@ class DiffStride(SpectralPooling):
             self.ramp,
         )
         frequencies = spectral.ramp_frequencies(*about)
+        keeps_all = self.ramp == 'straight_through'
         return output_size, {
-            'response': spectral.diffstride_response(*about),
+            'response': (
+                None if keeps_all else spectral.diffstride_response(*about)
+            ),
             'varying': (
                 frequencies,
                 spectral.diffstride_response(*about, frequencies),
             ),
         }
 
-    def _present_size(self, index, size):
+    def present_size(self, index, size):
         strides = self.pinned_strides or self.stride_values
         return self._output_size(size, strides[index])
 
@@ -421,8 +528,15 @@ class FixedSpectralPooling(SpectralPooling):
     def _resampling(self, index, size):
         return spectral.fixed_size(size, self.strides[index]), {}
 
-    def _present_size(self, index, size):
+    def present_size(self, index, size):
         return spectral.fixed_size(size, self.strides[index])
+
+    def size_with_gradient(self, index, size):
+        stride = self.strides[index]
+        output_size = spectral.fixed_size(ops.cast(size, 'int32'), stride)
+        return spectral.with_gradient_of(
+            size / stride, ops.cast(output_size, 'float32')
+        )
 
 
 @_register

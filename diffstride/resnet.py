@@ -7,12 +7,14 @@ Everything here is configurable by gin, as `resnet.<name>`.
 
 import ast
 import inspect
+import numbers
 
 import gin
 import keras
 from keras import ops
 
-from diffstride.pooling import SpectralPooling
+from diffstride.pooling import SpectralPooling, diffstride_layers
+from diffstride.regularizers import ActivationCost, StrideCostModel
 from diffstride.validation import standardize_strides
 
 
@@ -216,6 +218,7 @@ def Resnet(
     channels_first=None,
     pooling_cls=None,
     weight_decay=5e-3,
+    stride_cost=None,
     **kwargs,
 ):
     """A pre-activation ResNet for image classification.
@@ -234,11 +237,16 @@ def Resnet(
         pooling_cls: What downsamples, see `ResidualLayer`; None for strided
             convolutions.
         weight_decay: L2 penalty of all kernels and of the last bias.
+        stride_cost: What learned strides cost in the loss: None or 0 for
+            nothing; a number for the paper's cost of that weight, see
+            `regularizers.ActivationCost`; or another cost of a model, such as
+            `regularizers.MacsCost`. Of no effect without learned strides.
         **kwargs: Of every `ResnetBlock`.
 
     Returns:
         A `keras.Sequential`, built at its first call,
-        [batch, height, width, channels] -> float32 [batch, num_output_classes].
+        [batch, height, width, channels] -> float32 [batch, num_output_classes];
+        within a `regularizers.StrideCostModel` if strides cost something.
 
     Raises:
         ValueError: If `filters` and `strides` differ in length, if a stride is
@@ -298,7 +306,12 @@ def Resnet(
             dtype='float32',
         ),
     ]
-    return keras.Sequential([layer for layer in layers if layer is not None])
+    model = keras.Sequential([layer for layer in layers if layer is not None])
+    if isinstance(stride_cost, numbers.Real):
+        stride_cost = stride_cost and ActivationCost(stride_cost)
+    if not stride_cost or not diffstride_layers(model):
+        return model
+    return StrideCostModel(model, stride_cost)
 
 
 @gin.configurable(module='resnet')

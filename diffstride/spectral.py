@@ -29,7 +29,7 @@ from diffstride import backend
 
 METHODS = ('auto', 'fft', 'matmul')
 NORMS = ('forward', 'backward', 'ortho')
-RAMPS = ('outside', 'inside')
+RAMPS = ('outside', 'inside', 'straight_through')
 
 # Above what float32 rounds off and below any difference in size that matters:
 # the floor or ceiling of a number this near an integer is that integer.
@@ -57,14 +57,16 @@ def resample(
         response: Float tensor [min(M, N) // 2 + 1], the weight of each
             frequency; None for ones.
         varying: Frequencies and their response, int32 and float [count]: those
-            to which a gradient goes, the others being constant; None for all.
-            The fewer, the faster.
+            to which a gradient goes, the others being constant; None for all of
+            `response`. The fewer, the faster. The gradient is taken at
+            `response`, which need not have the same values there.
 
     Returns:
         A list of tensors [..., M, ...] of the dtype of the inputs.
     """
     size = ops.shape(inputs[0])[axis]
-    if response is None and _known(size, output_size) and size == output_size:
+    is_identity = _known(size, output_size) and size == output_size
+    if is_identity and response is None and varying is None:
         return inputs
     if method == 'auto':
         method = fastest_method(inputs[0].shape, axis, output_size)
@@ -75,9 +77,9 @@ def resample(
     else:
         matrix = resampling_matrix(size, output_size, constant, norm, dtype)
         operators = _products(matrix)
-    if response is None:
-        return [_apply(x, axis, operators) for x in inputs]
     if varying is None:
+        if response is None:
+            return [_apply(x, axis, operators) for x in inputs]
         frequencies = ops.arange(ops.shape(response)[0], dtype='int32')
         varying = frequencies, response
     frequencies, response = varying
@@ -296,8 +298,8 @@ def diffstride_response(
         output_size: M.
         stride: S, a float32 scalar tensor, clipped by `clip_stride`.
         smoothness: R > 0, the width of the ramp, in frequencies.
-        ramp: 'outside' of the band, falling from 1 at b to 0 at b + R, or
-            'inside', from 1 at b - min(R, b) to 0 at b.
+        ramp: 'outside' of the band, falling from 1 at b to 0 at b + R; or
+            'inside' and 'straight_through', from 1 at b - min(R, b) to 0 at b.
         frequencies: int32 [count]; None for 0 .. M // 2.
     """
     if frequencies is None:
@@ -333,7 +335,7 @@ def ramp_frequencies(size, output_size, stride, smoothness, ramp='outside'):
     [count], count being an integer where M or N is.
     """
     edge = band_edge(size, ops.stop_gradient(stride))
-    if ramp == 'inside':
+    if ramp != 'outside':
         edge = edge - ops.minimum(smoothness, edge)
     first = ops.ceil(edge - _TOLERANCE * (edge + smoothness))
     count = math.floor(smoothness + 0.01) + 1
@@ -367,7 +369,7 @@ def clip_stride(
         size: N.
         smoothness: R.
         ramp: With 'outside', S is at least N / (N - min(R, N / 2)), so that a
-            part of the ramp lies within the spectrum; with 'inside', 1. S is at
+            part of the ramp lies within the spectrum; else 1. S is at
             most N / 2: a band of one frequency stays.
         lower: The user's lower limit or None.
         upper: The user's upper limit or None.
@@ -381,7 +383,7 @@ def clip_stride(
         clipped = _maximum(clipped, lower)
     if upper is not None:
         clipped = _minimum(clipped, upper)
-    return clipped if _known(stride) else _with_gradient_of(stride, clipped)
+    return clipped if _known(stride) else with_gradient_of(stride, clipped)
 
 
 def fixed_size(size, stride):
@@ -399,7 +401,7 @@ def fixed_size(size, stride):
     )
 
 
-def _with_gradient_of(surrogate, value):
+def with_gradient_of(surrogate, value):
     """`value`, through which gradients flow as if it were `surrogate`."""
     return ops.stop_gradient(value) + (surrogate - ops.stop_gradient(surrogate))
 

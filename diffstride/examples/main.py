@@ -12,6 +12,7 @@ import sys
 import gin
 from absl import app, flags, logging
 
+from diffstride import resnet
 from diffstride.examples import external_configurables, train  # noqa: F401
 
 _CONFIG = flags.DEFINE_multi_string(
@@ -23,12 +24,12 @@ _BINDINGS = flags.DEFINE_multi_string(
 
 
 @gin.configurable(module='main')
-def run(job=train.train):
-    """Runs what the gin file asks for: `@train.train` or `@train.compare`."""
-    return job()
+def run(job=None):
+    """Returns what the gin file asks for, such as `@train.compare`, or None."""
+    return job
 
 
-def main(argv):
+def main(argv, default_job=train.train):
     """Parses gin, runs, and ends with code 1 if something is set wrong."""
     if len(argv) > 1:
         raise app.UsageError(f'Unknown arguments: {argv[1:]}')
@@ -43,9 +44,19 @@ def main(argv):
     try:
         with train.setup_errors():
             gin.parse_config_files_and_bindings(files, _BINDINGS.value)
-        run()
+            job = run() or resnet.configured(default_job)
+        job()
     except train.SetupError as error:
         sys.exit(f'error: {train.first_line(error)}')
+
+
+def flags_with(*bindings):
+    """The flags of this command, with more bindings, for another one."""
+    bindings = [*_BINDINGS.value, *bindings]
+    return [
+        *(f'--gin_config={name}' for name in _CONFIG.value),
+        *(f'--gin_bindings={binding}' for binding in bindings),
+    ]
 
 
 if __name__ == '__main__':

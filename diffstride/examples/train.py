@@ -16,7 +16,8 @@ import tensorflow as tf
 from absl import logging
 
 import diffstride
-from diffstride import callbacks, pooling, resnet
+from diffstride import plots, pooling, resnet
+from diffstride.callbacks import StrideLogger
 from diffstride.examples import data
 
 
@@ -37,6 +38,7 @@ def train(
     dtype_policy='float32',
     jit_compile='auto',
     distribution='auto',
+    callbacks=(),
     seed=0,
 ):
     """Trains a classifier, or continues where a run of the same workdir ended.
@@ -62,6 +64,8 @@ def train(
             strides cannot be compiled; True pins them.
         distribution: 'none'; 'mirrored' over all devices of the kind that
             computes; 'auto' for 'mirrored' if there are several GPUs.
+        callbacks: Keras callbacks, or functions that return them, called after
+            those that log strides and before those that write files.
         seed: Of the initialization, the order of the data, and augmentation.
 
     Returns:
@@ -71,7 +75,7 @@ def train(
         SetupError: Before any training, if something is set wrong.
     """
     with setup_errors():
-        workdir = _checked_workdir(workdir)
+        workdir = checked_workdir(workdir)
         _check_arguments(num_epochs, steps_per_epoch, seed)
         channels_first = _channels_first(data_format)
         strategy = _strategy(distribution)
@@ -90,17 +94,22 @@ def train(
             if jit_compile is True:
                 for layer in pooling.diffstride_layers(model):
                     layer.pin()
+            optimizer = resnet.configured(optimizer_cls)()
+            optimizer.exclude_from_weight_decay(
+                [x.strides for x in pooling.diffstride_layers(model)]
+            )
             model.compile(
-                optimizer=resnet.configured(optimizer_cls)(),
+                optimizer=optimizer,
                 loss=loss,
                 metrics=['accuracy'],
                 jit_compile=jit_compile,
             )
         steps_per_epoch = steps_per_epoch or datasets.steps_per_epoch
+        callbacks = [_made(callback) for callback in callbacks]
         history = _resume(model, workdir, steps_per_epoch)
     if len(history) < num_epochs:
         workdir.mkdir(parents=True, exist_ok=True)
-        _write(workdir / 'config.gin', gin.operative_config_str())
+        write(workdir / 'config.gin', gin.operative_config_str())
         print(
             f'Epochs {len(history) + 1} to {num_epochs} in {workdir}',
             flush=True,
@@ -115,7 +124,8 @@ def train(
             callbacks=[
                 # First, so that the line it ends does not list every stride.
                 keras.callbacks.ProgbarLogger(),
-                callbacks.StrideLogger(datasets.image_shape),
+                StrideLogger(datasets.image_shape, workdir / 'logs'),
+                *callbacks,
                 _Recorder(workdir, history, seed),
                 keras.callbacks.TensorBoard(
                     workdir / 'logs', write_graph=False
@@ -137,7 +147,7 @@ def compare(workdir=None, model_cls=resnet.resnet18):
         A dict from the name of the pooling to its results.
     """
     with setup_errors():
-        workdir = _checked_workdir(workdir)
+        workdir = checked_workdir(workdir)
     results = {}
     for pooling_cls in (
         None,
@@ -188,10 +198,10 @@ class _Recorder(keras.callbacks.Callback):
             copy = self.workdir / 'unfinished_best.keras'
             shutil.copyfile(temporary, copy)
             os.replace(copy, self.workdir / 'best.keras')
-        _write(self.workdir / 'history.json', _to_json(self.history))
-        _write(self.workdir / 'results.json', _to_json(self._results(best)))
+        write(self.workdir / 'history.json', to_json(self.history))
+        write(self.workdir / 'results.json', to_json(self._results(best)))
         layers = pooling.diffstride_layers(self.model)
-        initial = [s for layer in layers for s in layer.get_config()['strides']]
+        initial = {x.name: x.get_config()['strides'] for x in layers}
         _plot_strides(initial, self.history, self.workdir / 'strides.png')
         os.replace(temporary, self.workdir / 'last.keras')
 
@@ -204,8 +214,10 @@ class _Recorder(keras.callbacks.Callback):
             'steps': int(self.model.optimizer.iterations),
             'seconds': sum(row['seconds'] for row in self.history),
             'seed': self.seed,
+            'macs': last.get('macs'),
             'layers': {
                 layer.name: {
+                    'initial_strides': layer.get_config()['strides'],
                     'strides': layer.stride_values,
                     'sizes': [
                         value
@@ -250,41 +262,31 @@ def _resume(model, workdir, steps_per_epoch):
     return history[:epochs]
 
 
+def _made(callback):
+    made = resnet.configured(callback)() if callable(callback) else callback
+    if not isinstance(made, keras.callbacks.Callback):
+        raise ValueError(
+            'train.callbacks must be Keras callbacks, such as '
+            f'[@callbacks.SettleStrides()]. Received: {made!r}'
+        )
+    return made
+
+
 def _plot_strides(initial, history, path):
-    keys = [key for key in history[-1] if key.startswith('stride/')]
-    if not keys:
+    columns = {key: [row[key] for row in history] for key in history[-1]}
+    if not initial:
         return
     try:
-        from matplotlib import pyplot
+        figure = plots.strides(columns, initial)
     except ImportError:
         if len(history) == 1:
             logging.warning('No strides.png: pip install diffstride[plot]')
         return
-    epochs = [0] + [row['epoch'] for row in history]
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout='constrained')
-    styles = {'height': '-', 'width': '--'}
-    names = list(dict.fromkeys(key.split('/')[1] for key in keys))
-    for key, start in zip(keys, initial):
-        _, name, axis = key.split('/')
-        axes.plot(
-            epochs,
-            [start] + [row[key] for row in history],
-            styles[axis],
-            marker='.',
-            color=f'C{names.index(name)}',
-            label=f'{name}, {axis}',
-        )
-    axes.set_xlabel('epoch')
-    axes.set_ylabel('stride')
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend()
-    temporary = path.with_stem('unfinished_strides')
-    figure.savefig(temporary, dpi=120)
-    pyplot.close(figure)
-    os.replace(temporary, path)
+    write_figure(path, figure)
 
 
-def _checked_workdir(workdir):
+def checked_workdir(workdir):
+    """Returns the path of a folder that is or can be made and written."""
     if not workdir or not isinstance(workdir, (str, os.PathLike)):
         raise ValueError(
             'workdir must be a folder, set as in '
@@ -370,11 +372,20 @@ def first_line(error):
     return lines[0] if lines else type(error).__name__
 
 
-def _to_json(content):
+def to_json(content):
+    """Text of plain values and of NumPy's."""
     return json.dumps(content, indent=2, default=float)
 
 
-def _write(path, text):
+def write(path, text):
+    """Writes a file that is whole under its name, or absent."""
     temporary = path.with_name(f'unfinished_{path.name}')
     temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def write_figure(path, figure):
+    """As `write`, of a figure of matplotlib."""
+    temporary = path.with_stem(f'unfinished_{path.stem}')
+    figure.savefig(temporary, dpi=120)
     os.replace(temporary, path)
