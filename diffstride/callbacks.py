@@ -6,6 +6,7 @@ import gin
 import keras
 from keras import tree
 
+from diffstride import validation
 from diffstride.complexity import measure
 from diffstride.pooling import diffstride_layers
 
@@ -95,6 +96,9 @@ class SettleStrides(keras.callbacks.Callback):
     Args:
         epoch: Number of epochs in which strides are learned, at least 0.
 
+    Raises:
+        ValueError: If the epoch is not an integer >= 0.
+
     Example:
 
     >>> model.fit(x, y, epochs=10, callbacks=[SettleStrides(epoch=5)])
@@ -102,6 +106,11 @@ class SettleStrides(keras.callbacks.Callback):
 
     def __init__(self, epoch):
         super().__init__()
+        validation.require(
+            isinstance(epoch, int) and epoch >= 0,
+            '`epoch` must be an integer, at least 0',
+            epoch=epoch,
+        )
         self.epoch = epoch
 
     def on_epoch_begin(self, epoch, logs=None):

@@ -15,8 +15,7 @@ import tensorflow as tf
 from absl import app, flags
 from PIL import Image
 
-from diffstride import pooling, resnet
-from diffstride.callbacks import StrideLogger, output_sizes
+from diffstride import complexity, pooling, resnet
 from diffstride.examples import main
 
 SMALL = """
@@ -124,10 +123,12 @@ def test_the_last_checkpoint_gives_the_reported_strides(run):
     ]
     reported = [layer['strides'] for layer in results['layers'].values()]
     np.testing.assert_allclose(strides, reported, rtol=1e-6)
-    sizes = output_sizes(model, (12, 16, 3)).values()
-    assert [list(s) for s in sizes] == [
-        layer['sizes'] for layer in results['layers'].values()
+    sizes = [
+        list(row.output_shape[0][:2])
+        for row in complexity(model, (12, 16, 3)).layers
+        if row.class_name == 'DiffStride'
     ]
+    assert sizes == [layer['sizes'] for layer in results['layers'].values()]
 
 
 def test_a_continued_run_equals_an_uninterrupted_one(run):
@@ -315,30 +316,6 @@ def test_a_damaged_checkpoint_is_named_and_left_alone(run):
 def test_unknown_arguments_are_refused():
     with pytest.raises(app.UsageError, match='surplus'):
         main.main(['main', 'surplus'])
-
-
-def test_stride_logger_logs_each_stride_and_size():
-    model = keras.Sequential(
-        [
-            keras.Input((16, 12, 3)),
-            pooling.DiffStride((2.0, 1.5), 1.0, name='first'),
-            pooling.DiffStride(2.0, 1.0, shared_stride=True, name='second'),
-            keras.layers.GlobalAveragePooling2D(),
-        ]
-    )
-    model.compile('sgd', 'mse')
-    x, y = np.zeros((4, 16, 12, 3)), np.zeros((4, 3))
-    logs = model.fit(x, y, verbose=0, callbacks=[StrideLogger()]).history
-    assert {k: v[0] for k, v in logs.items() if k != 'loss'} == {
-        'stride/first/height': 2.0,
-        'stride/first/width': 1.5,
-        'stride/second/height': 2.0,
-        'stride/second/width': 2.0,
-        'size/first/height': 10,
-        'size/first/width': 10,
-        'size/second/height': 8,
-        'size/second/width': 8,
-    }
 
 
 def test_resnet_is_trained_in_several_replicas():

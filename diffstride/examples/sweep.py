@@ -1,0 +1,360 @@
+r"""Trains a network by every pooling, from every start, with every seed.
+
+    python3 -m diffstride.examples.sweep --gin_config=sweep.gin \
+      --gin_bindings="sweep.workdir = '/tmp/exp/diffstride/sweep'"
+
+A run that is finished is not repeated, so the same command continues a sweep
+that was stopped at any point. Several processes that are started with the same
+command share its runs, also from several machines that share the folder.
+"""
+
+import collections
+import contextlib
+import fcntl  # Not on Windows.
+import functools
+import itertools
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+
+import gin
+from absl import app
+
+from diffstride import plots
+from diffstride.examples import main, train
+
+_POLL_SECONDS = 5
+
+
+@gin.configurable(module='sweep')
+def sweep(
+    workdir=None,
+    variants=None,
+    strides=('1, 1, 2, 2, 2', '1, 1, 3, 2, 3'),
+    seeds=(0, 1, 2),
+    only=None,
+):
+    """Trains by all variants from all strides with all seeds; makes a table.
+
+    Each run is a process of its own, with the gin files and bindings of this
+    one and those of its variant, its strides and its seed on top.
+
+    The workdir receives runs/<run>.json, as soon as a run is finished;
+    work/<run>/, what `train` writes, and log.txt; and, whenever this function
+    comes to an end, table.md and, with matplotlib, accuracy_macs.png and
+    strides.png of all runs that are finished.
+
+    Args:
+        workdir: Folder of all outputs, made if there is none.
+        variants: Dict from a name to a list of gin bindings, strings; None for
+            the three poolings: DiffStride, FixedSpectralPooling and strided
+            convolution.
+        strides: Initial strides of `resnet18`, each a string.
+        seeds: Of `train`.
+        only: Names of the variants to be trained; None for all.
+
+    Raises:
+        train.SetupError: If something is set wrong, if the folder holds runs of
+            other settings, or, after all others, if a run failed.
+    """
+    with train.setup_errors():
+        workdir = train.checked_workdir(workdir)
+        variants = _checked_variants(variants, only)
+        runs = [
+            _Run(workdir, name, bindings, start, seed)
+            for seed, start, (name, bindings) in itertools.product(
+                seeds, strides, variants.items()
+            )
+        ]
+        if len({run.name for run in runs}) < len(runs):
+            raise ValueError('Two runs of the sweep have the same name')
+        config = _config_without_sweep()
+        for run in runs:
+            run.check(config)
+    failed = _run_all(runs, config)
+    _report(workdir, [run.result for run in runs if run.is_finished])
+    if failed:
+        raise train.SetupError(f'{len(failed)} runs failed: {failed[0]}')
+
+
+def _checked_variants(variants, only):
+    if variants is None:
+        variants = {
+            'DiffStride': ['resnet.Resnet.pooling_cls = @pooling.DiffStride'],
+            'FixedSpectralPooling': [
+                'resnet.Resnet.pooling_cls = @pooling.FixedSpectralPooling'
+            ],
+            'strided convolution': ['resnet.Resnet.pooling_cls = None'],
+        }
+    for name in only or ():
+        if name not in variants:
+            raise ValueError(
+                f'sweep.only must be names of {list(variants)}. '
+                f'Received: {name!r}'
+            )
+    return {k: v for k, v in variants.items() if only is None or k in only}
+
+
+def _config_without_sweep():
+    """The settings that decide the result of a run, beside its own bindings."""
+    sections = gin.config_str().split('# Parameters for ')
+    return '\n'.join(
+        section.split('\n', 2)[-1].strip()
+        for section in sections[1:]
+        if not section.startswith('sweep')
+    )
+
+
+class _Run:
+    """One training: its settings, its files and its result."""
+
+    def __init__(self, workdir, variant, bindings, strides, seed):
+        self.settings = {'variant': variant, 'strides': strides, 'seed': seed}
+        self.bindings = [
+            *bindings,
+            f'resnet.resnet18.strides = {strides!r}',
+            f'train.seed = {seed}',
+        ]
+        words = re.findall(r'[\w.]+', f'{variant} {strides} seed {seed}')
+        self.name = '-'.join(words)
+        self.folder = workdir / 'work' / self.name
+        self.path = workdir / 'runs' / f'{self.name}.json'
+
+    @property
+    def is_finished(self):
+        return self.path.exists()
+
+    @property
+    def result(self):
+        return json.loads(self.path.read_text())
+
+    def check(self, config):
+        """Raises ValueError if it is finished, but with other settings."""
+        if self.is_finished:
+            expected = {'bindings': self.bindings, 'config': config}
+            result = self.result
+            for key, value in expected.items():
+                if result[key] != value:
+                    raise ValueError(
+                        f'{self.path} is of other settings ({key}): set '
+                        'sweep.workdir to another folder'
+                    )
+
+    @contextlib.contextmanager
+    def locked(self):
+        """Yields an open lock, or None if another process has it.
+
+        The lock is gone when all processes are that hold it, however they end.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / 'lock').open('w') as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock = None
+            yield lock
+
+    def execute(self, lock, config):
+        """Trains, in a process that holds the lock too; returns an error."""
+        flags = main.flags_with(
+            *self.bindings,
+            f'train.workdir = {str(self.folder)!r}',
+            'run.job = @train.train',
+        )
+        with (self.folder / 'log.txt').open('a') as log:
+            ended = subprocess.run(
+                [sys.executable, '-m', 'diffstride.examples.sweep', *flags],
+                pass_fds=[lock.fileno()],
+                stdout=log,
+                stderr=log,
+            )
+        if ended.returncode:
+            lines = (self.folder / 'log.txt').read_text().strip().splitlines()
+            return f'{self.name}: {lines[-1] if lines else ended.returncode}'
+        results = json.loads((self.folder / 'results.json').read_text())
+        history = json.loads((self.folder / 'history.json').read_text())
+        self.path.parent.mkdir(exist_ok=True)
+        train.write(
+            self.path,
+            train.to_json(
+                {
+                    **self.settings,
+                    **results,
+                    'history': history,
+                    'bindings': self.bindings,
+                    'config': config,
+                }
+            ),
+        )
+        return None
+
+
+def _run_all(runs, config):
+    """Trains what is not finished; returns the errors of runs that failed."""
+    errors = {}
+    while True:
+        open_runs = [
+            run for run in runs if not run.is_finished and run not in errors
+        ]
+        if not open_runs:
+            return list(errors.values())
+        is_idle = True
+        for run in open_runs:
+            with run.locked() as lock:
+                if lock is None or run.is_finished:
+                    continue
+                is_idle = False
+                print(f'{run.name}: {_progress(runs)}', flush=True)
+                error = run.execute(lock, config)
+            if error:
+                print(f'failed: {error}', flush=True)
+                errors[run] = error
+            else:
+                accuracy = run.result['test_accuracy']
+                print(f'{run.name}: {100 * accuracy:.1f}%', flush=True)
+        if is_idle:  # Other processes have the rest.
+            time.sleep(_POLL_SECONDS)
+
+
+def _progress(runs):
+    """How many runs are finished, and how long the others should take."""
+    seconds, busy = collections.defaultdict(list), 1
+    unfinished = []
+    for run in runs:
+        if run.is_finished:
+            seconds[run.settings['variant']].append(run.result['seconds'])
+        else:
+            unfinished.append(run)
+            with run.locked() as lock:
+                busy += lock is None
+    text = f'{len(runs) - len(unfinished)} of {len(runs)} runs are finished'
+    if not seconds:
+        return text
+    every = statistics.mean(itertools.chain(*seconds.values()))
+    left = sum(
+        statistics.mean(seconds.get(run.settings['variant'], [every]))
+        for run in unfinished
+    )
+    return f'{text}, about {left / max(busy - 1, 1) / 60:.0f} minutes are left'
+
+
+def _report(workdir, results):
+    groups = collections.defaultdict(lambda: collections.defaultdict(list))
+    for result in results:
+        groups[result['variant']][result['strides']].append(result)
+    table = _table(groups)
+    train.write(workdir / 'table.md', table + '\n')
+    print(table)
+    with contextlib.suppress(ImportError):  # Of matplotlib, an extra.
+        for name, figure in (
+            ('accuracy_macs.png', _accuracy_macs(groups)),
+            ('strides.png', _strides(groups)),
+        ):
+            if figure is not None:
+                train.write_figure(workdir / name, figure)
+
+
+def _table(groups):
+    starts = list(dict.fromkeys(s for group in groups.values() for s in group))
+    lines = [
+        'Test accuracy (%), mean +- standard deviation (n runs), by initial '
+        'strides; and the difference of the means from the best and the worst '
+        'start.',
+        '',
+        f'| pooling | {" | ".join(starts)} | difference |',
+        '| --- ' * (len(starts) + 2) + '|',
+    ]
+    for name, group in groups.items():
+        means = [
+            statistics.mean(x['test_accuracy'] for x in runs)
+            for runs in group.values()
+        ]
+        cells = [
+            f'{_spread(group[s], "test_accuracy", 100, 1)} ({len(group[s])})'
+            if s in group
+            else '-'
+            for s in starts
+        ]
+        difference = f'{100 * (max(means) - min(means)):.1f}'
+        cells.append(difference if len(means) > 1 else '-')
+        lines.append(f'| {name} | {" | ".join(cells)} |')
+    lines += [
+        '',
+        '| pooling | start | n | test accuracy (%) | MMAC per image | seconds '
+        '| learned strides (height, width), mean |',
+        '| --- ' * 7 + '|',
+    ]
+    for name, group in groups.items():
+        for start, runs in group.items():
+            lines.append(
+                f'| {name} | {start} | {len(runs)} '
+                f'| {_spread(runs, "test_accuracy", 100, 1)} '
+                f'| {_spread(runs, "macs", 1e-6, 1)} '
+                f'| {_spread(runs, "seconds", 1, 0)} '
+                f'| {_mean_strides(runs)} |'
+            )
+    return '\n'.join(lines)
+
+
+def _spread(runs, key, factor, digits):
+    values = [factor * run[key] for run in runs]
+    text = f'{statistics.mean(values):.{digits}f}'
+    if len(values) > 1:
+        text += f' +- {statistics.stdev(values):.{digits}f}'
+    return text
+
+
+def _mean_strides(runs):
+    # Layers by their order, since names may differ.
+    layers = zip(*(run['layers'].values() for run in runs))
+    means = [
+        [statistics.mean(s) for s in zip(*(x['strides'] for x in layer))]
+        for layer in layers
+    ]
+    return ', '.join(f'({h:.2f}, {w:.2f})' for h, w in means) or '-'
+
+
+def _accuracy_macs(groups):
+    points = {}
+    for name, group in groups.items():
+        points[name] = []
+        for runs in group.values():
+            accuracies = [run['test_accuracy'] for run in runs]
+            points[name].append(
+                (
+                    statistics.mean(run['macs'] for run in runs),
+                    statistics.mean(accuracies),
+                    statistics.stdev(accuracies) if len(runs) > 1 else 0.0,
+                )
+            )
+    return plots.accuracy_macs(points)
+
+
+def _strides(groups):
+    learned = {
+        name: [run for runs in group.values() for run in runs if run['layers']]
+        for name, group in groups.items()
+    }
+    learned = {name: runs for name, runs in learned.items() if runs}
+    if not learned:
+        return None
+    return plots.strides_of_runs(
+        {
+            name: [
+                (
+                    {k: [x[k] for x in run['history']] for k in keys},
+                    {k: x['initial_strides'] for k, x in run['layers'].items()},
+                )
+                for run in runs
+                for keys in [run['history'][0]]
+            ]
+            for name, runs in learned.items()
+        }
+    )
+
+
+if __name__ == '__main__':
+    app.run(functools.partial(main.main, default_job=sweep))

@@ -1,0 +1,238 @@
+"""Plots of strides, costs and spectra. They need matplotlib: the extra `plot`.
+
+Every function returns a `matplotlib.figure.Figure`, which belongs to no window:
+`plots.strides(history).savefig('strides.png')`.
+"""
+
+import numpy as np
+from keras import ops
+
+from diffstride.pooling import SpectralPooling
+
+_LINES = ('-', '--', ':')
+
+
+def strides(history, initial=None):
+    """Strides over the epochs.
+
+    Args:
+        history: Dict of lists, one value per epoch, as `fit` returns it in
+            `.history` where `callbacks.StrideLogger` is at work.
+        initial: Dict from the name of a layer to its initial strides, one per
+            axis, shown as epoch 0; None for none.
+
+    Returns:
+        A figure.
+
+    Raises:
+        ValueError: If no stride is in the history.
+
+    Example:
+
+    >>> history = model.fit(x, y, callbacks=[StrideLogger()]).history
+    >>> plots.strides(history).savefig('strides.png')
+    """
+    figure, axes = _figure('epoch', 'stride')
+    draw_strides(axes, history, initial)
+    axes.legend()
+    return figure
+
+
+def draw_strides(axes, history, initial=None, **style):
+    """As `strides`, on given axes of matplotlib, in a style of lines."""
+    keys = [key for key in history if key.startswith('stride/')]
+    if not keys:
+        raise ValueError(
+            'The history must have strides, as callbacks.StrideLogger adds '
+            f'them. Received: {list(history)}'
+        )
+    names = list(dict.fromkeys(key.split('/')[1] for key in keys))
+    drawn = dict.fromkeys(names, 0)
+    for key in keys:
+        _, name, axis = key.split('/')
+        index = drawn[name]
+        drawn[name] += 1
+        start = [initial[name][index]] if initial else []
+        values = start + list(history[key])
+        axes.plot(
+            np.arange(len(values)) + (0 if start else 1),
+            values,
+            **{
+                'linestyle': _LINES[index],
+                'marker': '.',
+                'color': f'C{names.index(name)}',
+                'label': f'{name}, {axis}',
+                **style,
+            },
+        )
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def strides_of_runs(groups):
+    """Strides over the epochs of many runs, one panel for each group of them.
+
+    Args:
+        groups: Dict from the name of a group to a list of (history, initial),
+            as `strides` takes them.
+
+    Returns:
+        A figure.
+    """
+    figure = _new_figure((5 * len(groups), 4))
+    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    for axes, (name, runs) in zip(panels, groups.items()):
+        for history, initial in runs:
+            draw_strides(axes, history, initial, alpha=0.6, marker='')
+        axes.set_title(name)
+        axes.set_xlabel('epoch')
+    lines, labels = panels[0].get_legend_handles_labels()
+    panels[0].set_ylabel('stride')
+    panels[0].legend(*zip(*dict(zip(labels, zip(lines, labels))).values()))
+    return figure
+
+
+def accuracy_macs(points):
+    """Accuracy against multiply-accumulates, a line for each group.
+
+    Args:
+        points: Dict from the name of a group to a list of (MACs, accuracy) or
+            (MACs, accuracy, standard deviation), accuracies from 0 to 1.
+
+    Returns:
+        A figure.
+
+    Example:
+
+    >>> plots.accuracy_macs({'DiffStride': [(20e6, 0.69), (35e6, 0.72, 0.01)]})
+    """
+    figure, axes = _figure('million multiply-accumulates per image', '')
+    axes.set_ylabel('test accuracy (%)')
+    for index, (name, group) in enumerate(points.items()):
+        rows = np.array([(*row, 0.0)[:3] for row in sorted(group)])
+        axes.errorbar(
+            rows[:, 0] / 1e6,
+            100 * rows[:, 1],
+            100 * rows[:, 2],
+            marker='osD^vP*X<>'[index % 10],
+            capsize=2,
+            label=name,
+        )
+    axes.set_xscale('log')
+    axes.legend()
+    return figure
+
+
+def response(layer, size, index=0):
+    """The response m(f) of a DiffStride layer, and what the crop keeps.
+
+    Args:
+        layer: A `DiffStride`, at its present strides.
+        size: N, of the axis in the input.
+        index: Of the spatial axis, from 0.
+
+    Returns:
+        A figure.
+
+    Example:
+
+    >>> plots.response(DiffStride(2.0), 32).savefig('response.png')
+    """
+    figure, axes = _figure('frequency f (cycles per map)', 'response m(f)')
+    values = layer.response(size, index)
+    output_size = layer.present_size(index, size)
+    stride = layer.stride_values[index]
+    axes.plot(values, marker='.', label='m(f)')
+    axes.axvspan(
+        0,
+        min(size, output_size) / 2,
+        alpha=0.15,
+        label=f'kept: {output_size} of {size} samples',
+    )
+    axes.axvline(
+        size / (2 * stride),
+        color='black',
+        linestyle=':',
+        label=f'b = N / (2 S), S = {stride:.2f}',
+    )
+    axes.legend()
+    return figure
+
+
+def pooled(model, image):
+    """The map with most variance, before and after each pooling of a model.
+
+    Args:
+        model: A built Keras model of images with spectral pooling layers.
+        image: Array [height, width, channels].
+
+    Returns:
+        A figure with a row for each pooling layer of two spatial axes.
+
+    Raises:
+        ValueError: If the model calls no such layer.
+
+    Example:
+
+    >>> plots.pooled(model, images[0]).savefig('pooled.png')
+    """
+    rows = []
+
+    def keep(layer):
+        call = layer.call
+
+        def keeping_call(inputs):
+            outputs = call(inputs)
+            is_list = isinstance(inputs, (list, tuple))
+            pair = (inputs[0], outputs[0]) if is_list else (inputs, outputs)
+            rows.append((layer, *map(ops.convert_to_numpy, pair)))
+            return outputs
+
+        layer.call = keeping_call
+
+    layers = [
+        layer
+        for layer in model._flatten_layers()
+        if isinstance(layer, SpectralPooling) and layer.rank == 2
+    ]
+    try:
+        for layer in layers:
+            keep(layer)
+        model(ops.convert_to_tensor(image)[None], training=False)
+    finally:
+        for layer in layers:
+            vars(layer).pop('call', None)
+    if not rows:
+        raise ValueError(
+            'The model must have spectral pooling layers of two spatial axes. '
+            f'Received: {model.name}'
+        )
+    figure = _new_figure((5, 2.3 * len(rows)))
+    grid = figure.subplots(len(rows), 2, squeeze=False)
+    for axes, (layer, *maps) in zip(grid, rows):
+        if layer.data_format == 'channels_first':
+            maps = [np.moveaxis(x, 1, -1) for x in maps]
+        channel = np.argmax(maps[0].var(axis=(0, 1, 2)))
+        for axis, x in zip(axes, maps):
+            x = x[0, ..., channel]
+            axis.imshow(x, cmap='gray')
+            axis.set_title(f'{layer.name}: {x.shape[0]} x {x.shape[1]}')
+            axis.set_axis_off()
+    return figure
+
+
+def _figure(x, y):
+    figure = _new_figure((6, 4))
+    axes = figure.subplots()
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    return figure, axes
+
+
+def _new_figure(size):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError(
+            'Plots need matplotlib: pip install diffstride[plot]'
+        ) from None
+    return Figure(figsize=size, layout='constrained')

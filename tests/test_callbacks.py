@@ -1,0 +1,145 @@
+"""What the logs receive, images of masks, and strides that come to rest."""
+
+import glob
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from diffstride import DiffStride, complexity
+from diffstride.callbacks import SettleStrides, StrideLogger
+
+
+def small_model(**kwargs):
+    model = keras.Sequential(
+        [
+            keras.Input((16, 12, 3)),
+            DiffStride((2.0, 1.5), 1.0, name='first', **kwargs),
+            DiffStride(2.0, 1.0, shared_stride=True, name='second', **kwargs),
+            keras.layers.GlobalAveragePooling2D(),
+        ]
+    )
+    model.compile(keras.optimizers.SGD(1.0, momentum=0.9), 'mse')
+    return model
+
+
+def data(count=8):
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(count, 16, 12, 3)), rng.normal(size=(count, 3))
+
+
+def test_stride_logger_logs_each_stride_and_size_and_the_macs(tmp_path):
+    model = small_model()
+    x, y = np.zeros((4, 16, 12, 3)), np.zeros((4, 3))
+    csv = tmp_path / 'log.csv'
+    logs = model.fit(
+        x,
+        y,
+        verbose=0,
+        callbacks=[StrideLogger(), keras.callbacks.CSVLogger(csv)],
+    ).history
+    expected = {
+        'stride/first/height': 2.0,
+        'stride/first/width': 1.5,
+        'stride/second/height': 2.0,
+        'stride/second/width': 2.0,
+        'size/first/height': 10,
+        'size/first/width': 10,
+        'size/second/height': 8,
+        'size/second/width': 8,
+        'macs': complexity(model, (16, 12, 3)).macs,
+    }
+    assert {k: v[0] for k, v in logs.items() if k != 'loss'} == expected
+    assert csv.read_text().split('\n')[0].split(',') == sorted(
+        ['epoch', 'loss', *expected], key=lambda key: (key != 'epoch', key)
+    )
+
+
+def test_stride_logger_without_known_sizes_logs_strides_alone():
+    model = keras.Sequential(
+        [keras.Input((None, None, 1)), DiffStride(2.0, name='pool')]
+    )
+    model.compile('sgd', lambda y, p: keras.ops.sum(p, axis=(1, 2, 3)))
+    x = np.ones((2, 8, 8, 1))
+    logs = model.fit(x, x, verbose=0, callbacks=[StrideLogger()]).history
+    assert set(logs) == {'loss', 'stride/pool/height', 'stride/pool/width'}
+
+
+def test_masks_are_images_for_tensorboard(tmp_path):
+    model = small_model()
+    model.fit(
+        *data(),
+        epochs=2,
+        verbose=0,
+        callbacks=[StrideLogger(log_dir=tmp_path)],
+    )
+    (path,) = glob.glob(f'{tmp_path}/masks/*')
+    images = [
+        (event.step, value.tag, value.tensor.string_val)
+        for event in tf.compat.v1.train.summary_iterator(path)
+        for value in event.summary.value
+    ]
+    assert [(step, tag) for step, tag, _ in images] == [
+        (epoch, f'mask/{name}') for epoch in (0, 1) for name in ('first', 'second')
+    ]  # fmt: skip
+    width, height, png = images[-2][2]
+    assert (int(width), int(height)) == (12, 16)
+    pixels = tf.io.decode_png(png).numpy()[..., 0] / 255
+    np.testing.assert_allclose(
+        pixels, model.get_layer('first').mask((16, 12)), atol=1 / 255
+    )
+
+
+def test_mask_is_the_product_of_both_responses():
+    layer = DiffStride((2.0, 4.0), smoothness_factor=2.0)
+    # b = 4 and 2; the ramps reach 2 further.
+    np.testing.assert_allclose(
+        layer.response(16, 0), [1, 1, 1, 1, 1, 0.5, 0, 0, 0]
+    )
+    np.testing.assert_allclose(
+        layer.response(16, 1), [1, 1, 1, 0.5, 0, 0, 0, 0, 0]
+    )
+    mask = layer.mask((16, 16))
+    assert mask[8, 8] == 1 and mask[8 - 5, 8 + 3] == 0.25
+    np.testing.assert_array_equal(mask[1:], mask[1:][::-1])
+
+
+def test_response_of_what_straight_through_keeps():
+    layer = DiffStride(2.0, ramp='straight_through')
+    np.testing.assert_array_equal(layer.response(8), [1, 1, 1, 0, 0])
+
+
+@pytest.mark.parametrize('optimizer', ['sgd', 'adamw'])
+def test_strides_and_sizes_settle(optimizer):
+    model = small_model(ramp='inside')
+    if optimizer == 'adamw':
+        model.compile(keras.optimizers.AdamW(0.1, weight_decay=0.1), 'mse')
+    dense = keras.layers.Dense(3)
+    model = keras.Sequential([*model.layers, dense])
+    model.compile(model.optimizer or keras.optimizers.SGD(1.0, 0.9), 'mse')
+    logs = model.fit(
+        *data(),
+        epochs=6,
+        batch_size=4,
+        verbose=0,
+        callbacks=[SettleStrides(epoch=2), StrideLogger()],
+    ).history
+    for key, values in logs.items():
+        if key.startswith('stride/'):
+            assert values[0] != values[1]
+        if key.startswith(('stride/', 'size/')):
+            assert len(set(values[1:])) == 1
+    assert len(set(logs['loss'])) == 6  # The weights go on learning.
+
+
+def test_settling_at_once_keeps_the_initial_strides():
+    model = small_model()
+    model.fit(*data(), verbose=0, callbacks=[SettleStrides(epoch=0)])
+    assert model.get_layer('first').stride_values == (2.0, 1.5)
+
+
+@pytest.mark.parametrize('epoch', [-1, 1.5, None])
+def test_settling_at_no_epoch(epoch):
+    with pytest.raises(ValueError, match='`epoch` must be an integer'):
+        SettleStrides(epoch)

@@ -1,0 +1,86 @@
+"""What the plots draw: read from the figures."""
+
+import keras
+import numpy as np
+import pytest
+
+from diffstride import DiffStride, plots, resnet
+
+HISTORY = {
+    'loss': [1.0, 0.5],
+    'stride/a/height': [2.5, 2.6],
+    'stride/a/width': [1.5, 1.4],
+    'stride/b/height': [3.0, 3.1],
+    'stride/b/width': [4.0, 4.1],
+}
+
+
+def lines(axes):
+    return {x.get_label(): x.get_xydata().tolist() for x in axes.get_lines()}
+
+
+def test_strides():
+    figure = plots.strides(HISTORY, {'a': (2.0, 2.0), 'b': (3.0, 3.0)})
+    assert lines(figure.axes[0])['a, width'] == [[0, 2.0], [1, 1.5], [2, 1.4]]
+    assert len(lines(figure.axes[0])) == 4
+    without_start = lines(plots.strides(HISTORY).axes[0])
+    assert without_start['b, height'] == [[1, 3.0], [2, 3.1]]
+
+
+def test_no_strides():
+    with pytest.raises(ValueError, match='must have strides'):
+        plots.strides({'loss': [1.0]})
+
+
+def test_strides_of_runs():
+    start = {'a': (2.0, 2.0), 'b': (3.0, 3.0)}
+    figure = plots.strides_of_runs(
+        {'one': [(HISTORY, start)] * 2, 'other': [(HISTORY, start)]}
+    )
+    assert [axes.get_title() for axes in figure.axes] == ['one', 'other']
+    assert [len(axes.get_lines()) for axes in figure.axes] == [8, 4]
+    assert len(figure.axes[0].get_legend().get_texts()) == 4
+
+
+def test_accuracy_macs():
+    figure = plots.accuracy_macs(
+        {'DiffStride': [(3e6, 0.7), (1e6, 0.6, 0.01)], 'other': [(2e6, 0.5)]}
+    )
+    first, second = figure.axes[0].containers
+    np.testing.assert_allclose(first[0].get_xydata(), [[1, 60], [3, 70]])
+    np.testing.assert_allclose(second[0].get_xydata(), [[2, 50]])
+    assert first.get_label() == 'DiffStride'
+
+
+def test_response():
+    layer = DiffStride((2.0, 4.0), smoothness_factor=2.0)
+    (axes,) = plots.response(layer, 16, index=1).axes
+    assert [y for _, y in lines(axes)['m(f)']] == [1, 1, 1, 0.5, *[0] * 5]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert 'kept: 8 of 16 samples' in labels
+    assert 'b = N / (2 S), S = 4.00' in labels
+
+
+@pytest.mark.parametrize('channels_first', [False, True])
+def test_pooled(channels_first):
+    if channels_first:
+        model = keras.Sequential(
+            [
+                keras.layers.Permute((3, 1, 2)),
+                DiffStride(2.0, 1.0, data_format='channels_first'),
+            ]
+        )
+    else:
+        model = resnet.Resnet([4, 4], '1, 2', 3, pooling_cls=DiffStride)
+    image = np.random.normal(size=(16, 12, 3)).astype('float32')
+    before = model(image[None])
+    figure = plots.pooled(model, image)
+    shapes = [axes.images[0].get_array().shape for axes in figure.axes]
+    assert shapes == [(16, 12), (10, 8) if channels_first else (16, 12)]
+    np.testing.assert_array_equal(model(image[None]), before)
+
+
+def test_pooled_needs_a_pooling_layer():
+    model = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.ReLU()])
+    with pytest.raises(ValueError, match='must have spectral pooling layers'):
+        plots.pooled(model, np.zeros((8, 8, 1)))

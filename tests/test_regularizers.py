@@ -1,0 +1,302 @@
+"""Costs of strides: values by hand, gradients by differences, and training."""
+
+import itertools
+import math
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers, ops
+
+from diffstride import DiffStride, FixedSpectralPooling, complexity, resnet
+from diffstride.pooling import diffstride_layers
+from diffstride.regularizers import (
+    ActivationCost,
+    MacsCost,
+    StrideCost,
+    StrideCostModel,
+    differentiable_macs,
+)
+
+SHAPE = (32, 24, 3)
+
+
+def network(pooling_cls=DiffStride, strides='1.5, 1, 2, 3', **kwargs):
+    model = resnet.Resnet(
+        [4, 4, 8, 8],
+        strides,
+        10,
+        num_layers=1,
+        id_only=[0],
+        pooling_cls=lambda **arguments: pooling_cls(**arguments, **kwargs),
+    )
+    model.build((None, *SHAPE))
+    return model
+
+
+def assign(model, strides):
+    for layer, stride in zip(diffstride_layers(model), strides, strict=True):
+        layer.strides.assign(stride)
+
+
+# One layer
+
+
+@pytest.mark.parametrize('shared_stride', [False, True])
+def test_stride_cost_of_a_layer(shared_stride):
+    layer = DiffStride(
+        2.5,
+        shared_stride=shared_stride,
+        strides_regularizer=StrideCost(0.3),
+    )
+    (loss,) = layer.losses
+    assert float(loss) == pytest.approx(0.3 / 2.5**2)
+
+
+def test_gradient_of_stride_cost():
+    strides = tf.Variable([2.0, 4.0])
+    with tf.GradientTape() as tape:
+        cost = StrideCost(3.0)(strides)
+    np.testing.assert_allclose(
+        tape.gradient(cost, strides), [-3 / (4 * 4), -3 / (2 * 16)]
+    )
+
+
+def test_stride_cost_survives_saving(tmp_path):
+    model = keras.Sequential(
+        [DiffStride(2.0, strides_regularizer=StrideCost(0.5))]
+    )
+    model(np.ones((1, 8, 8, 1), 'float32'))
+    model.save(tmp_path / 'model.keras')
+    loaded = keras.models.load_model(tmp_path / 'model.keras')
+    assert float(loaded.losses[0]) == 0.125
+
+
+# Networks
+
+
+def test_activation_cost_is_the_papers():
+    model = network()
+    strides = [(1.5, 2.0), (2.0, 3.0), (2.5, 1.25)]
+    assign(model, strides)
+    areas = [1 / (h * w) for h, w in strides]
+    expected = 0.2 * sum(itertools.accumulate(areas, lambda a, b: a * b))
+    cost = ActivationCost(0.2)
+    assert float(cost.of(model)()) == pytest.approx(expected)
+    backwards = cost.of(diffstride_layers(model)[::-1])
+    assert float(backwards()) != pytest.approx(expected)
+
+
+def test_gradient_of_activation_cost():
+    model = network()
+    variables = [layer.strides for layer in diffstride_layers(model)]
+    cost = ActivationCost(2.0).of(model)
+    with tf.GradientTape() as tape:
+        value = cost()
+    gradients = tape.gradient(value, [v.value for v in variables])
+    for variable, gradient in zip(variables, gradients):
+        before = variable.numpy()
+        for axis in range(2):
+            step = 1e-2 * np.eye(2)[axis]
+            variable.assign(before + step)
+            above = float(cost())
+            variable.assign(before - step)
+            below = float(cost())
+            variable.assign(before)
+            assert (above - below) / 2e-2 == pytest.approx(
+                float(gradient[axis]), rel=1e-3
+            )
+
+
+STRIDES = [
+    [(1.5, 1.5), (2.0, 2.0), (3.0, 3.0)],
+    [(1.0, 1.0), (1.0, 1.0), (1.0, 1.0)],
+    [(2.3, 1.1), (1.7, 3.9), (1.2, 2.6)],
+    [(5.0, 20.0), (3.0, 3.0), (8.0, 1.0)],
+]
+
+
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        {'ramp': 'inside'},
+        {'ramp': 'outside', 'smoothness_factor': 2.0},
+        {'ramp': 'straight_through', 'smoothness_factor': 1.0},
+        {'ramp': 'inside', 'lower_limit_stride': 1.3},
+    ],
+)
+@pytest.mark.parametrize('strides', STRIDES)
+def test_macs_are_those_of_complexity(kwargs, strides):
+    model = network(**kwargs)
+    macs = differentiable_macs(model, SHAPE)
+    assign(model, strides)
+    assert float(macs()) == pytest.approx(complexity(model, SHAPE).macs)
+
+
+def test_macs_with_fixed_strides_among_them():
+    model = keras.Sequential(
+        [
+            layers.Conv2D(4, 3, padding='same'),
+            FixedSpectralPooling(1.5),
+            layers.Conv2D(4, 3, padding='same'),
+            DiffStride(2.0, ramp='inside'),
+            layers.Conv2D(4, 3, padding='same'),
+        ]
+    )
+    macs = differentiable_macs(model, SHAPE)
+    assert float(macs()) == complexity(model, SHAPE).macs
+    assign(model, [(3.0, 1.2)])
+    assert float(macs()) == pytest.approx(complexity(model, SHAPE).macs)
+
+
+def test_gradient_of_macs_is_that_of_sizes_in_proportion():
+    """With sizes N / S exactly, d MACs / dS by hand."""
+    model = keras.Sequential(
+        [
+            DiffStride((2.0, 3.0), ramp='inside'),
+            layers.Conv2D(5, 3, padding='same'),
+        ]
+    )
+    macs = differentiable_macs(model, (32, 24, 3))
+    (layer,) = diffstride_layers(model)
+    with tf.GradientTape() as tape:
+        value = macs()
+    gradient = tape.gradient(value, layer.strides.value)
+
+    def by_hand(h, w):
+        rows, columns = 32 / h, 24 / w
+        pool = 3 * (rows * 32 * 24 + rows * columns * 24)
+        return pool + rows * columns * 9 * 3 * 5
+
+    assert float(value) == by_hand(2.0, 3.0)
+    step = 1e-4
+    np.testing.assert_allclose(
+        gradient,
+        [
+            (by_hand(2 + step, 3) - by_hand(2 - step, 3)) / (2 * step),
+            (by_hand(2, 3 + step) - by_hand(2, 3 - step)) / (2 * step),
+        ],
+        rtol=1e-5,
+    )
+
+
+def test_macs_cost_is_free_within_the_budget():
+    model = network(ramp='inside')
+    macs = complexity(model, SHAPE).macs
+    beyond = MacsCost(macs / 2, weight=0.5, input_shape=SHAPE).of(model)
+    within = MacsCost(macs * 1.01, input_shape=SHAPE).of(model)
+    assert float(beyond()) == pytest.approx(0.5 * math.log(2), rel=1e-5)
+    assert float(within()) == 0
+
+
+def test_a_layer_called_twice_has_no_macs_with_a_gradient():
+    pool = DiffStride(2.0)
+    model = keras.Sequential([pool, layers.Conv2D(3, 1), pool])
+    with pytest.raises(ValueError, match='called once'):
+        differentiable_macs(model, SHAPE)
+
+
+@pytest.mark.parametrize(
+    'make, message',
+    [
+        (lambda: StrideCost(-1), '`weight` must be a finite number, at least'),
+        (lambda: ActivationCost('1'), '`weight` must be'),
+        (lambda: MacsCost(0), '`budget` must be a finite number above 0'),
+        (lambda: MacsCost(1e6, math.nan), '`weight` must be'),
+    ],
+)
+def test_wrong_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# Models with a cost
+
+
+@pytest.mark.parametrize(
+    'cost', [ActivationCost(0.3), MacsCost(1e5, 0.3, SHAPE)]
+)
+def test_model_with_a_cost_adds_it_to_the_loss(cost, tmp_path):
+    model = network(ramp='inside')
+    x = np.random.normal(size=(2, *SHAPE)).astype('float32')
+    with_cost = StrideCostModel(model, cost)
+    np.testing.assert_array_equal(with_cost(x), model(x))
+    expected = float(cost.of(model)())
+    assert expected > 0
+    with_cost(x)
+    model(x)
+    added = sum(map(float, with_cost.losses)) - sum(map(float, model.losses))
+    assert added == pytest.approx(expected, rel=1e-5)
+    assert with_cost.input_shape == model.input_shape
+
+    with_cost.save(tmp_path / 'model.keras')
+    loaded = keras.models.load_model(tmp_path / 'model.keras')
+    np.testing.assert_array_equal(loaded(x), model(x))
+    assert sum(map(float, loaded.losses)) == pytest.approx(
+        sum(map(float, with_cost.losses))
+    )
+
+
+def test_resnet_with_a_cost():
+    def cost_of(stride_cost, pooling_cls=DiffStride):
+        return getattr(
+            resnet.Resnet(
+                [4, 4], '1, 2', 2, pooling_cls=pooling_cls,
+                stride_cost=stride_cost,
+            ),
+            'stride_cost',
+            None,
+        )  # fmt: skip
+
+    assert isinstance(cost_of(0.5), ActivationCost)
+    assert cost_of(0.5).weight == 0.5
+    macs = MacsCost(1e6)
+    assert cost_of(macs) is macs
+    assert cost_of(None) is cost_of(0) is cost_of(0.0) is None
+    assert cost_of(0.5, pooling_cls=None) is None
+
+
+@pytest.mark.parametrize('stride_cost', [3.0, MacsCost(1e3, 3.0, (16, 16, 3))])
+def test_strides_grow_with_their_cost(stride_cost):
+    """With the same data and seed, a price makes larger strides, fewer MACs."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(64, 16, 16, 3)).astype('float32')
+    y = rng.integers(0, 2, 64)
+    macs, strides = {}, {}
+    for cost in (0, stride_cost):
+        keras.utils.set_random_seed(0)
+        model = resnet.Resnet(
+            [4, 4, 8],
+            '2, 1, 2',
+            2,
+            num_layers=1,
+            stride_cost=cost,
+            pooling_cls=lambda **kwargs: DiffStride(
+                smoothness_factor=1.0, ramp='inside', **kwargs
+            ),
+        )
+        model.compile(
+            keras.optimizers.SGD(0.3),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        )
+        model.fit(x, y, batch_size=16, epochs=3, verbose=0)
+        macs[cost] = complexity(model, (16, 16, 3)).macs
+        strides[cost] = [
+            s for x in diffstride_layers(model) for s in x.stride_values
+        ]
+    assert macs[stride_cost] < 0.8 * macs[0]
+    assert all(a > b for a, b in zip(strides[stride_cost], strides[0]))
+
+
+def test_adamw_can_be_told_not_to_decay_strides():
+    """With no gradient, only the decay would move strides."""
+    for excluded, expected in (([], False), (['strides'], True)):
+        model = keras.Sequential([keras.Input((8, 8, 1)), DiffStride(2.0)])
+        optimizer = keras.optimizers.AdamW(0.1, weight_decay=0.1)
+        optimizer.exclude_from_weight_decay(var_names=excluded)
+        model.compile(optimizer, lambda y, p: 0.0 * ops.sum(p, axis=(1, 2, 3)))
+        x = np.ones((4, 8, 8, 1))
+        model.fit(x, x, verbose=0)
+        (layer,) = diffstride_layers(model)
+        assert (layer.stride_values == (2.0, 2.0)) == expected
