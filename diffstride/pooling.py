@@ -320,10 +320,9 @@ class DiffStride(SpectralPooling):
     @property
     def strides_per_axis(self):
         """The present strides as a float32 tensor, [rank]."""
-        strides = ops.convert_to_tensor(self.strides)
-        if self.settled:
-            strides = ops.stop_gradient(strides)
-        return ops.broadcast_to(strides, (self.rank,))
+        return ops.broadcast_to(
+            ops.convert_to_tensor(self.strides), (self.rank,)
+        )
 
     def size_with_gradient(self, index, size):
         if not self.cropping:
@@ -383,8 +382,8 @@ class DiffStride(SpectralPooling):
     def settle(self):
         """Ends the learning of the strides: they and all sizes stay.
 
-        The optimizer keeps the variable, and its constraint keeps the value.
-        Functions traced before go on as before.
+        The strides remain a variable of the optimizer, whose every step they
+        undo by their constraint. Functions traced before go on as before.
         """
         self.pin()
         values = backend.value_of(self.strides).tolist()

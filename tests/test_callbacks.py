@@ -16,7 +16,9 @@ def small_model(**kwargs):
         [
             keras.Input((16, 12, 3)),
             DiffStride((2.0, 1.5), 1.0, name='first', **kwargs),
+            keras.layers.ReLU(),
             DiffStride(2.0, 1.0, shared_stride=True, name='second', **kwargs),
+            keras.layers.ReLU(),  # After which the mean tells strides apart.
             keras.layers.GlobalAveragePooling2D(),
         ]
     )
@@ -51,9 +53,7 @@ def test_stride_logger_logs_each_stride_and_size_and_the_macs(tmp_path):
         'macs': complexity(model, (16, 12, 3)).macs,
     }
     assert {k: v[0] for k, v in logs.items() if k != 'loss'} == expected
-    assert csv.read_text().split('\n')[0].split(',') == sorted(
-        ['epoch', 'loss', *expected], key=lambda key: (key != 'epoch', key)
-    )
+    assert set(expected) < set(csv.read_text().split('\n')[0].split(','))
 
 
 def test_stride_logger_without_known_sizes_logs_strides_alone():
@@ -80,9 +80,9 @@ def test_masks_are_images_for_tensorboard(tmp_path):
         for event in tf.compat.v1.train.summary_iterator(path)
         for value in event.summary.value
     ]
-    assert [(step, tag) for step, tag, _ in images] == [
-        (epoch, f'mask/{name}') for epoch in (0, 1) for name in ('first', 'second')
-    ]  # fmt: skip
+    tags = ['mask/first', 'mask/second']
+    assert [tag for _, tag, _ in images] == tags * 2
+    assert [step for step, _, _ in images] == [0, 0, 1, 1]
     width, height, png = images[-2][2]
     assert (int(width), int(height)) == (12, 16)
     pixels = tf.io.decode_png(png).numpy()[..., 0] / 255
@@ -110,14 +110,17 @@ def test_response_of_what_straight_through_keeps():
     np.testing.assert_array_equal(layer.response(8), [1, 1, 1, 0, 0])
 
 
-@pytest.mark.parametrize('optimizer', ['sgd', 'adamw'])
+@pytest.mark.parametrize(
+    'optimizer',
+    [
+        keras.optimizers.SGD(0.3, momentum=0.9),
+        keras.optimizers.AdamW(0.1, weight_decay=0.1),
+    ],
+)
 def test_strides_and_sizes_settle(optimizer):
     model = small_model(ramp='inside')
-    if optimizer == 'adamw':
-        model.compile(keras.optimizers.AdamW(0.1, weight_decay=0.1), 'mse')
-    dense = keras.layers.Dense(3)
-    model = keras.Sequential([*model.layers, dense])
-    model.compile(model.optimizer or keras.optimizers.SGD(1.0, 0.9), 'mse')
+    model = keras.Sequential([*model.layers, keras.layers.Dense(3)])
+    model.compile(optimizer, 'mse')
     logs = model.fit(
         *data(),
         epochs=6,

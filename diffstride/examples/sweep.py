@@ -62,6 +62,11 @@ def sweep(
     """
     with train.setup_errors():
         workdir = train.checked_workdir(workdir)
+        for name, value in (('strides', strides), ('seeds', seeds)):
+            if not isinstance(value, (list, tuple)) or not value:
+                raise ValueError(
+                    f'sweep.{name} must be a list. Received: {value!r}'
+                )
         variants = _checked_variants(variants, only)
         runs = [
             _Run(workdir, name, bindings, start, seed)
@@ -71,7 +76,7 @@ def sweep(
         ]
         if len({run.name for run in runs}) < len(runs):
             raise ValueError('Two runs of the sweep have the same name')
-        config = _config_without_sweep()
+        config = config_without_sweep()
         for run in runs:
             run.check(config)
     failed = _run_all(runs, config)
@@ -89,6 +94,13 @@ def _checked_variants(variants, only):
             ],
             'strided convolution': ['resnet.Resnet.pooling_cls = None'],
         }
+    if not isinstance(variants, dict) or not all(
+        isinstance(bindings, (list, tuple)) for bindings in variants.values()
+    ):
+        raise ValueError(
+            'sweep.variants must be a dict from a name to a list of bindings. '
+            f'Received: {variants!r}'
+        )
     for name in only or ():
         if name not in variants:
             raise ValueError(
@@ -98,7 +110,7 @@ def _checked_variants(variants, only):
     return {k: v for k, v in variants.items() if only is None or k in only}
 
 
-def _config_without_sweep():
+def config_without_sweep():
     """The settings that decide the result of a run, beside its own bindings."""
     sections = gin.config_str().split('# Parameters for ')
     return '\n'.join(
@@ -242,12 +254,10 @@ def _progress(runs):
 
 
 def _report(workdir, results):
-    groups = collections.defaultdict(lambda: collections.defaultdict(list))
-    for result in results:
-        groups[result['variant']][result['strides']].append(result)
-    table = _table(groups)
-    train.write(workdir / 'table.md', table + '\n')
-    print(table)
+    groups = grouped(results)
+    text = table(groups)
+    train.write(workdir / 'table.md', text + '\n')
+    print(text)
     with contextlib.suppress(ImportError):  # Of matplotlib, an extra.
         for name, figure in (
             ('accuracy_macs.png', _accuracy_macs(groups)),
@@ -257,7 +267,16 @@ def _report(workdir, results):
                 train.write_figure(workdir / name, figure)
 
 
-def _table(groups):
+def grouped(results):
+    """Returns {variant: {initial strides: [result of a run]}}."""
+    groups = collections.defaultdict(lambda: collections.defaultdict(list))
+    for result in results:
+        groups[result['variant']][result['strides']].append(result)
+    return groups
+
+
+def table(groups):
+    """Returns the results as Markdown."""
     starts = list(dict.fromkeys(s for group in groups.values() for s in group))
     lines = [
         'Test accuracy (%), mean +- standard deviation (n runs), by initial '

@@ -1,0 +1,197 @@
+"""Sweeps through the real command, killed and continued."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+
+import gin
+import pytest
+from absl import flags
+from test_train import SMALL, images  # noqa: F401
+
+from diffstride.examples import main, sweep
+
+SWEEP = """
+train.model_cls = @resnet.resnet18
+train.num_epochs = 1
+train.steps_per_epoch = 1
+resnet.resnet18.width = 1
+sweep.strides = ['1, 1, 1, 1, 2', '1, 1, 1, 1, 3']
+sweep.seeds = [0]
+sweep.variants = {
+    'learned': [],
+    'fixed': ['resnet.Resnet.pooling_cls = @pooling.FixedSpectralPooling'],
+}
+"""
+
+
+@pytest.fixture
+def config(images, tmp_path):  # noqa: F811
+    path = tmp_path / 'sweep.gin'
+    replaced = (
+        r'(resnet\.Resnet\.(filters|strides|num_layers)|'
+        r'train\.(num_epochs|model_cls)) = .*'
+    )
+    small = re.sub(replaced, '', SMALL)
+    path.write_text(
+        f"{small}{SWEEP}data.load_datasets.name = '{images}'\n"
+        f"sweep.workdir = '{tmp_path / 'out'}'\n"
+    )
+    return path
+
+
+def command(config, *bindings):
+    return [
+        sys.executable,
+        '-m',
+        'diffstride.examples.sweep',
+        f'--gin_config={config}',
+        *(f'--gin_bindings={binding}' for binding in bindings),
+    ]
+
+
+def run(config, *bindings):
+    return subprocess.run(
+        command(config, *bindings), capture_output=True, text=True
+    )
+
+
+def read_runs(folder):
+    return {
+        path.name: (path.stat().st_mtime_ns, json.loads(path.read_text()))
+        for path in folder.glob('runs/*.json')
+    }
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_continues_and_gives_the_same_table(config, tmp_path):
+    out = tmp_path / 'out'
+    killed = subprocess.Popen(
+        command(config), stdout=subprocess.PIPE, text=True
+    )
+    for line in killed.stdout:
+        if line.startswith('fixed') and '%' in line:
+            break
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    finished = read_runs(out)
+    assert 0 < len(finished) < 4
+    # The run that was cut off may live on; none is done twice.
+    processes = [
+        subprocess.Popen(command(config), stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    texts = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    runs = read_runs(out)
+    assert len(runs) == 4
+    for name, run_before in finished.items():
+        assert runs[name] == run_before
+    results = re.findall(r'^(\S+): \d+\.\d%$', ''.join(texts), re.MULTILINE)
+    assert len(results) == len(set(results)) == 4 - len(finished)
+
+    table = (out / 'table.md').read_text()
+    assert table.strip() in texts[0] and table.strip() in texts[1]
+    assert '| learned | 1, 1, 1, 1, 2 | 1 | ' in table
+    learned = json.loads(
+        (out / 'runs' / 'learned-1-1-1-1-3-seed-0.json').read_text()
+    )
+    assert learned['layers'] and learned['macs'] > 0
+    assert f'{100 * learned["test_accuracy"]:.1f} (1)' in table
+    assert (out / 'accuracy_macs.png').exists()
+    assert (out / 'strides.png').exists()
+
+    for path in (out / 'table.md', out / 'accuracy_macs.png'):
+        path.unlink()
+    again = run(config)
+    assert again.returncode == 0
+    assert (out / 'table.md').read_text() == table
+    assert read_runs(out) == runs
+
+
+@pytest.mark.slow
+def test_a_failed_run_is_told_and_the_others_are_made(config, tmp_path):
+    ended = run(
+        config,
+        "sweep.strides = ['1, 1, 1, 1, 2.5']",
+        "sweep.variants = {'strided': ['resnet.Resnet.pooling_cls = None'], "
+        "'learned': []}",
+    )
+    assert ended.returncode == 1
+    assert 'error: 1 runs failed: strided-1-1-1-1-2.5-seed-0' in ended.stderr
+    assert '`strides` of a strided convolution' in ended.stderr
+    assert len(read_runs(tmp_path / 'out')) == 1
+    other = run(
+        config,
+        "sweep.strides = ['1, 1, 1, 1, 2.5']",
+        "sweep.only = ['learned']",
+        'resnet.resnet18.width = 2',
+    )
+    assert other.returncode == 1
+    assert 'is of other settings (config)' in other.stderr
+
+
+@pytest.mark.parametrize(
+    'bindings, message',
+    [
+        (["sweep.only = ['no']"], "sweep.only must be names of ['learned'"),
+        (["sweep.strides = ['2', '2']"], 'have the same name'),
+        (['sweep.workdir = None'], 'workdir must be a folder'),
+        (['sweep.seeds = 3'], 'sweep.seeds must be a list'),
+        (["sweep.strides = '1, 2'"], 'sweep.strides must be a list'),
+        (["sweep.variants = ['a']"], 'sweep.variants must be a dict'),
+        (["sweep.variants = {'a': 'b = 1'}"], 'sweep.variants must be a dict'),
+    ],
+)
+def test_wrong_settings(config, tmp_path, bindings, message):
+    flags.FLAGS.unparse_flags()
+    flags.FLAGS(command(config, *bindings)[2:])
+    try:
+        with pytest.raises(SystemExit) as error:
+            main.main(['sweep'], default_job=sweep.sweep)
+    finally:
+        for name in ('gin_config', 'gin_bindings'):
+            flags.FLAGS[name].unparse()
+    assert message in str(error.value)
+    assert not (tmp_path / 'out').exists()
+
+
+def result(variant, strides, seed, accuracy, macs, learned):
+    return {
+        'variant': variant,
+        'strides': strides,
+        'seed': seed,
+        'test_accuracy': accuracy,
+        'macs': macs,
+        'seconds': 10.0,
+        'layers': {
+            f'pool_{seed}': {'strides': s, 'initial_strides': (2.0, 2.0)}
+            for s in learned
+        },
+        'history': [{f'stride/pool_{seed}/height': 2.5}] if learned else [{}],
+    }
+
+
+def test_table():
+    results = [
+        result('A', '2', 0, 0.70, 2e6, [(2.0, 3.0)]),
+        result('A', '2', 1, 0.72, 4e6, [(3.0, 3.5)]),
+        result('A', '3', 0, 0.68, 3e6, [(2.0, 2.0)]),
+        result('B', '2', 0, 0.5, 1e6, []),
+    ]
+    lines = sweep.table(sweep.grouped(results)).splitlines()
+    assert '| A | 71.0 +- 1.4 (2) | 68.0 (1) | 3.0 |' in lines
+    assert '| B | 50.0 (1) | - | - |' in lines
+    assert (
+        '| A | 2 | 2 | 71.0 +- 1.4 | 3.0 +- 1.4 | 10 +- 0 | (2.50, 3.25) |'
+        in lines
+    )
+    assert '| B | 2 | 1 | 50.0 | 1.0 | 10 | - |' in lines
+
+
+def test_config_of_a_run_leaves_out_the_sweep(config):
+    gin.parse_config_file(str(config))
+    text = sweep.config_without_sweep()
+    assert 'resnet18.width = 1' in text and 'sweep' not in text
