@@ -595,12 +595,70 @@ def test_input_gradient_is_the_transposed_operator(
     assert error_of(actual, expected) <= 2e-5
 
 
+# A ramp in the gradient alone
+
+STRAIGHT_THROUGH = [
+    ((16, 21), (2.3, 3.1), 1.0),
+    ((33, 20), (1.7, 5.3), 2.5),
+    ((32, 24), (2.0, 3.0), 4.0),
+    ((9, 40), (1.23, 7.7), 100.0),
+    ((32, 16), (1.0, 1.0), 2.0),
+    ((8, 8), (100.0, 1.05), 1.0),
+]
+
+
+@pytest.mark.parametrize('compiler', ['eager', 'graph', 'xla'])
+@pytest.mark.parametrize('case', range(len(STRAIGHT_THROUGH)))
+def test_straight_through_agrees_with_reference(case, compiler):
+    """Spectral pooling's values at the sizes and gradients of 'inside'."""
+    sizes, strides, smoothness = STRAIGHT_THROUGH[case]
+    layer = DiffStride(
+        2.0, smoothness, ramp='straight_through', method=METHODS[case % 2]
+    )
+    layer.strides.assign(strides)
+    x = image(sizes, channels=2)
+    clipped = [
+        reference.clip_stride(s, n, smoothness, 'inside')
+        for n, s in zip(sizes, strides)
+    ]
+    outputs = [
+        reference.diffstride_size(n, s, smoothness, 'inside')
+        for n, s in zip(sizes, clipped)
+    ]
+
+    def pooled(axis=None, change=0.0):
+        y = x
+        for i, (size, output) in enumerate(zip(sizes, outputs)):
+            mask = np.ones(output // 2 + 1)
+            if i == axis:
+                stride = clipped[i] + reference._exact(change)
+                mask = reference.diffstride_response(
+                    size, output, stride, smoothness, 'inside'
+                )
+            y = reference.resample(y, i + 1, output, mask, 'forward')
+        return y
+
+    expected = pooled()
+    assert error_of(layer(x), expected) < 1e-5
+    weights = random(*expected.shape, seed=1)
+    _, actual = gradients_of(layer, x, weights, compiler)
+    step = 1e-6
+    by_differences = [
+        np.sum(weights * (pooled(axis, step) - pooled(axis, -step)) / 2 / step)
+        for axis in range(2)
+    ]
+    tolerance = 2e-3 * np.abs(by_differences).max()
+    tolerance += 1e-7 * np.linalg.norm(x) * np.linalg.norm(weights)
+    np.testing.assert_allclose(actual, by_differences, rtol=0, atol=tolerance)
+
+
 # Properties of the operator
 
 
 SPECTRAL = [
     (DiffStride, {}),
     (DiffStride, {'ramp': 'inside'}),
+    (DiffStride, {'ramp': 'straight_through'}),
     (DiffStride, {'cropping': False}),
     (FixedSpectralPooling, {}),
 ]
@@ -921,7 +979,12 @@ def fit_energy(pool, share=1, optimizer=None, steps=30, **kwargs):
 
 
 @pytest.mark.parametrize(
-    'ramp', ['outside', pytest.param('inside', marks=pytest.mark.slow)]
+    'ramp',
+    [
+        'outside',
+        'straight_through',
+        pytest.param('inside', marks=pytest.mark.slow),
+    ],
 )
 def test_strides_and_sizes_move_and_the_loss_falls(ramp):
     pool = DiffStride((4.0, 3.0), 2.0, ramp=ramp)
@@ -1024,6 +1087,7 @@ def test_a_huge_step_leaves_strides_within_their_limits(limits, ramp, share):
         (8.5, 1, {}),
         (2.0, 0, {'lower_limit_stride': 2}),
         (4.0, 1, {'upper_limit_stride': 4, 'ramp': 'inside'}),
+        (1.0, 0, {'ramp': 'straight_through'}),
     ],
 )
 def test_a_stride_at_a_limit_comes_back(stride, share, arguments):
@@ -1363,6 +1427,11 @@ def test_bad_strides_are_refused(cls, strides):
         (DiffStride, {'data_format': ''}, 'must be one of'),
         (DiffStride, {'ramp': 'both'}, 'must be one of'),
         (DiffStride, {'ramp': None}, 'must be one of'),
+        (
+            DiffStride,
+            {'ramp': 'straight_through', 'cropping': False},
+            '`cropping` must be True',
+        ),
         (DiffStride, {'method': 'dct'}, 'must be one of'),
         (DiffStride, {'norm': 'mean'}, 'must be one of'),
         (FixedSpectralPooling, {'data_format': 'NHWC'}, 'must be one of'),
