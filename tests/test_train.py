@@ -124,7 +124,7 @@ def test_the_last_checkpoint_gives_the_reported_strides(run):
     reported = [layer['strides'] for layer in results['layers'].values()]
     np.testing.assert_allclose(strides, reported, rtol=1e-6)
     sizes = [
-        list(row.output_shape[0][:2])
+        list(row.output_shape[:2])
         for row in complexity(model, (12, 16, 3)).layers
         if row.class_name == 'DiffStride'
     ]
@@ -233,13 +233,57 @@ def test_training_under_xla_pins_the_sizes(run):
     assert pinned == [(3.0, 3.0)]
 
 
+def test_strides_settle_when_a_callback_says_so(run):
+    workdir = run(
+        'train.num_epochs = 3',
+        'train.callbacks = [@callbacks.SettleStrides()]',
+        'callbacks.SettleStrides.epoch = 1',
+    )
+    history = read(workdir / 'history.json')
+    for key in history[0]:
+        if key.startswith('stride/'):
+            assert history[0][key] != 3.0
+            assert history[0][key] == history[1][key] == history[2][key]
+        if key.startswith('size/') or key == 'macs':
+            assert history[1][key] == history[2][key]
+    assert read(workdir / 'results.json')['macs'] == history[2]['macs']
+
+
+def test_a_cost_of_strides_makes_them_larger(run):
+    strides = [
+        read(run(f'resnet.Resnet.stride_cost = {cost}', workdir=f'cost{cost}')
+             / 'history.json')[-1]
+        for cost in (0, 100)
+    ]  # fmt: skip
+    keys = [key for key in strides[0] if key.startswith('stride/')]
+    assert len(keys) == 2
+    assert all(strides[1][key] > strides[0][key] for key in keys)
+
+
+def test_weight_decay_does_not_reach_strides(run):
+    """AdamW that takes a tenth of a weight and hardly moves it otherwise."""
+    workdir = run(
+        'train.num_epochs = 1',
+        'train.optimizer_cls = @tf.keras.optimizers.AdamW',
+        'tf.keras.optimizers.AdamW.learning_rate = 1e-6',
+        'tf.keras.optimizers.AdamW.weight_decay = 1e5',
+    )
+    history = read(workdir / 'history.json')
+    strides = [v for k, v in history[0].items() if k.startswith('stride/')]
+    np.testing.assert_allclose(strides, 3, rtol=1e-4)
+
+
 def test_compare_trains_the_three_poolings(run, tmp_path, capsys):
     run(
         'run.job = @train.compare',
         f"compare.workdir = '{tmp_path / 'three'}'",
         'train.num_epochs = 1',
     )
-    table = capsys.readouterr().out.split('| pooling ')[1]
+    output = capsys.readouterr().out
+    assert output.endswith(
+        f'{tmp_path / "three" / "DiffStride" / "strides.png"}\n'
+    )
+    table = output.split('| pooling ')[1]
     for name in ('StridedConvolution', 'FixedSpectralPooling', 'DiffStride'):
         assert f'| {name} | ' in table
         assert (tmp_path / 'three' / name / 'results.json').exists()
@@ -259,6 +303,7 @@ def test_compare_trains_the_three_poolings(run, tmp_path, capsys):
         (['resnet.Resnet.output_activation = None'], 'output_activation'),
         (['pooling.DiffStride.smoothness_factor = 0'], '`smoothness_factor`'),
         (['train.num_epochs = 0'], 'train.num_epochs must be'),
+        (['train.callbacks = [1]'], 'train.callbacks must be Keras callbacks'),
         (['train.num_epochs = 1.5'], 'train.num_epochs must be'),
         (['train.steps_per_epoch = -1'], 'train.steps_per_epoch must be'),
         (["train.data_format = 'NHWC'"], 'train.data_format must be'),

@@ -162,8 +162,11 @@ def compare(workdir=None, model_cls=resnet.resnet18):
                 resnet.configured(model_cls), pooling_cls=pooling_cls
             ),
         )
-    print('\n| pooling | test accuracy | seconds | learned strides |')
-    print('| --- | --- | --- | --- |')
+    print(
+        '\n| pooling | test accuracy | MMAC per image | seconds '
+        '| learned strides |'
+    )
+    print('| --- ' * 5 + '|')
     for name, result in results.items():
         strides = ', '.join(
             '({})'.format(' '.join(f'{s:.2f}' for s in layer['strides']))
@@ -171,8 +174,11 @@ def compare(workdir=None, model_cls=resnet.resnet18):
         )
         print(
             f'| {name} | {100 * result["test_accuracy"]:.1f}% '
-            f'| {result["seconds"]:.0f} | {strides or "-"} |'
+            f'| {result["macs"] / 1e6:.2f} | {result["seconds"]:.0f} '
+            f'| {strides or "-"} |'
         )
+    for path in sorted(workdir.glob('*/strides.png')):
+        print(f'\nStrides over the epochs: {path}')
     return results
 
 
