@@ -51,8 +51,8 @@ class StrideLogger(keras.callbacks.Callback):
         for layer in layers:
             for axis, stride in zip(_AXES[layer.rank], layer.stride_values):
                 logs[f'stride/{layer.name}/{axis}'] = stride
-        shape = self.input_shape or self.model.input_shape[1:]
-        if None in tree.flatten(shape):
+        shape = self.input_shape or _input_shape(self.model)
+        if shape is None or None in tree.flatten(shape):
             return
         rows, calls = measure(self.model, shape)
         for layer in layers:
@@ -83,6 +83,16 @@ class StrideLogger(keras.callbacks.Callback):
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+def _input_shape(model):
+    """Without the batch axis, in the structure of the inputs, or None."""
+    shape = getattr(model, 'input_shape', None)  # A subclass has none.
+    if isinstance(shape, dict):
+        return {name: x[1:] for name, x in shape.items()}
+    if shape and isinstance(shape[0], (list, tuple)):
+        return [x[1:] for x in shape]
+    return shape and shape[1:]
 
 
 @gin.register(module='callbacks')

@@ -66,6 +66,33 @@ def test_stride_logger_without_known_sizes_logs_strides_alone():
     assert set(logs) == {'loss', 'stride/pool/height', 'stride/pool/width'}
 
 
+def test_stride_logger_of_several_inputs_and_of_a_subclass():
+    inputs = [keras.Input((8, 8, 1)), keras.Input((4,))]
+    pooled = DiffStride(2.0, 1.0, name='pool')(inputs[0])
+    mean = keras.layers.GlobalAveragePooling2D()(pooled)
+    functional = keras.Model(inputs, keras.layers.Add()([mean, inputs[1]]))
+    x = [np.ones((2, 8, 8, 1)), np.ones((2, 4))]
+    functional.compile('sgd', 'mse')
+    logs = functional.fit(
+        x, np.ones((2, 4)), verbose=0, callbacks=[StrideLogger()]
+    ).history
+    assert logs['size/pool/height'] == [6]
+    assert logs['macs'] == [complexity(functional, [(8, 8, 1), (4,)]).macs]
+
+    class Subclassed(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.pool = DiffStride(2.0, name='pool')
+
+        def call(self, x):
+            return self.pool(x)
+
+    model = Subclassed()
+    model.compile('sgd', lambda y, p: keras.ops.sum(p, axis=(1, 2, 3)))
+    logs = model.fit(x[0], x[0], verbose=0, callbacks=[StrideLogger()]).history
+    assert set(logs) == {'loss', 'stride/pool/height', 'stride/pool/width'}
+
+
 def test_masks_are_images_for_tensorboard(tmp_path):
     model = small_model()
     model.fit(

@@ -58,6 +58,10 @@ def run(config, *bindings):
     )
 
 
+def start(config):
+    return subprocess.Popen(command(config), stdout=subprocess.PIPE, text=True)
+
+
 def read_runs(folder):
     return {
         path.name: (path.stat().st_mtime_ns, json.loads(path.read_text()))
@@ -68,23 +72,17 @@ def read_runs(folder):
 @pytest.mark.slow
 def test_a_killed_sweep_continues_and_gives_the_same_table(config, tmp_path):
     out = tmp_path / 'out'
-    killed = subprocess.Popen(
-        command(config), stdout=subprocess.PIPE, text=True
-    )
-    for line in killed.stdout:
-        if line.startswith('fixed') and '%' in line:
-            break
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    with start(config) as killed:
+        for line in killed.stdout:
+            if line.startswith('fixed') and '%' in line:
+                break
+        killed.send_signal(signal.SIGKILL)
     finished = read_runs(out)
     assert 0 < len(finished) < 4
     # The run that was cut off may live on; none is done twice.
-    processes = [
-        subprocess.Popen(command(config), stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    texts = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
+    with start(config) as one, start(config) as other:
+        texts = [process.communicate()[0] for process in (one, other)]
+    assert one.returncode == other.returncode == 0
     runs = read_runs(out)
     assert len(runs) == 4
     for name, run_before in finished.items():
