@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import gin
 import pytest
@@ -72,13 +73,19 @@ def read_runs(folder):
 @pytest.mark.slow
 def test_a_killed_sweep_continues_and_gives_the_same_table(config, tmp_path):
     out = tmp_path / 'out'
+    begun = out / 'work' / 'learned-1-1-1-1-3-seed-0' / 'settings.json'
     with start(config) as killed:
         for line in killed.stdout:
-            if line.startswith('fixed') and '%' in line:
+            if line.startswith('learned-1-1-1-1-3'):
                 break
+        while not begun.exists():
+            time.sleep(0.1)
         killed.send_signal(signal.SIGKILL)
     finished = read_runs(out)
-    assert 0 < len(finished) < 4
+    assert len(finished) == 2
+    other = run(config, 'resnet.resnet18.width = 2', "sweep.only = ['learned']")
+    assert other.returncode == 1
+    assert 'is of other settings (config)' in other.stderr
     # The run that was cut off may live on; none is done twice.
     with start(config) as one, start(config) as other:
         texts = [process.communicate()[0] for process in (one, other)]

@@ -1,6 +1,6 @@
 r"""Trains a network by every pooling, from every start, with every seed.
 
-    python3 -m diffstride.examples.sweep --gin_config=sweep.gin \
+    python3 -m diffstride.examples.sweep --gin_config=cifar10_sweep.gin \
       --gin_bindings="sweep.workdir = '/tmp/exp/diffstride/sweep'"
 
 A run that is finished is not repeated, so the same command continues a sweep
@@ -36,6 +36,7 @@ def sweep(
     strides=('1, 1, 2, 2, 2', '1, 1, 3, 2, 3'),
     seeds=(0, 1, 2),
     only=None,
+    strides_parameter='resnet.resnet18.strides',
 ):
     """Trains by all variants from all strides with all seeds; makes a table.
 
@@ -52,9 +53,10 @@ def sweep(
         variants: Dict from a name to a list of gin bindings, strings; None for
             the three poolings: DiffStride, FixedSpectralPooling and strided
             convolution.
-        strides: Initial strides of `resnet18`, each a string.
+        strides: Values of `strides_parameter`, each a string.
         seeds: Of `train`.
         only: Names of the variants to be trained; None for all.
+        strides_parameter: The gin parameter that takes initial strides.
 
     Raises:
         train.SetupError: If something is set wrong, if the folder holds runs of
@@ -68,18 +70,23 @@ def sweep(
                     f'sweep.{name} must be a list. Received: {value!r}'
                 )
         variants = _checked_variants(variants, only)
+        config = config_without_sweep()
         runs = [
-            _Run(workdir, name, bindings, start, seed)
+            _Run(
+                workdir,
+                {'variant': name, 'strides': start, 'seed': seed},
+                [*bindings, f'{strides_parameter} = {start!r}'],
+                config,
+            )
             for seed, start, (name, bindings) in itertools.product(
                 seeds, strides, variants.items()
             )
         ]
         if len({run.name for run in runs}) < len(runs):
             raise ValueError('Two runs of the sweep have the same name')
-        config = config_without_sweep()
         for run in runs:
-            run.check(config)
-    failed = _run_all(runs, config)
+            run.check()
+    failed = _run_all(runs)
     _report(workdir, [run.result for run in runs if run.is_finished])
     if failed:
         raise train.SetupError(f'{len(failed)} runs failed: {failed[0]}')
@@ -123,15 +130,14 @@ def config_without_sweep():
 class _Run:
     """One training: its settings, its files and its result."""
 
-    def __init__(self, workdir, variant, bindings, strides, seed):
-        self.settings = {'variant': variant, 'strides': strides, 'seed': seed}
-        self.bindings = [
-            *bindings,
-            f'resnet.resnet18.strides = {strides!r}',
-            f'train.seed = {seed}',
-        ]
-        words = re.findall(r'[\w.]+', f'{variant} {strides} seed {seed}')
-        self.name = '-'.join(words)
+    def __init__(self, workdir, labels, bindings, config):
+        self.labels = labels
+        self.settings = {
+            'bindings': [*bindings, f'train.seed = {labels["seed"]}'],
+            'config': config,
+        }
+        label = '{variant} {strides} seed {seed}'.format(**labels)
+        self.name = '-'.join(re.findall(r'[\w.]+', label))
         self.folder = workdir / 'work' / self.name
         self.path = workdir / 'runs' / f'{self.name}.json'
 
@@ -143,17 +149,17 @@ class _Run:
     def result(self):
         return json.loads(self.path.read_text())
 
-    def check(self, config):
-        """Raises ValueError if it is finished, but with other settings."""
-        if self.is_finished:
-            expected = {'bindings': self.bindings, 'config': config}
-            result = self.result
-            for key, value in expected.items():
-                if result[key] != value:
-                    raise ValueError(
-                        f'{self.path} is of other settings ({key}): set '
-                        'sweep.workdir to another folder'
-                    )
+    def check(self):
+        """Raises ValueError if it was finished or begun by other settings."""
+        for path in (self.path, self.folder / 'settings.json'):
+            if path.exists():
+                found = json.loads(path.read_text())
+                for key, value in self.settings.items():
+                    if found[key] != value:
+                        raise ValueError(
+                            f'{path} is of other settings ({key}): set '
+                            'sweep.workdir to another folder'
+                        )
 
     @contextlib.contextmanager
     def locked(self):
@@ -169,10 +175,11 @@ class _Run:
                 lock = None
             yield lock
 
-    def execute(self, lock, config):
+    def execute(self, lock):
         """Trains, in a process that holds the lock too; returns an error."""
+        train.write(self.folder / 'settings.json', train.to_json(self.settings))
         flags = main.flags_with(
-            *self.bindings,
+            *self.settings['bindings'],
             f'train.workdir = {str(self.folder)!r}',
             'run.job = @train.train',
         )
@@ -192,19 +199,13 @@ class _Run:
         train.write(
             self.path,
             train.to_json(
-                {
-                    **self.settings,
-                    **results,
-                    'history': history,
-                    'bindings': self.bindings,
-                    'config': config,
-                }
+                {**self.labels, **results, 'history': history, **self.settings}
             ),
         )
         return None
 
 
-def _run_all(runs, config):
+def _run_all(runs):
     """Trains what is not finished; returns the errors of runs that failed."""
     errors = {}
     while True:
@@ -220,7 +221,7 @@ def _run_all(runs, config):
                     continue
                 is_idle = False
                 print(f'{run.name}: {_progress(runs)}', flush=True)
-                error = run.execute(lock, config)
+                error = run.execute(lock)
             if error:
                 print(f'failed: {error}', flush=True)
                 errors[run] = error
@@ -237,7 +238,7 @@ def _progress(runs):
     unfinished = []
     for run in runs:
         if run.is_finished:
-            seconds[run.settings['variant']].append(run.result['seconds'])
+            seconds[run.labels['variant']].append(run.result['seconds'])
         else:
             unfinished.append(run)
             with run.locked() as lock:
@@ -247,7 +248,7 @@ def _progress(runs):
         return text
     every = statistics.mean(itertools.chain(*seconds.values()))
     left = sum(
-        statistics.mean(seconds.get(run.settings['variant'], [every]))
+        statistics.mean(seconds.get(run.labels['variant'], [every]))
         for run in unfinished
     )
     return f'{text}, about {left / max(busy - 1, 1) / 60:.0f} minutes are left'
