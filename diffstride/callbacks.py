@@ -101,7 +101,8 @@ class SettleStrides(keras.callbacks.Callback):
 
     Sizes that change until the end cost accuracy; from the given epoch on all
     strides and sizes stay as they are, and the rest of the training fits the
-    weights to them.
+    weights to them. Just before, the strides of a `StrideCostModel` whose cost
+    has a budget are scaled to meet it, see `MacsCost.meet_budget`.
 
     Args:
         epoch: Number of epochs in which strides are learned, at least 0.
@@ -127,6 +128,10 @@ class SettleStrides(keras.callbacks.Callback):
         layers = diffstride_layers(self.model)
         if epoch < self.epoch or all(layer.settled for layer in layers):
             return
+        cost = getattr(self.model, 'stride_cost', None)
+        # Later it was met already, by the run that is continued.
+        if epoch == self.epoch and hasattr(cost, 'meet_budget'):
+            cost.meet_budget(self.model)
         for layer in layers:
             layer.settle()
         self.model.make_train_function(force=True)

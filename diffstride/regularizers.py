@@ -178,6 +178,44 @@ class MacsCost(_Weighted):
             self.weight * ops.relu(ops.log(macs()) - math.log(self.budget))
         )
 
+    def meet_budget(self, model):
+        """Multiplies all strides by one factor, so that the budget is used up.
+
+        It is the least factor, from 1/16 to 16, with which the MACs are within
+        the budget; limits of strides hold all the same. If there is none the
+        strides stay as they are.
+
+        Args:
+            model: A model with DiffStride layers.
+
+        Returns:
+            The factor, or None.
+        """
+        macs = differentiable_macs(model, self.input_shape)
+        strides = [layer.strides for layer in diffstride_layers(model)]
+        before = [ops.convert_to_numpy(variable) for variable in strides]
+
+        def is_within(factor):
+            for variable, values in zip(strides, before):
+                variable.assign(variable.constraint(values * factor))
+            return float(macs()) <= self.budget
+
+        most, least = 16.0, 1 / 16
+        if not is_within(most):
+            is_within(1.0)
+            return None
+        if is_within(least):
+            return least
+        for _ in range(40):
+            middle = math.sqrt(least * most)
+            if is_within(middle):
+                most = middle
+            else:
+                least = middle
+        most *= 1 + 2**-14  # Not at the very stride at which a size jumps.
+        is_within(most)
+        return most
+
 
 def differentiable_macs(model, input_shape):
     """Returns MACs for one image as a function of the strides' present values.

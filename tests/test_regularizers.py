@@ -10,6 +10,7 @@ import tensorflow as tf
 from keras import layers, ops
 
 from diffstride import DiffStride, FixedSpectralPooling, complexity, resnet
+from diffstride.callbacks import SettleStrides
 from diffstride.pooling import diffstride_layers
 from diffstride.regularizers import (
     ActivationCost,
@@ -188,6 +189,62 @@ def test_macs_cost_is_free_within_the_budget():
     within = MacsCost(macs * 1.01, input_shape=SHAPE).of(model)
     assert float(beyond()) == pytest.approx(0.5 * math.log(2), rel=1e-5)
     assert float(within()) == 0
+
+
+@pytest.mark.parametrize('share', [0.5, 0.9, 1.3])
+def test_meeting_a_budget(share):
+    """Sizes are even, so the least factor ends within a step of the budget."""
+    model = network(ramp='inside')
+    ratios = [
+        np.array(layer.stride_values) for layer in diffstride_layers(model)
+    ]
+    cost = MacsCost(share * complexity(model, SHAPE).macs, input_shape=SHAPE)
+    factor = cost.meet_budget(model)
+    assert (factor > 1) == (share < 1)
+    assert complexity(model, SHAPE).macs <= cost.budget
+    for layer, before in zip(diffstride_layers(model), ratios):
+        np.testing.assert_allclose(
+            layer.stride_values, np.maximum(1, factor * before), rtol=1e-6
+        )
+    assign(
+        model,
+        [np.maximum(1, factor * 0.999 * before) for before in ratios],
+    )
+    assert complexity(model, SHAPE).macs > cost.budget
+
+
+def test_a_budget_that_cannot_be_met():
+    model = network(ramp='inside')
+    before = [layer.stride_values for layer in diffstride_layers(model)]
+    assert MacsCost(1.0, input_shape=SHAPE).meet_budget(model) is None
+    after = [layer.stride_values for layer in diffstride_layers(model)]
+    assert after == before
+
+
+def test_a_budget_that_is_never_used_up():
+    model = network(ramp='inside')
+    MacsCost(1e12, input_shape=SHAPE).meet_budget(model)
+    assert {s for x in diffstride_layers(model) for s in x.stride_values} == {1}
+
+
+def test_strides_that_settle_meet_the_budget():
+    model = network(ramp='inside')
+    cost = MacsCost(0.6 * complexity(model, SHAPE).macs, 0.1, SHAPE)
+    model = StrideCostModel(model, cost)
+    model.compile(
+        keras.optimizers.SGD(0.01),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    x = np.random.normal(size=(8, *SHAPE))
+    model.fit(
+        x,
+        np.arange(8),
+        batch_size=4,
+        epochs=2,
+        verbose=0,
+        callbacks=[SettleStrides(epoch=1)],
+    )
+    assert 0.5 < complexity(model, SHAPE).macs / cost.budget <= 1
 
 
 def test_a_layer_called_twice_has_no_macs_with_a_gradient():

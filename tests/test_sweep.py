@@ -79,6 +79,7 @@ def test_a_killed_sweep_continues_and_gives_the_same_table(config, tmp_path):
             if line.startswith('learned-1-1-1-1-3'):
                 break
         while not begun.exists():
+            assert killed.poll() is None
             time.sleep(0.1)
         killed.send_signal(signal.SIGKILL)
     finished = read_runs(out)
