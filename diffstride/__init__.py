@@ -1,6 +1,6 @@
 """Pooling layers whose strides are learned by gradient descent, for Keras 3."""
 
-from diffstride import callbacks, regularizers, resnet
+from diffstride import callbacks, plots, regularizers, resnet
 from diffstride.complexity import complexity
 from diffstride.pooling import (
     DiffStride,
@@ -15,6 +15,7 @@ __all__ = [
     'SpatialPooling',
     'callbacks',
     'complexity',
+    'plots',
     'regularizers',
     'resnet',
 ]

@@ -1,5 +1,7 @@
 """What differs between the backends: known values, FFTs, own gradients."""
 
+import contextlib
+
 import keras
 import numpy as np
 from keras import ops
@@ -16,6 +18,15 @@ def sizes_must_be_constant():
     return keras.backend.backend() == 'jax'
 
 
+def eager_scope():
+    """A context within which values are computed, while tracing too."""
+    if keras.backend.backend() == 'tensorflow':
+        import tensorflow as tf
+
+        return tf.init_scope()
+    return contextlib.nullcontext()
+
+
 def is_symbolic():
     """Whether values of tensors are not known now."""
     if keras.backend.backend() == 'tensorflow':
@@ -23,6 +34,15 @@ def is_symbolic():
 
         return not tf.executing_eagerly()
     return False
+
+
+def have_values(variables):
+    """Whether they have: not while shapes of a new model are inferred."""
+    values = [variable._value for variable in variables]
+    if keras.backend.backend() == 'tensorflow':
+        with eager_scope():
+            return all(value.is_initialized() for value in values)
+    return all(value is not None for value in values)
 
 
 def value_of(variable):

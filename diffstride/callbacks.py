@@ -1,9 +1,12 @@
 """Keras callbacks that show what strides do while they learn, and end it."""
 
+import numbers
 import os
+import warnings
 
 import gin
 import keras
+import numpy as np
 from keras import tree
 
 from diffstride import validation
@@ -21,8 +24,8 @@ class StrideLogger(keras.callbacks.Callback):
     """Adds every stride, output size and the MACs to the logs of each epoch.
 
     The names are 'stride/<layer>/<axis>', 'size/<layer>/<axis>', in samples,
-    and 'macs', for one image. Callbacks that come after it (History, CSVLogger,
-    TensorBoard) receive them.
+    and 'macs', for one image, of the layers whose MACs are known. Callbacks
+    that come after it (History, CSVLogger, TensorBoard) receive them.
 
     Args:
         input_shape: [height, width, channels] that sizes and MACs are told for;
@@ -55,6 +58,7 @@ class StrideLogger(keras.callbacks.Callback):
         if shape is None or None in tree.flatten(shape):
             return
         rows, calls = measure(self.model, shape)
+        layers = [layer for layer in layers if layer in calls]
         for layer in layers:
             output_shape = calls[layer][-1].outputs[-1]
             for axis, index in zip(_AXES[layer.rank], layer.spatial_axes):
@@ -73,11 +77,10 @@ class StrideLogger(keras.callbacks.Callback):
             )
         sizes = [shape[axis] for axis in layer.spatial_axes]
         with self._writer.as_default(epoch):
-            # A layer of three axes is shown by its last two, one of one as it
-            # is, a line.
-            image = layer.mask(sizes)[..., None]
-            image = image.reshape(-1, *image.shape[-3:])[:1]
-            tf.summary.image(f'mask/{layer.name}', image)
+            image = np.atleast_2d(layer.mask(sizes))
+            while image.ndim > 2:
+                image = image[len(image) // 2]  # The plane of the mean.
+            tf.summary.image(f'mask/{layer.name}', image[None, ..., None])
 
     def on_train_end(self, logs=None):
         if self._writer is not None:
@@ -102,7 +105,8 @@ class SettleStrides(keras.callbacks.Callback):
     Sizes that change until the end cost accuracy; from the given epoch on all
     strides and sizes stay as they are, and the rest of the training fits the
     weights to them. Just before, the strides of a `StrideCostModel` whose cost
-    has a budget are scaled to meet it, see `MacsCost.meet_budget`.
+    has a budget are scaled to meet it, see `MacsCost.meet_budget`; if they
+    cannot, a warning says so.
 
     Args:
         epoch: Number of epochs in which strides are learned, at least 0.
@@ -118,7 +122,9 @@ class SettleStrides(keras.callbacks.Callback):
     def __init__(self, epoch):
         super().__init__()
         validation.require(
-            isinstance(epoch, int) and epoch >= 0,
+            isinstance(epoch, numbers.Integral)
+            and not isinstance(epoch, bool)
+            and epoch >= 0,
             '`epoch` must be an integer, at least 0',
             epoch=epoch,
         )
@@ -128,11 +134,16 @@ class SettleStrides(keras.callbacks.Callback):
         layers = diffstride_layers(self.model)
         if epoch < self.epoch or all(layer.settled for layer in layers):
             return
-        cost = getattr(self.model, 'stride_cost', None)
-        # Later it was met already, by the run that is continued.
-        if epoch == self.epoch and hasattr(cost, 'meet_budget'):
-            cost.meet_budget(self.model)
+        for model in self.model._flatten_layers():
+            cost = getattr(model, 'stride_cost', None)
+            if hasattr(cost, 'meet_budget') and cost.meet_budget(model) is None:
+                warnings.warn(
+                    'No common factor of the strides meets the budget of '
+                    f'{cost.budget:,.0f} MACs, so they settle as they are',
+                    stacklevel=2,
+                )
         for layer in layers:
             layer.settle()
         self.model.make_train_function(force=True)
         self.model.make_test_function(force=True)
+        self.model.make_predict_function(force=True)

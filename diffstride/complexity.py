@@ -150,7 +150,9 @@ def measure(model, input_shape):
     calls = {}
     with contextlib.ExitStack() as stack:
         for layer in paths:
-            stack.enter_context(_recorded(layer, calls))
+            stack.enter_context(
+                recorded(layer, functools.partial(_add_call, calls, layer))
+            )
         with keras.StatelessScope():
             model(inputs, training=False)
     rows = _rows(paths, calls)
@@ -207,9 +209,25 @@ class Call(typing.NamedTuple):
     is_symbolic: bool
 
 
+def _add_call(calls, layer):
+    calls_of_layer = calls.setdefault(layer, [])
+
+    def add(inputs, outputs):
+        call = Call(_shapes(inputs), _shapes(outputs), backend.is_symbolic())
+        calls_of_layer.append(call)
+
+    return add
+
+
 @contextlib.contextmanager
-def _recorded(layer, calls):
-    """Adds a `Call` to `calls[layer]` at every call."""
+def recorded(layer, begin):
+    """Makes a layer tell each of its calls.
+
+    Args:
+        layer: Any layer.
+        begin: Called at the beginning of each call; returns what is called at
+            its end, with its arguments and its outputs.
+    """
     is_quantized = getattr(layer, 'quantization_mode', None) is not None
     name = 'quantized_call' if is_quantized else 'call'
     attributes = vars(layer)
@@ -218,10 +236,9 @@ def _recorded(layer, calls):
 
     @functools.wraps(call)
     def recording_call(*args, **kwargs):
-        calls_of_layer = calls.setdefault(layer, [])
+        end = begin()
         outputs = call(*args, **kwargs)
-        shapes = _shapes((args, kwargs)), _shapes(outputs)
-        calls_of_layer.append(Call(*shapes, backend.is_symbolic()))
+        end((args, kwargs), outputs)
         return outputs
 
     attributes[name] = recording_call

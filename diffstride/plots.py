@@ -4,9 +4,13 @@ Every function returns a `matplotlib.figure.Figure`, which belongs to no window:
 `plots.strides(history).savefig('strides.png')`.
 """
 
-import numpy as np
-from keras import ops
+import contextlib
+import functools
 
+import numpy as np
+from keras import ops, tree
+
+from diffstride.complexity import recorded
 from diffstride.pooling import SpectralPooling
 
 _LINES = ('-', '--', ':')
@@ -47,6 +51,11 @@ def draw_strides(axes, history, initial=None, **style):
             f'them. Received: {list(history)}'
         )
     names = list(dict.fromkeys(key.split('/')[1] for key in keys))
+    if initial and not set(names) <= set(initial):
+        raise ValueError(
+            f'`initial` must have strides of the layers {names}. '
+            f'Received: initial={initial}'
+        )
     drawn = dict.fromkeys(names, 0)
     for key in keys:
         _, name, axis = key.split('/')
@@ -177,30 +186,16 @@ def pooled(model, image):
     """
     rows = []
 
-    def keep(layer):
-        call = layer.call
+    def keep(layer, inputs, outputs):
+        pair = tree.flatten(inputs)[0], tree.flatten(outputs)[0]
+        rows.append((layer, *map(ops.convert_to_numpy, pair)))
 
-        def keeping_call(inputs):
-            outputs = call(inputs)
-            is_list = isinstance(inputs, (list, tuple))
-            pair = (inputs[0], outputs[0]) if is_list else (inputs, outputs)
-            rows.append((layer, *map(ops.convert_to_numpy, pair)))
-            return outputs
-
-        layer.call = keeping_call
-
-    layers = [
-        layer
-        for layer in model._flatten_layers()
-        if isinstance(layer, SpectralPooling) and layer.rank == 2
-    ]
-    try:
-        for layer in layers:
-            keep(layer)
+    with contextlib.ExitStack() as stack:
+        for layer in model._flatten_layers():
+            if isinstance(layer, SpectralPooling) and layer.rank == 2:
+                end = functools.partial(keep, layer)
+                stack.enter_context(recorded(layer, lambda end=end: end))
         model(ops.convert_to_tensor(image)[None], training=False)
-    finally:
-        for layer in layers:
-            vars(layer).pop('call', None)
     if not rows:
         raise ValueError(
             'The model must have spectral pooling layers of two spatial axes. '

@@ -219,10 +219,9 @@ class DiffStride(SpectralPooling):
                 initial, dtype
             ),
             regularizer=self._regularizer_per_axis(),
-            constraint=_StrideLimits(*self._limits),
         )
-        self.settled = False
         self.unpin()
+        self.unsettle()
 
     def _regularizer_per_axis(self):
         regularizer = self.strides_regularizer
@@ -383,12 +382,19 @@ class DiffStride(SpectralPooling):
         """Ends the learning of the strides: they and all sizes stay.
 
         The strides remain a variable of the optimizer, whose every step they
-        undo by their constraint. Functions traced before go on as before.
+        undo by their constraint. Functions traced before go on as before. What
+        changes variables otherwise, such as the average of an optimizer with
+        `use_ema=True`, is not undone.
         """
         self.pin()
         values = backend.value_of(self.strides).tolist()
         self.strides.constraint = _StrideLimits(values, values)
         self.settled = True
+
+    def unsettle(self):
+        """Lets the strides be learned again; sizes remain pinned."""
+        self.strides.constraint = _StrideLimits(*self._limits)
+        self.settled = False
 
     def _clip(self, stride, size):
         return spectral.clip_stride(
@@ -442,11 +448,15 @@ class DiffStride(SpectralPooling):
         super().save_own_variables(store)
         if self.pinned_strides is not None:
             store['pinned_strides'] = np.array(self.pinned_strides)
+            store['settled'] = np.array(self.settled)
 
     def load_own_variables(self, store):
         self.strides.assign(store['0'])
         is_pinned = 'pinned_strides' in store.keys()
         self._pin_at(map(float, store['pinned_strides']) if is_pinned else None)
+        self.unsettle()
+        if is_pinned and 'settled' in store.keys() and store['settled'][()]:
+            self.settle()
 
     def get_config(self):
         config = {
@@ -464,13 +474,18 @@ class DiffStride(SpectralPooling):
         if self.pinned_strides is not None:
             # Not an argument: what Model.compile must know on loading.
             config['pinned_strides'] = self.pinned_strides
+            config['settled'] = self.settled
         return config
 
     @classmethod
     def from_config(cls, config):
         config = dict(config)
         pinned_strides = config.pop('pinned_strides', None)
+        settled = config.pop('settled', False)
         layer = cls(**config)
+        if settled:
+            layer.strides.assign(pinned_strides[: layer.strides.shape[0]])
+            layer.settle()
         layer._pin_at(pinned_strides)
         return layer
 
@@ -626,7 +641,11 @@ class _StrideLimits(keras.constraints.Constraint):
 
     def __call__(self, strides):
         upper = math.inf if self.upper is None else self.upper
-        return ops.clip(strides, self.lower, upper)
+        lower, upper = (
+            ops.convert_to_tensor(limit, strides.dtype)
+            for limit in (self.lower, upper)
+        )
+        return ops.clip(strides, lower, upper)
 
     def get_config(self):
         return {'lower': self.lower, 'upper': self.upper}

@@ -12,7 +12,7 @@ import gin
 import keras
 from keras import ops
 
-from diffstride import spectral, validation
+from diffstride import backend, spectral, validation
 from diffstride.complexity import measure
 from diffstride.pooling import SpectralPooling, diffstride_layers
 
@@ -123,10 +123,11 @@ class MacsCost(_Weighted):
     pays nothing within the budget. For a price on all MACs name a budget that
     the network cannot meet.
 
-    The MACs are those that `complexity` counts at the present strides, exactly
-    where all other layers keep the sizes of their inputs. Their gradient takes
-    the output size of a pooling layer for N / S, which it is but for rounding
-    and, with ramp='outside', 2 R samples more.
+    The MACs are those that `complexity` counts for the present strides, whether
+    or not sizes are pinned to others; exactly where all other layers keep the
+    sizes of their inputs. Their gradient takes the output size of a pooling
+    layer for N / S, which it is but for rounding and, with ramp='outside', 2 R
+    samples more.
 
     The pooling layers, learned and fixed, must follow one another: what is
     called after one of them has its size. A network whose branches pool apart,
@@ -136,11 +137,13 @@ class MacsCost(_Weighted):
     Args:
         budget: Number of MACs for one image, above 0.
         weight: Number >= 0, in the unit of the loss.
-        input_shape: [height, width, channels] of the image.
+        input_shape: [height, width, channels] of the image; None for the input
+            shape of the model.
 
     Raises:
-        ValueError: If an argument is out of its range, or, from `of`, if a
-            learned layer of the model is called more than once.
+        ValueError: If an argument is out of its range. From `of`: if the model
+            has no known input shape and none is given; if a layer of maps is
+            called more than once, or has MACs that `complexity` does not know.
 
     Example:
 
@@ -154,7 +157,7 @@ class MacsCost(_Weighted):
     0.6931
     """
 
-    def __init__(self, budget, weight=1.0, input_shape=(32, 32, 3)):
+    def __init__(self, budget, weight=1.0, input_shape=None):
         super().__init__(weight)
         validation.require(
             validation.is_finite(budget, above=0),
@@ -162,7 +165,16 @@ class MacsCost(_Weighted):
             budget=budget,
         )
         self.budget = float(budget)
-        self.input_shape = tuple(input_shape)
+        validation.require(
+            input_shape is None
+            or (
+                isinstance(input_shape, (list, tuple))
+                and all(validation.is_finite(x, least=1) for x in input_shape)
+            ),
+            '`input_shape` must be None or [height, width, channels]',
+            input_shape=input_shape,
+        )
+        self.input_shape = input_shape and tuple(input_shape)
 
     def get_config(self):
         return {
@@ -173,13 +185,25 @@ class MacsCost(_Weighted):
 
     def of(self, model):
         """Returns the cost as a function without arguments."""
-        macs = differentiable_macs(model, self.input_shape)
+        macs = self._macs(model)
         return lambda: (
             self.weight * ops.relu(ops.log(macs()) - math.log(self.budget))
         )
 
+    def _macs(self, model):
+        shape = self.input_shape
+        if shape is None:
+            shape = (getattr(model, 'input_shape', None) or (None,))[1:]
+            validation.require(
+                shape and None not in shape,
+                '`input_shape` must be given where the model has none that is '
+                'known',
+                input_shape=self.input_shape,
+            )
+        return differentiable_macs(model, shape)
+
     def meet_budget(self, model):
-        """Multiplies all strides by one factor, so that the budget is used up.
+        """Multiplies learned strides by one factor, to use up the budget.
 
         It is the least factor, from 1/16 to 16, with which the MACs are within
         the budget; limits of strides hold all the same. If there is none the
@@ -191,14 +215,18 @@ class MacsCost(_Weighted):
         Returns:
             The factor, or None.
         """
-        macs = differentiable_macs(model, self.input_shape)
-        strides = [layer.strides for layer in diffstride_layers(model)]
+        macs = self._macs(model)
+        strides = [
+            layer.strides
+            for layer in diffstride_layers(model)
+            if layer.trainable
+        ]
         before = [ops.convert_to_numpy(variable) for variable in strides]
 
         def is_within(factor):
             for variable, values in zip(strides, before):
                 variable.assign(variable.constraint(values * factor))
-            return float(macs()) <= self.budget
+            return float(ops.convert_to_numpy(macs())) <= self.budget
 
         most, least = 16.0, 1 / 16
         if not is_within(most):
@@ -232,26 +260,38 @@ def differentiable_macs(model, input_shape):
     rows, calls = measure(model, input_shape)
     stages, constant = [], 0
     for layer, row in rows.items():
-        if isinstance(layer, SpectralPooling) and row.calls:
-            validation.require(
-                row.calls == 1,
-                'A pooling layer must be called once in a network whose MACs '
-                'have a gradient',
-                layer=row.name,
-                calls=row.calls,
-            )
-            stages.append(_Stage(layer, row.macs, *calls[layer]))
-        elif stages and stages[-1].is_followed_by(calls.get(layer)):
-            stages[-1].macs += row.macs or 0
+        if not row.calls:
+            continue
+        is_pooling = isinstance(layer, SpectralPooling)
+        # What follows the last map, such as a classifier, has no size.
+        is_on_maps = all(
+            stages and len(shape) == stages[0].layer.rank + 2
+            for shape in calls[layer][0].outputs
+        )
+        validation.require(
+            row.macs is not None
+            and (
+                row.calls == 1 or not (is_pooling or (is_on_maps and row.macs))
+            ),
+            'A layer of maps must be called once and have known MACs for these '
+            'to have a gradient',
+            layer=row.name,
+            calls=row.calls,
+            macs=row.macs,
+        )
+        if is_pooling:
+            stages.append(_Stage(layer, *calls[layer]))
+        elif is_on_maps:
+            stages[-1].macs += row.macs
         else:
-            constant += row.macs or 0
+            constant += row.macs
 
     def macs():
-        total, sizes, then = float(constant), None, None
+        total, sizes, then = _float(constant), None, None
         for stage in stages:
             # What lies between two pooling layers keeps its ratio of sizes.
             before = [
-                _rounded(size * (after / before))
+                _rounded(_float(size) * (after / before))
                 for size, before, after in zip(
                     sizes or stage.before, then or stage.before, stage.before
                 )
@@ -261,9 +301,7 @@ def differentiable_macs(model, input_shape):
                 for index, size in enumerate(before)
             ]
             then = stage.after
-            own = _macs_per_channel(before, sizes)
-            own /= _macs_per_channel(stage.before, stage.after)
-            total += stage.own_macs * own
+            total += stage.pooling_macs(before, sizes)
             total += stage.macs * math.prod(
                 size / then for size, then in zip(sizes, stage.after)
             )
@@ -275,28 +313,30 @@ def differentiable_macs(model, input_shape):
 class _Stage:
     """A pooling layer and what is called after it, as they were measured."""
 
-    def __init__(self, layer, macs, call):
-        self.layer = layer
-        self.own_macs = macs
-        self.macs = 0
+    def __init__(self, layer, call):
         axes = layer.spatial_axes
+        self.layer = layer
+        self.macs = 0  # Of what is called after it.
         self.before = [call.inputs[0][axis] for axis in axes]
         self.after = [call.outputs[0][axis] for axis in axes]
-
-    def is_followed_by(self, calls):
-        """Whether what is called so returns maps, and not numbers."""
-        return bool(calls) and all(
-            len(shape) == self.layer.rank + 2 for shape in calls[0].outputs
+        self.channels = sum(
+            math.prod(shape) // math.prod(self.before) for shape in call.inputs
         )
 
+    def pooling_macs(self, before, after):
+        """Of one matrix per axis, applied in turn."""
+        shape, total = list(before), 0.0
+        for index, size in enumerate(before):
+            shape[index] = after[index]
+            macs = size * math.prod(shape)
+            if not self.layer.weights:  # It leaves an axis that keeps its size.
+                macs = macs * _float(size != after[index])
+            total = total + self.channels * macs
+        return total
 
-def _macs_per_channel(before, after):
-    """Of one matrix per axis, applied in turn."""
-    shape, total = list(before), 0
-    for index, size in enumerate(before):
-        shape[index] = after[index]
-        total = total + size * math.prod(shape)
-    return total
+
+def _float(value):
+    return ops.cast(value, 'float32')
 
 
 def _rounded(size):
@@ -314,6 +354,10 @@ class StrideCostModel(keras.Model):
             saved, one that Keras can serialize.
         **kwargs: Of `keras.Model`.
 
+    Raises:
+        ValueError: If the model has no DiffStride layers, or if the cost is
+            none.
+
     Example:
 
     >>> model = StrideCostModel(model, MacsCost(budget=20e6, weight=0.1))
@@ -322,9 +366,19 @@ class StrideCostModel(keras.Model):
 
     def __init__(self, model, stride_cost, **kwargs):
         super().__init__(**kwargs)
+        validation.require(
+            hasattr(stride_cost, 'of'),
+            '`stride_cost` must be a cost of a model, such as MacsCost',
+            stride_cost=stride_cost,
+        )
+        validation.require(
+            diffstride_layers(model),
+            '`model` must have DiffStride layers',
+            model=model.name,
+        )
         self.model = model
         self.stride_cost = stride_cost
-        self._cost = stride_cost.of(model)
+        self._cost = None
 
     @property
     def input_shape(self):
@@ -337,7 +391,11 @@ class StrideCostModel(keras.Model):
         self.built = True
 
     def call(self, inputs, training=None):
-        self.add_loss(self._cost())
+        if self._cost is None and backend.have_values(self.model.variables):
+            with backend.eager_scope():
+                self._cost = self.stride_cost.of(self.model)
+        if self._cost is not None:
+            self.add_loss(self._cost())
         return self.model(inputs, training=training)
 
     def get_config(self):

@@ -15,7 +15,7 @@ from keras import ops
 
 from diffstride.pooling import SpectralPooling, diffstride_layers
 from diffstride.regularizers import ActivationCost, StrideCostModel
-from diffstride.validation import standardize_strides
+from diffstride.validation import is_finite, require, standardize_strides
 
 
 @gin.configurable(module='resnet')
@@ -308,6 +308,11 @@ def Resnet(
     ]
     model = keras.Sequential([layer for layer in layers if layer is not None])
     if isinstance(stride_cost, numbers.Real):
+        require(
+            is_finite(stride_cost, least=0),
+            '`stride_cost` must be at least 0',
+            stride_cost=stride_cost,
+        )
         stride_cost = stride_cost and ActivationCost(stride_cost)
     if not stride_cost or not diffstride_layers(model):
         return model

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from diffstride import DiffStride, complexity
+from diffstride import DiffStride, complexity, pooling
 from diffstride.callbacks import SettleStrides, StrideLogger
 
 
@@ -163,13 +163,53 @@ def test_strides_and_sizes_settle(optimizer):
     assert len(set(logs['loss'])) == 6  # The weights go on learning.
 
 
+def test_settled_strides_are_settled_when_loaded_and_until_unsettled(tmp_path):
+    model = small_model(ramp='inside')
+    model.fit(*data(), verbose=0, callbacks=[SettleStrides(epoch=0)])
+    strides = [(2.0, 1.5), (2.0, 2.0)]
+    model.save(tmp_path / 'model.keras')
+    loaded = keras.models.load_model(tmp_path / 'model.keras')
+    for each in (model, loaded, keras.models.clone_model(model)):
+        found = pooling.diffstride_layers(each)
+        assert [layer.settled for layer in found] == [True, True]
+    loaded.fit(*data(), verbose=0)
+    found = pooling.diffstride_layers(loaded)
+    assert [layer.stride_values for layer in found] == strides
+    for layer in found:
+        layer.unsettle()
+    loaded.compile(keras.optimizers.SGD(1.0), 'mse')
+    loaded.fit(*data(), verbose=0)
+    assert [layer.stride_values for layer in found] != strides
+
+
+def test_loading_weights_of_before_unsettles(tmp_path):
+    model = small_model()
+    model.fit(*data(), verbose=0)
+    model.save_weights(tmp_path / 'before.weights.h5')
+    model.fit(*data(), verbose=0, callbacks=[SettleStrides(epoch=0)])
+    model.load_weights(tmp_path / 'before.weights.h5')
+    assert not any(x.settled for x in pooling.diffstride_layers(model))
+
+
+def test_predictions_follow_strides_that_settle():
+    model = small_model(ramp='inside')
+    for layer in pooling.diffstride_layers(model):
+        layer.pin()
+    x, y = data()
+    model.predict(x, verbose=0)
+    model.fit(x, y, epochs=3, verbose=0, callbacks=[SettleStrides(epoch=2)])
+    np.testing.assert_allclose(
+        model.predict(x, verbose=0), model(x), rtol=1e-5, atol=1e-6
+    )
+
+
 def test_settling_at_once_keeps_the_initial_strides():
     model = small_model()
     model.fit(*data(), verbose=0, callbacks=[SettleStrides(epoch=0)])
     assert model.get_layer('first').stride_values == (2.0, 1.5)
 
 
-@pytest.mark.parametrize('epoch', [-1, 1.5, None])
+@pytest.mark.parametrize('epoch', [-1, 1.5, None, True])
 def test_settling_at_no_epoch(epoch):
     with pytest.raises(ValueError, match='`epoch` must be an integer'):
         SettleStrides(epoch)

@@ -36,6 +36,12 @@ def network(pooling_cls=DiffStride, strides='1.5, 1, 2, 3', **kwargs):
     return model
 
 
+def network_with_cost(stride_cost):
+    return resnet.Resnet(
+        [4, 4], '1, 2', 2, pooling_cls=DiffStride, stride_cost=stride_cost
+    )
+
+
 def assign(model, strides):
     for layer, stride in zip(diffstride_layers(model), strides, strict=True):
         layer.strides.assign(stride)
@@ -182,6 +188,76 @@ def test_gradient_of_macs_is_that_of_sizes_in_proportion():
     )
 
 
+def test_gradient_of_macs_reaches_earlier_strides():
+    """What a second layer returns shrinks with the stride of the first."""
+    model = keras.Sequential(
+        [
+            DiffStride(2.0, ramp='inside'),
+            DiffStride(2.0, ramp='inside'),
+            layers.Conv2D(7, 3, padding='same'),
+        ]
+    )
+    macs = differentiable_macs(model, (32, 32, 1))
+    first, second = diffstride_layers(model)
+    with tf.GradientTape() as tape:
+        value = macs()
+    gradients = tape.gradient(
+        value, [first.strides.value, second.strides.value]
+    )
+
+    def by_hand(h, w, h2, w2):
+        a, b = 32 / h, 32 / w
+        pools = 32 * 32 * a + 32 * a * b
+        pools += a * b * a / h2 + b * (a / h2) * (b / w2)
+        return pools + (a / h2) * (b / w2) * 9 * 7
+
+    strides = np.full(4, 2.0)
+    assert float(value) == by_hand(*strides)
+    expected = [
+        (by_hand(*(strides + step)) - by_hand(*(strides - step))) / 2e-4
+        for step in 1e-4 * np.eye(4)
+    ]
+    np.testing.assert_allclose(np.concatenate(gradients), expected, rtol=1e-4)
+
+
+def test_macs_of_a_fixed_layer_that_leaves_an_axis():
+    model = keras.Sequential(
+        [
+            DiffStride(2.0, ramp='inside'),
+            layers.Conv2D(4, 3, padding='same'),
+            FixedSpectralPooling((1, 2)),
+            layers.Conv2D(4, 3, padding='same'),
+        ]
+    )
+    macs = differentiable_macs(model, (32, 32, 1))
+    for strides in ((2.0, 2.0), (4.0, 1.0), (3.0, 16.0)):
+        assign(model, [strides])
+        assert float(macs()) == complexity(model, (32, 32, 1)).macs
+
+
+def test_macs_cost_takes_the_shape_of_the_model():
+    model = network(ramp='inside')
+    given = MacsCost(1e5, input_shape=SHAPE).of(model)()
+    assert float(MacsCost(1e5).of(model)()) == float(given)
+    unbuilt = keras.Sequential([DiffStride(2.0)])
+    with pytest.raises(ValueError, match='`input_shape` must be given'):
+        MacsCost(1e5).of(unbuilt)
+
+
+def test_a_cost_of_a_network_that_is_built_by_its_first_batch():
+    model = resnet.Resnet(
+        [4, 4], '1, 2', 2, pooling_cls=DiffStride, stride_cost=MacsCost(1e4)
+    )
+    model.compile('sgd', 'mse')
+    x = np.zeros((4, 20, 12, 3))
+    model.fit(x, np.zeros((4, 2)), verbose=0)
+    macs = complexity(model, (20, 12, 3)).macs
+    cost = MacsCost(1e4, input_shape=(20, 12, 3)).of(model)
+    assert float(cost()) == pytest.approx(math.log(macs / 1e4))
+    model(x)
+    assert float(cost()) == pytest.approx(float(model.losses[0]))
+
+
 def test_macs_cost_is_free_within_the_budget():
     model = network(ramp='inside')
     macs = complexity(model, SHAPE).macs
@@ -247,11 +323,41 @@ def test_strides_that_settle_meet_the_budget():
     assert 0.5 < complexity(model, SHAPE).macs / cost.budget <= 1
 
 
-def test_a_layer_called_twice_has_no_macs_with_a_gradient():
-    pool = DiffStride(2.0)
-    model = keras.Sequential([pool, layers.Conv2D(3, 1), pool])
+def test_meeting_a_budget_leaves_fixed_strides():
+    model = keras.Sequential(
+        [DiffStride(2.0, trainable=False), DiffStride(2.0), layers.Conv2D(8, 3)]
+    )
+    macs = complexity(model, (32, 32, 3)).macs
+    MacsCost(0.9 * macs, input_shape=(32, 32, 3)).meet_budget(model)
+    fixed, learned = (x.stride_values for x in diffstride_layers(model))
+    assert fixed == (2.0, 2.0)
+    assert min(learned) > 2
+
+
+def test_strides_that_settle_beyond_their_budget_are_told():
+    model = network(ramp='inside')
+    model = StrideCostModel(model, MacsCost(1.0))
+    model.compile('sgd', 'mse')
+    x = np.zeros((2, *SHAPE))
+    with pytest.warns(UserWarning, match='meets the budget of 1 MACs'):
+        model.fit(x, np.zeros((2, 10)), verbose=0, callbacks=[SettleStrides(0)])
+
+
+@pytest.mark.parametrize(
+    'shared', [DiffStride(2.0), layers.Conv2D(3, 1), FixedSpectralPooling(2)]
+)
+def test_a_layer_called_twice_has_no_macs_with_a_gradient(shared):
+    model = keras.Sequential([DiffStride(2.0), shared, DiffStride(1.5), shared])
     with pytest.raises(ValueError, match='called once'):
         differentiable_macs(model, SHAPE)
+
+
+def test_a_layer_of_unknown_macs_has_none_with_a_gradient():
+    inputs = keras.Input((4, 4, 3))
+    x = DiffStride(1.5)(inputs)
+    model = keras.Model(inputs, layers.MultiHeadAttention(1, 2)(x, x))
+    with pytest.raises(ValueError, match='known MACs'):
+        differentiable_macs(model, (4, 4, 3))
 
 
 @pytest.mark.parametrize(
@@ -261,6 +367,13 @@ def test_a_layer_called_twice_has_no_macs_with_a_gradient():
         (lambda: ActivationCost('1'), '`weight` must be'),
         (lambda: MacsCost(0), '`budget` must be a finite number above 0'),
         (lambda: MacsCost(1e6, math.nan), '`weight` must be'),
+        (lambda: MacsCost(1e6, 1, 32), '`input_shape` must be None or'),
+        (
+            lambda: StrideCostModel(keras.Sequential(), ActivationCost()),
+            '`model` must have DiffStride layers',
+        ),
+        (lambda: network_with_cost('x'), '`stride_cost` must be a cost'),
+        (lambda: network_with_cost(-1), '`stride_cost` must be at least 0'),
     ],
 )
 def test_wrong_arguments(make, message):

@@ -146,6 +146,8 @@ def test_a_failed_run_is_told_and_the_others_are_made(config, tmp_path):
         (["sweep.strides = ['2', '2']"], 'have the same name'),
         (['sweep.workdir = None'], 'workdir must be a folder'),
         (['sweep.seeds = 3'], 'sweep.seeds must be a list'),
+        (["sweep.seeds = ['0']"], 'sweep.seeds must be a list of int'),
+        (['sweep.strides = [[1, 2]]'], 'sweep.strides must be a list of str'),
         (["sweep.strides = '1, 2'"], 'sweep.strides must be a list'),
         (["sweep.variants = ['a']"], 'sweep.variants must be a dict'),
         (["sweep.variants = {'a': 'b = 1'}"], 'sweep.variants must be a dict'),
@@ -197,7 +199,22 @@ def test_table():
     assert '| B | 2 | 1 | 50.0 | 1.0 | 10 | - |' in lines
 
 
+def test_report_is_of_all_runs_in_the_workdir(tmp_path, capsys):
+    (tmp_path / 'runs').mkdir()
+    for name in ('A', 'B'):
+        path = tmp_path / 'runs' / f'{name}.json'
+        path.write_text(json.dumps(result(name, '2', 0, 0.5, 1e6, [])))
+    sweep._report(tmp_path, [tmp_path / 'runs' / 'B.json'])
+    table = (tmp_path / 'table.md').read_text()
+    assert table.index('| B |') < table.index('| A |')
+    assert table in capsys.readouterr().out
+    sweep._report(tmp_path / 'nowhere', [])
+    assert (tmp_path / 'table.md').read_text() == table
+
+
 def test_config_of_a_run_leaves_out_the_sweep(config):
     gin.parse_config_file(str(config))
     text = sweep.config_without_sweep()
     assert 'resnet18.width = 1' in text and 'sweep' not in text
+    gin.parse_config('WIDTH = 3')
+    assert sweep.config_without_sweep() != text

@@ -304,6 +304,7 @@ def test_compare_trains_the_three_poolings(run, tmp_path, capsys):
         (['pooling.DiffStride.smoothness_factor = 0'], '`smoothness_factor`'),
         (['train.num_epochs = 0'], 'train.num_epochs must be'),
         (['train.callbacks = [1]'], 'train.callbacks must be Keras callbacks'),
+        (['train.callbacks = 1'], 'train.callbacks must be a list'),
         (['train.num_epochs = 1.5'], 'train.num_epochs must be'),
         (['train.steps_per_epoch = -1'], 'train.steps_per_epoch must be'),
         (["train.data_format = 'NHWC'"], 'train.data_format must be'),

@@ -5,7 +5,7 @@ r"""Trains a network by every pooling, from every start, with every seed.
 
 A run that is finished is not repeated, so the same command continues a sweep
 that was stopped at any point. Several processes that are started with the same
-command share its runs, also from several machines that share the folder.
+command share its runs.
 """
 
 import collections
@@ -46,7 +46,7 @@ def sweep(
     The workdir receives runs/<run>.json, as soon as a run is finished;
     work/<run>/, what `train` writes, and log.txt; and, whenever this function
     comes to an end, table.md and, with matplotlib, accuracy_macs.png and
-    strides.png of all runs that are finished.
+    strides.png of all runs that are finished in it.
 
     Args:
         workdir: Folder of all outputs, made if there is none.
@@ -64,10 +64,18 @@ def sweep(
     """
     with train.setup_errors():
         workdir = train.checked_workdir(workdir)
-        for name, value in (('strides', strides), ('seeds', seeds)):
-            if not isinstance(value, (list, tuple)) or not value:
+        for name, value, kind in (
+            ('strides', strides, str),
+            ('seeds', seeds, int),
+        ):
+            if (
+                not isinstance(value, (list, tuple))
+                or not value
+                or not all(isinstance(x, kind) for x in value)
+            ):
                 raise ValueError(
-                    f'sweep.{name} must be a list. Received: {value!r}'
+                    f'sweep.{name} must be a list of {kind.__name__}. '
+                    f'Received: {value!r}'
                 )
         variants = _checked_variants(variants, only)
         config = config_without_sweep()
@@ -82,12 +90,17 @@ def sweep(
                 seeds, strides, variants.items()
             )
         ]
-        if len({run.name for run in runs}) < len(runs):
-            raise ValueError('Two runs of the sweep have the same name')
+        names = [run.name for run in runs]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(
+                    f'Two runs of the sweep have the same name, {name}: '
+                    'variants must differ in more than signs'
+                )
         for run in runs:
             run.check()
     failed = _run_all(runs)
-    _report(workdir, [run.result for run in runs if run.is_finished])
+    _report(workdir, [run.path for run in runs])
     if failed:
         raise train.SetupError(f'{len(failed)} runs failed: {failed[0]}')
 
@@ -119,12 +132,13 @@ def _checked_variants(variants, only):
 
 def config_without_sweep():
     """The settings that decide the result of a run, beside its own bindings."""
-    sections = gin.config_str().split('# Parameters for ')
-    return '\n'.join(
-        section.split('\n', 2)[-1].strip()
-        for section in sections[1:]
+    macros, *sections = gin.config_str().split('# Parameters for ')
+    sections = [
+        section.split('\n', 2)[-1]
+        for section in sections
         if not section.startswith('sweep')
-    )
+    ]
+    return '\n'.join(section.strip() for section in [macros, *sections])
 
 
 class _Run:
@@ -150,13 +164,13 @@ class _Run:
         return json.loads(self.path.read_text())
 
     def check(self):
-        """Raises ValueError if it was finished or begun by other settings."""
+        """Raises SetupError if it was finished or begun by other settings."""
         for path in (self.path, self.folder / 'settings.json'):
             if path.exists():
                 found = json.loads(path.read_text())
                 for key, value in self.settings.items():
                     if found[key] != value:
-                        raise ValueError(
+                        raise train.SetupError(
                             f'{path} is of other settings ({key}): set '
                             'sweep.workdir to another folder'
                         )
@@ -177,6 +191,7 @@ class _Run:
 
     def execute(self, lock):
         """Trains, in a process that holds the lock too; returns an error."""
+        self.check()  # Another process may have begun it.
         train.write(self.folder / 'settings.json', train.to_json(self.settings))
         flags = main.flags_with(
             *self.settings['bindings'],
@@ -190,9 +205,10 @@ class _Run:
                 stdout=log,
                 stderr=log,
             )
+        if ended.returncode == 1:
+            return f'{self.name}: {_last_line(self.folder / "log.txt")}'
         if ended.returncode:
-            lines = (self.folder / 'log.txt').read_text().strip().splitlines()
-            return f'{self.name}: {lines[-1] if lines else ended.returncode}'
+            return f'{self.name}: ended by code {ended.returncode}'
         results = json.loads((self.folder / 'results.json').read_text())
         history = json.loads((self.folder / 'history.json').read_text())
         self.path.parent.mkdir(exist_ok=True)
@@ -203,6 +219,11 @@ class _Run:
             ),
         )
         return None
+
+
+def _last_line(path):
+    lines = path.read_text().strip().splitlines()
+    return lines[-1] if lines else ''
 
 
 def _run_all(runs):
@@ -254,8 +275,19 @@ def _progress(runs):
     return f'{text}, about {left / max(busy - 1, 1) / 60:.0f} minutes are left'
 
 
-def _report(workdir, results):
-    groups = grouped(results)
+def _report(workdir, paths):
+    """Tells of the runs at these paths, then of others in the workdir."""
+    others = sorted(set((workdir / 'runs').glob('*.json')) - set(paths))
+    found = [path for path in [*paths, *others] if path.exists()]
+    if not found:
+        return
+    groups = grouped(json.loads(path.read_text()) for path in found)
+    with (workdir / 'lock').open('w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _write_report(workdir, groups)
+
+
+def _write_report(workdir, groups):
     text = table(groups)
     train.write(workdir / 'table.md', text + '\n')
     print(text)

@@ -95,9 +95,7 @@ def train(
                 for layer in pooling.diffstride_layers(model):
                     layer.pin()
             optimizer = resnet.configured(optimizer_cls)()
-            optimizer.exclude_from_weight_decay(
-                [x.strides for x in pooling.diffstride_layers(model)]
-            )
+            _exclude_strides_from_weight_decay(optimizer, model)
             model.compile(
                 optimizer=optimizer,
                 loss=loss,
@@ -105,6 +103,10 @@ def train(
                 jit_compile=jit_compile,
             )
         steps_per_epoch = steps_per_epoch or datasets.steps_per_epoch
+        if not isinstance(callbacks, (list, tuple)):
+            raise ValueError(
+                f'train.callbacks must be a list. Received: {callbacks!r}'
+            )
         callbacks = [_made(callback) for callback in callbacks]
         history = _resume(model, workdir, steps_per_epoch)
     if len(history) < num_epochs:
@@ -208,8 +210,8 @@ class _Recorder(keras.callbacks.Callback):
         write(self.workdir / 'results.json', to_json(self._results(best)))
         layers = pooling.diffstride_layers(self.model)
         initial = {x.name: x.get_config()['strides'] for x in layers}
-        _plot_strides(initial, self.history, self.workdir / 'strides.png')
         os.replace(temporary, self.workdir / 'last.keras')
+        _plot_strides(initial, self.history, self.workdir / 'strides.png')
 
     def _results(self, best):
         last = self.history[-1]
@@ -268,6 +270,15 @@ def _resume(model, workdir, steps_per_epoch):
     return history[:epochs]
 
 
+def _exclude_strides_from_weight_decay(optimizer, model):
+    strides = [layer.strides for layer in pooling.diffstride_layers(model)]
+    if strides:
+        optimizer.exclude_from_weight_decay(
+            strides,  # And what it excludes already:
+            getattr(optimizer, '_exclude_from_weight_decay_names', None),
+        )
+
+
 def _made(callback):
     made = resnet.configured(callback)() if callable(callback) else callback
     if not isinstance(made, keras.callbacks.Callback):
@@ -279,9 +290,10 @@ def _made(callback):
 
 
 def _plot_strides(initial, history, path):
-    columns = {key: [row[key] for row in history] for key in history[-1]}
-    if not initial:
+    keys = [key for key in history[0] if key.startswith('stride/')]
+    if not keys:
         return
+    columns = {key: [row[key] for row in history] for key in keys}
     try:
         figure = plots.strides(columns, initial)
     except ImportError:
