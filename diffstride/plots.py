@@ -127,6 +127,8 @@ def accuracy_macs(points):
             label=name,
         )
     axes.set_xscale('log')
+    axes.xaxis.set_major_formatter('{x:g}')
+    axes.xaxis.set_minor_formatter('{x:g}')
     axes.legend()
     return figure
 
