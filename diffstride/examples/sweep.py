@@ -254,8 +254,11 @@ def _run_all(runs):
 
 
 def _progress(runs):
-    """How many runs are finished, and how long the others should take."""
-    seconds, busy = collections.defaultdict(list), 1
+    """How many runs are finished, and how long the others should take.
+
+    Called while one of the runs is locked for this process.
+    """
+    seconds, busy = collections.defaultdict(list), 0
     unfinished = []
     for run in runs:
         if run.is_finished:
@@ -272,7 +275,7 @@ def _progress(runs):
         statistics.mean(seconds.get(run.labels['variant'], [every]))
         for run in unfinished
     )
-    return f'{text}, about {left / max(busy - 1, 1) / 60:.0f} minutes are left'
+    return f'{text}, about {left / busy / 60:.0f} minutes are left'
 
 
 def _report(workdir, paths):
