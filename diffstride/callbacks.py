@@ -136,10 +136,10 @@ class SettleStrides(keras.callbacks.Callback):
             return
         for model in self.model._flatten_layers():
             cost = getattr(model, 'stride_cost', None)
-            if hasattr(cost, 'meet_budget') and cost.meet_budget(model) is None:
+            if hasattr(cost, 'meet_budget') and not cost.meet_budget(model):
                 warnings.warn(
-                    'No common factor of the strides meets the budget of '
-                    f'{cost.budget:,.0f} MACs, so they settle as they are',
+                    f'No strides meet the budget of {cost.budget:,.0f} MACs, '
+                    'so they settle as they are',
                     stacklevel=2,
                 )
         for layer in layers:

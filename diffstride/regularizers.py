@@ -10,6 +10,7 @@ import math
 
 import gin
 import keras
+import numpy as np
 from keras import ops
 
 from diffstride import backend, spectral, validation
@@ -203,46 +204,62 @@ class MacsCost(_Weighted):
         return differentiable_macs(model, shape)
 
     def meet_budget(self, model):
-        """Multiplies learned strides by one factor, to use up the budget.
+        """Scales learned strides to the least that are within the budget.
 
-        It is the least factor, from 1/16 to 16, with which the MACs are within
-        the budget; limits of strides hold all the same. If there is none the
-        strides stay as they are.
+        By one factor, from 1/16 to 16, as far as that goes; then a stride
+        whose next output size would exceed the budget stays, and the others go
+        on. Limits of strides hold all the same. If there are none within the
+        budget the strides stay as they are.
 
         Args:
             model: A model with DiffStride layers.
 
         Returns:
-            The factor, or None.
+            Whether the MACs are now within the budget.
         """
         macs = self._macs(model)
-        strides = [
+        variables = [
             layer.strides
             for layer in diffstride_layers(model)
             if layer.trainable
         ]
-        before = [ops.convert_to_numpy(variable) for variable in strides]
+        before = [ops.convert_to_numpy(variable) for variable in variables]
+        ends = np.cumsum([len(values) for values in before])[:-1]
 
-        def is_within(factor):
-            for variable, values in zip(strides, before):
-                variable.assign(variable.constraint(values * factor))
+        def is_within(factors):
+            for variable, values, factor in zip(
+                variables, before, np.split(factors, ends)
+            ):
+                scaled = (values * factor).astype('float32')
+                variable.assign(variable.constraint(scaled))
             return float(ops.convert_to_numpy(macs())) <= self.budget
 
-        most, least = 16.0, 1 / 16
-        if not is_within(most):
-            is_within(1.0)
-            return None
-        if is_within(least):
-            return least
-        for _ in range(40):
-            middle = math.sqrt(least * most)
-            if is_within(middle):
-                most = middle
-            else:
-                least = middle
-        most *= 1 + 2**-14  # Not at the very stride at which a size jumps.
-        is_within(most)
-        return most
+        most = 16.0
+        factors = np.full(sum(map(len, before)), most)
+        free = np.ones(len(factors), bool)
+        if not is_within(factors):
+            is_within(np.ones(len(factors)))
+            return False
+        while free.any():
+            least = 1 / 16
+            if is_within(np.where(free, least, factors)):
+                return True
+            for _ in range(30):
+                middle = math.sqrt(least * most)
+                if is_within(np.where(free, middle, factors)):
+                    most = middle
+                else:
+                    least = middle
+            # Not at the very stride at which a size jumps.
+            most *= 1 + 2**-14
+            factors[free] = most
+            lowered = factors.copy()
+            for index in np.flatnonzero(free):
+                lowered[index] = least
+                if not is_within(lowered):
+                    lowered[index] = most
+                    free[index] = False
+        return is_within(factors)
 
 
 def differentiable_macs(model, input_shape):
