@@ -126,6 +126,8 @@ class DiffStride(SpectralPooling):
     `model.compile(jit_compile=True)` on TensorFlow call it yourself before
     compiling. The response follows the stride exactly in both modes.
 
+    A gradient of a stride that is infinite or not a number counts as 0.
+
     Args:
         strides: Initial strides: a number >= 1, or one per spatial axis.
         smoothness_factor: R > 0, the width of the ramp in frequencies.
@@ -414,7 +416,7 @@ class DiffStride(SpectralPooling):
         )
 
     def _resampling(self, index, size):
-        stride = self.strides_per_axis[index]
+        stride = spectral.with_finite_gradient(self.strides_per_axis[index])
         output_size = self._output_size(
             size, self._stride_of_size(index, ops.stop_gradient(stride))
         )

@@ -351,10 +351,12 @@ def diffstride_size(size, stride, smoothness, ramp='outside'):
     An integer if size and stride are numbers, else an int32 scalar tensor.
     """
     edge = band_edge(size, stride) + (smoothness if ramp == 'outside' else 0.0)
+    # What is not a number gets the least size, and fills it with its like.
     if _known(size, stride):
-        return min(size, 2 * math.ceil(edge * (1 - _TOLERANCE)))
+        half = edge * (1 - _TOLERANCE)
+        return min(size, 2 * (1 if math.isnan(half) else math.ceil(half)))
     half = ops.cast(ops.ceil(edge * (1 - _TOLERANCE)), 'int32')
-    return ops.minimum(size, 2 * half)
+    return ops.minimum(size, 2 * ops.maximum(1, half))
 
 
 def clip_stride(
@@ -404,6 +406,15 @@ def fixed_size(size, stride):
 def with_gradient_of(surrogate, value):
     """`value`, through which gradients flow as if it were `surrogate`."""
     return ops.stop_gradient(value) + (surrogate - ops.stop_gradient(surrogate))
+
+
+def with_finite_gradient(x):
+    """`x`, whose gradient is 0 where it would be infinite or not a number."""
+
+    def gradients(kept, others, upstream):
+        return (ops.where(ops.isfinite(upstream), upstream, 0.0),)
+
+    return backend.custom_gradient(lambda x: (1.0 * x, None), gradients)(x)
 
 
 def _known(*values):

@@ -289,7 +289,7 @@ def test_bad_strides_are_refused_by_name(cls, value):
     )
 )
 def test_bad_arguments_are_refused_by_name(arguments):
-    ((name, value),) = arguments.items()
+    (name,) = arguments
     with pytest.raises(ValueError, match=f'`{name}`.*{name}='):
         pooling.DiffStride(2.0, **arguments)
 
