@@ -236,7 +236,7 @@ def resampling_matrix(
     return ops.matmul(ops.transpose(synthesis) * weights, analysis)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
 def _constant_matrix(size, output_size, norm):
     frequencies, _ = _frequencies(size, output_size)
     weights = np.tile(_scales(frequencies, size, output_size, norm), 2)

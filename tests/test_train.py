@@ -91,6 +91,7 @@ def test_a_run_leaves_all_its_outputs(run):
         'history.json',
         'last.keras',
         'logs',
+        'previous.keras',
         'results.json',
         'strides.png',
     }

@@ -13,7 +13,11 @@ import gin
 from absl import app, flags, logging
 
 from diffstride import resnet
-from diffstride.examples import external_configurables, train  # noqa: F401
+from diffstride.examples import (
+    checkpoints,
+    external_configurables,  # noqa: F401
+    train,
+)
 
 _CONFIG = flags.DEFINE_multi_string(
     'gin_config', [], 'A gin file: a path, or the name of a packaged one.'
@@ -30,7 +34,7 @@ def run(job=None):
 
 
 def main(argv, default_job=train.train):
-    """Parses gin, runs, and ends with code 1 if something is set wrong."""
+    """Parses gin and runs; ends with code 1 and one line if that fails."""
     if len(argv) > 1:
         raise app.UsageError(f'Unknown arguments: {argv[1:]}')
     if not flags.FLAGS['verbosity'].present:
@@ -46,8 +50,8 @@ def main(argv, default_job=train.train):
             gin.parse_config_files_and_bindings(files, _BINDINGS.value)
             job = run() or resnet.configured(default_job)
         job()
-    except train.SetupError as error:
-        sys.exit(f'error: {train.first_line(error)}')
+    except (train.SetupError, checkpoints.WriteError) as error:
+        sys.exit(f'error: {checkpoints.first_line(error)}')
 
 
 def flags_with(*bindings):

@@ -24,7 +24,7 @@ import gin
 from absl import app
 
 from diffstride import plots
-from diffstride.examples import main, train
+from diffstride.examples import checkpoints, main, train
 
 _POLL_SECONDS = 5
 
@@ -192,7 +192,9 @@ class _Run:
     def execute(self, lock):
         """Trains, in a process that holds the lock too; returns an error."""
         self.check()  # Another process may have begun it.
-        train.write(self.folder / 'settings.json', train.to_json(self.settings))
+        checkpoints.write(
+            self.folder / 'settings.json', checkpoints.to_json(self.settings)
+        )
         flags = main.flags_with(
             *self.settings['bindings'],
             f'train.workdir = {str(self.folder)!r}',
@@ -212,9 +214,9 @@ class _Run:
         results = json.loads((self.folder / 'results.json').read_text())
         history = json.loads((self.folder / 'history.json').read_text())
         self.path.parent.mkdir(exist_ok=True)
-        train.write(
+        checkpoints.write(
             self.path,
-            train.to_json(
+            checkpoints.to_json(
                 {**self.labels, **results, 'history': history, **self.settings}
             ),
         )
@@ -292,7 +294,7 @@ def _report(workdir, paths):
 
 def _write_report(workdir, groups):
     text = table(groups)
-    train.write(workdir / 'table.md', text + '\n')
+    checkpoints.write(workdir / 'table.md', text + '\n')
     print(text)
     with contextlib.suppress(ImportError):  # Of matplotlib, an extra.
         for name, figure in (
@@ -300,7 +302,7 @@ def _write_report(workdir, groups):
             ('strides.png', _strides(groups)),
         ):
             if figure is not None:
-                train.write_figure(workdir / name, figure)
+                checkpoints.write_figure(workdir / name, figure)
 
 
 def grouped(results):

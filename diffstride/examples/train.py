@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import platform
-import shutil
 import time
 
 import gin
@@ -18,7 +17,7 @@ from absl import logging
 import diffstride
 from diffstride import plots, pooling, resnet
 from diffstride.callbacks import StrideLogger
-from diffstride.examples import data
+from diffstride.examples import checkpoints, data
 
 
 class SetupError(Exception):
@@ -40,12 +39,17 @@ def train(
     distribution='auto',
     callbacks=(),
     seed=0,
+    deterministic=False,
 ):
     """Trains a classifier, or continues where a run of the same workdir ended.
 
-    The workdir receives, after each epoch: last.keras and best.keras (by test
-    accuracy), history.json, results.json, strides.png (with matplotlib), and
-    for TensorBoard logs/; config.gin holds every parameter that was in effect.
+    The workdir receives, after each epoch: last.keras, previous.keras (of the
+    epoch before) and best.keras (by test accuracy), history.json, results.json,
+    strides.png (with matplotlib), and for TensorBoard logs/; config.gin holds
+    every parameter that was in effect.
+
+    What callbacks remember is not restored, but for what they keep in the
+    model, as SettleStrides does.
 
     Args:
         workdir: Folder of all outputs, made if there is none.
@@ -67,73 +71,83 @@ def train(
         callbacks: Keras callbacks, or functions that return them, called after
             those that log strides and before those that write files.
         seed: Of the initialization, the order of the data, and augmentation.
+        deterministic: Whether two runs of one seed on one machine, interrupted
+            or not, must give equal numbers, at the cost of speed.
 
     Returns:
         The content of results.json, a dict.
 
     Raises:
-        SetupError: Before any training, if something is set wrong.
+        SetupError: Before any training, if something is set wrong, or if
+            another process is training in the workdir.
+        checkpoints.WriteError: If a file cannot be written.
     """
-    with setup_errors():
-        workdir = checked_workdir(workdir)
-        _check_arguments(num_epochs, steps_per_epoch, seed)
-        channels_first = _channels_first(data_format)
-        strategy = _strategy(distribution)
-        keras.utils.clear_session()  # Names of layers are keys of the logs.
-        keras.utils.set_random_seed(seed)
-        keras.config.set_dtype_policy(dtype_policy)
-        datasets = resnet.configured(load_data_fn)(seed=seed)
-        with strategy.scope():
-            model = resnet.configured(model_cls)(
-                num_output_classes=datasets.num_classes,
-                channels_first=channels_first,
+    with contextlib.ExitStack() as stack:
+        with setup_errors():
+            workdir = checked_workdir(workdir)
+            _check_arguments(num_epochs, steps_per_epoch, seed)
+            channels_first = _channels_first(data_format)
+            strategy = _strategy(distribution)
+            keras.utils.clear_session()  # Names of layers are keys of the logs.
+            keras.utils.set_random_seed(seed)
+            if deterministic:
+                _make_deterministic()
+            keras.config.set_dtype_policy(dtype_policy)
+            datasets = resnet.configured(load_data_fn)(seed=seed)
+            with strategy.scope():
+                model = resnet.configured(model_cls)(
+                    num_output_classes=datasets.num_classes,
+                    channels_first=channels_first,
+                )
+                model.build((None, *datasets.image_shape))
+                loss = resnet.configured(loss_cls)()
+                _check_outputs(model, loss, datasets)
+                if jit_compile is True:
+                    for layer in pooling.diffstride_layers(model):
+                        layer.pin()
+                optimizer = resnet.configured(optimizer_cls)()
+                _exclude_strides_from_weight_decay(optimizer, model)
+                model.compile(
+                    optimizer=optimizer,
+                    loss=loss,
+                    metrics=['accuracy'],
+                    jit_compile=jit_compile,
+                )
+            steps_per_epoch = steps_per_epoch or datasets.steps_per_epoch
+            if not isinstance(callbacks, (list, tuple)):
+                raise ValueError(
+                    f'train.callbacks must be a list. Received: {callbacks!r}'
+                )
+            callbacks = [_made(callback) for callback in callbacks]
+            workdir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(checkpoints.locked(workdir))
+            history = checkpoints.restore(model, workdir, steps_per_epoch)
+        if len(history) < num_epochs:
+            checkpoints.write(
+                workdir / 'config.gin', gin.operative_config_str()
             )
-            model.build((None, *datasets.image_shape))
-            loss = resnet.configured(loss_cls)()
-            _check_outputs(model, loss, datasets)
-            if jit_compile is True:
-                for layer in pooling.diffstride_layers(model):
-                    layer.pin()
-            optimizer = resnet.configured(optimizer_cls)()
-            _exclude_strides_from_weight_decay(optimizer, model)
-            model.compile(
-                optimizer=optimizer,
-                loss=loss,
-                metrics=['accuracy'],
-                jit_compile=jit_compile,
+            print(
+                f'Epochs {len(history) + 1} to {num_epochs} in {workdir}',
+                flush=True,
             )
-        steps_per_epoch = steps_per_epoch or datasets.steps_per_epoch
-        if not isinstance(callbacks, (list, tuple)):
-            raise ValueError(
-                f'train.callbacks must be a list. Received: {callbacks!r}'
+            model.fit(
+                datasets.train(len(history)),
+                epochs=num_epochs,
+                initial_epoch=len(history),
+                steps_per_epoch=steps_per_epoch,
+                shuffle=False,
+                validation_data=datasets.test,
+                callbacks=[
+                    # First, so that its line does not list every stride.
+                    keras.callbacks.ProgbarLogger(),
+                    StrideLogger(datasets.image_shape, workdir / 'logs'),
+                    *callbacks,
+                    _Recorder(workdir, history, seed),
+                    keras.callbacks.TensorBoard(
+                        workdir / 'logs', write_graph=False
+                    ),
+                ],
             )
-        callbacks = [_made(callback) for callback in callbacks]
-        history = _resume(model, workdir, steps_per_epoch)
-    if len(history) < num_epochs:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write(workdir / 'config.gin', gin.operative_config_str())
-        print(
-            f'Epochs {len(history) + 1} to {num_epochs} in {workdir}',
-            flush=True,
-        )
-        model.fit(
-            datasets.train(len(history)),
-            epochs=num_epochs,
-            initial_epoch=len(history),
-            steps_per_epoch=steps_per_epoch,
-            shuffle=False,
-            validation_data=datasets.test,
-            callbacks=[
-                # First, so that the line it ends does not list every stride.
-                keras.callbacks.ProgbarLogger(),
-                StrideLogger(datasets.image_shape, workdir / 'logs'),
-                *callbacks,
-                _Recorder(workdir, history, seed),
-                keras.callbacks.TensorBoard(
-                    workdir / 'logs', write_graph=False
-                ),
-            ],
-        )
     return json.loads((workdir / 'results.json').read_text())
 
 
@@ -185,7 +199,7 @@ def compare(workdir=None, model_cls=resnet.resnet18):
 
 
 class _Recorder(keras.callbacks.Callback):
-    """Writes down each epoch; every file is whole under its name, or absent."""
+    """Writes down each epoch."""
 
     def __init__(self, workdir, history, seed):
         super().__init__()
@@ -199,25 +213,20 @@ class _Recorder(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         seconds = time.monotonic() - self.start
         self.history.append({'epoch': epoch + 1, **logs, 'seconds': seconds})
-        best = max(row['val_accuracy'] for row in self.history)
-        temporary = self.workdir / 'unfinished.keras'
-        self.model.save(temporary)
-        if logs['val_accuracy'] == best:
-            copy = self.workdir / 'unfinished_best.keras'
-            shutil.copyfile(temporary, copy)
-            os.replace(copy, self.workdir / 'best.keras')
-        write(self.workdir / 'history.json', to_json(self.history))
-        write(self.workdir / 'results.json', to_json(self._results(best)))
+        checkpoints.save(
+            self.model, self.workdir, self.history, self._results()
+        )
         layers = pooling.diffstride_layers(self.model)
         initial = {x.name: x.get_config()['strides'] for x in layers}
-        os.replace(temporary, self.workdir / 'last.keras')
         _plot_strides(initial, self.history, self.workdir / 'strides.png')
 
-    def _results(self, best):
+    def _results(self):
         last = self.history[-1]
         return {
             'test_accuracy': last['val_accuracy'],
-            'best_test_accuracy': best,
+            'best_test_accuracy': max(
+                row['val_accuracy'] for row in self.history
+            ),
             'epochs': len(self.history),
             'steps': int(self.model.optimizer.iterations),
             'seconds': sum(row['seconds'] for row in self.history),
@@ -245,29 +254,12 @@ class _Recorder(keras.callbacks.Callback):
         }
 
 
-def _resume(model, workdir, steps_per_epoch):
-    """Loads the last checkpoint, if there is one, and returns its history."""
-    checkpoint = workdir / 'last.keras'
-    if not checkpoint.exists():
-        return []
-    model.optimizer.build(model.trainable_variables)
-    try:
-        model.load_weights(checkpoint)
-        history = json.loads((workdir / 'history.json').read_text())
-    except Exception as error:
-        raise ValueError(
-            f'{checkpoint} cannot be continued: it is damaged, or of another '
-            'model. Set train.workdir to another folder, or the model as it is '
-            f'in {workdir / "config.gin"}. ({first_line(error)})'
-        ) from error
-    epochs, rest = divmod(int(model.optimizer.iterations), steps_per_epoch)
-    if rest or epochs > len(history):
-        raise ValueError(
-            f'{checkpoint} ends at step {int(model.optimizer.iterations)}, '
-            f'which is not an epoch of {steps_per_epoch} steps: set batch_size '
-            'and train.steps_per_epoch as before, or another train.workdir'
-        )
-    return history[:epochs]
+def _make_deterministic():
+    tf.config.experimental.enable_op_determinism()
+    if keras.backend.backend() == 'torch':
+        import torch
+
+        torch.use_deterministic_algorithms(True)
 
 
 def _exclude_strides_from_weight_decay(optimizer, model):
@@ -300,7 +292,7 @@ def _plot_strides(initial, history, path):
         if len(history) == 1:
             logging.warning('No strides.png: pip install diffstride[plot]')
         return
-    write_figure(path, figure)
+    checkpoints.write_figure(path, figure)
 
 
 def checked_workdir(workdir):
@@ -381,29 +373,4 @@ def setup_errors():
         yield
     except Exception as error:
         logging.debug('Set up', exc_info=True)  # With --verbosity=1.
-        raise SetupError(first_line(error)) from error
-
-
-def first_line(error):
-    """The first line of an error's message; gin and Keras append more."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
-def to_json(content):
-    """Text of plain values and of NumPy's."""
-    return json.dumps(content, indent=2, default=float)
-
-
-def write(path, text):
-    """Writes a file that is whole under its name, or absent."""
-    temporary = path.with_name(f'unfinished_{path.name}')
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def write_figure(path, figure):
-    """As `write`, of a figure of matplotlib."""
-    temporary = path.with_stem(f'unfinished_{path.stem}')
-    figure.savefig(temporary, dpi=120)
-    os.replace(temporary, path)
+        raise SetupError(checkpoints.first_line(error)) from error

@@ -1,0 +1,182 @@
+"""The files of a training: each is whole under its name, or absent.
+
+A checkpoint that is written takes its name when it is finished; the one before
+it stays as previous.keras until then, and is used should the last be damaged.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import warnings
+import zipfile
+
+try:
+    import fcntl
+except ImportError:  # On Windows.
+    fcntl = None
+
+
+class WriteError(Exception):
+    """A file could not be written; those before it are whole."""
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Keeps other processes from training in a folder.
+
+    The lock ends with the process, however it ends.
+
+    Raises:
+        ValueError: If another process has the lock.
+    """
+    if fcntl is None:
+        warnings.warn(
+            f'{folder} is not locked, as this system has no flock: do not '
+            'start a second training in it',
+            stacklevel=4,
+        )
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f'{folder} is in use by another training, which is still '
+                'running: wait for its end, or set train.workdir to another '
+                'folder'
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def unfinished(path):
+    """Yields a path for a file that becomes this one at the end.
+
+    Raises:
+        WriteError: If it cannot be written.
+    """
+    temporary = path.with_stem(f'unfinished_{path.stem}')
+    try:
+        yield temporary
+        with temporary.open('rb') as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise WriteError(
+            f'{path} cannot be written ({error.strerror or error}). What was '
+            'written before is whole: make room, and the same command continues'
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write(path, text):
+    """Writes a file of text."""
+    with unfinished(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_figure(path, figure):
+    """Writes a figure of matplotlib."""
+    with unfinished(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def to_json(content):
+    """Text of plain values and of NumPy's."""
+    return json.dumps(content, indent=2, default=float)
+
+
+def save(model, workdir, history, results):
+    """Writes the checkpoints, the history and the results of an epoch.
+
+    The checkpoint comes last: what is written before it may be of one epoch
+    more, and is cut when the training is restored.
+    """
+    last = workdir / 'last.keras'
+    accuracies = [row['val_accuracy'] for row in history]
+    with unfinished(last) as temporary:
+        model.save(temporary)
+        if accuracies[-1] == max(accuracies):
+            with unfinished(workdir / 'best.keras') as best:
+                shutil.copyfile(temporary, best)
+        write(workdir / 'history.json', to_json(history))
+        write(workdir / 'results.json', to_json(results))
+        if last.exists():
+            os.replace(last, workdir / 'previous.keras')
+
+
+def restore(model, workdir, steps_per_epoch):
+    """Loads the last whole checkpoint of a workdir, if it holds any.
+
+    A damaged one is renamed if the one before it is whole, else left alone.
+
+    Args:
+        model: A compiled model; its weights and its optimizer's are loaded.
+        workdir: Path of the folder.
+        steps_per_epoch: Steps of an epoch, those done before too.
+
+    Returns:
+        The history, a list of one dict per epoch.
+
+    Raises:
+        ValueError: If there are checkpoints and none can be continued.
+    """
+    last, previous = workdir / 'last.keras', workdir / 'previous.keras'
+    found = [path for path in (last, previous) if path.exists()]
+    if not found:
+        return []
+    errors = []
+    model.optimizer.build(model.trainable_variables)
+    for path in found:
+        try:
+            _load(model, path)
+            history = json.loads((workdir / 'history.json').read_text())
+            break
+        except Exception as error:
+            errors.append(error)
+    else:
+        raise ValueError(
+            f'{found[0]} cannot be continued: it is damaged, or of another '
+            'model. Set train.workdir to another folder, or the model as it is '
+            f'in {workdir / "config.gin"}. ({first_line(errors[0])})'
+        ) from errors[0]
+    steps = int(model.optimizer.iterations)
+    epochs, rest = divmod(steps, steps_per_epoch)
+    if rest or epochs > len(history):
+        raise ValueError(
+            f'{path} ends at step {steps}, which is not an epoch of '
+            f'{steps_per_epoch} steps: set batch_size and '
+            'train.steps_per_epoch as before, or another train.workdir'
+        )
+    if errors:
+        names = (workdir / f'damaged_{i}.keras' for i in itertools.count(1))
+        damaged = next(name for name in names if not name.exists())
+        os.replace(last, damaged)
+        print(
+            f'{last} is damaged ({first_line(errors[0])}): it is kept as '
+            f'{damaged.name}, and {path.name} is continued instead',
+            flush=True,
+        )
+    return history[:epochs]
+
+
+def _load(model, path):
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f'{damaged} in it is damaged')
+    model.load_weights(path)
+
+
+def first_line(error):
+    """The first line of an error's message; gin and Keras append more."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

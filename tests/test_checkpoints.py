@@ -1,0 +1,227 @@
+"""Trainings that are killed, damaged, doubled or out of disk."""
+
+import json
+import random
+import resource
+import subprocess
+import sys
+import time
+import zipfile
+
+import pytest
+from test_train import SMALL, images, read, run  # noqa: F401
+
+from diffstride.examples import checkpoints
+
+
+def files(folder):
+    return {p: p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+
+
+def without_seconds(history):
+    return [
+        {key: value for key, value in row.items() if key != 'seconds'}
+        for row in history
+    ]
+
+
+@pytest.fixture
+def config(images, tmp_path):  # noqa: F811
+    path = tmp_path / 'process.gin'
+    path.write_text(f"{SMALL}data.load_datasets.name = '{images}'\n")
+    return path
+
+
+def command(config, workdir, *bindings):
+    """The command line that trains in a process of its own."""
+    return [
+        *(sys.executable, '-m', 'diffstride.examples.main'),
+        f'--gin_config={config}',
+        f"--gin_bindings=train.workdir = '{workdir}'",
+        *(f'--gin_bindings={binding}' for binding in bindings),
+    ]
+
+
+def ended(*arguments, **kwargs):
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, **kwargs
+    )
+
+
+def test_equal_seeds_give_equal_numbers_and_others_do_not(run):  # noqa: F811
+    first, again, other = (
+        without_seconds(
+            read(
+                run(
+                    f'train.seed = {seed}', 'train.num_epochs = 1', workdir=name
+                )
+                / 'history.json'
+            )
+        )
+        for seed, name in ((0, 'first'), (0, 'again'), (1, 'other'))
+    )
+    assert first == again
+    assert first[0]['loss'] != other[0]['loss']
+
+
+def test_the_checkpoint_before_a_damaged_one_is_continued(run, capsys):  # noqa: F811
+    whole = read(run('train.num_epochs = 4', workdir='whole') / 'history.json')
+    workdir = run('train.num_epochs = 3')
+    damaged = bytearray((workdir / 'last.keras').read_bytes())
+    damaged[len(damaged) // 2] ^= 255
+    (workdir / 'last.keras').write_bytes(damaged)
+    capsys.readouterr()
+    run('train.num_epochs = 4')
+    printed = capsys.readouterr().out
+    assert f'{workdir / "last.keras"} is damaged' in printed
+    assert 'Epochs 3 to 4' in printed
+    assert (workdir / 'damaged_1.keras').read_bytes() == damaged
+    assert without_seconds(read(workdir / 'history.json')) == without_seconds(
+        whole
+    )
+
+
+def test_a_kill_between_two_names_leaves_the_checkpoint_before(run, capsys):  # noqa: F811
+    workdir = run('train.num_epochs = 2')
+    (workdir / 'last.keras').unlink()
+    run('train.num_epochs = 3')
+    assert 'Epochs 2 to 3' in capsys.readouterr().out
+    assert [row['epoch'] for row in read(workdir / 'history.json')] == [1, 2, 3]
+
+
+def test_without_a_whole_checkpoint_all_are_left_alone(run):  # noqa: F811
+    workdir = run('train.num_epochs = 2')
+    for name in ('last.keras', 'previous.keras'):
+        (workdir / name).write_bytes(b'PK')
+    before = files(workdir)
+    with pytest.raises(SystemExit, match=r'last\.keras cannot be continued'):
+        run('train.num_epochs = 3')
+    assert files(workdir) == before
+
+
+def test_a_folder_is_locked_until_its_process_ends(tmp_path):
+    holder = (
+        'import pathlib, time\n'
+        'from diffstride.examples.checkpoints import locked\n'
+        f'with locked(pathlib.Path({str(tmp_path)!r})):\n'
+        '    print("held", flush=True)\n'
+        '    time.sleep(600)\n'
+    )
+    with subprocess.Popen(
+        [sys.executable, '-c', holder], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == 'held\n'
+        with (
+            pytest.raises(ValueError, match='in use by another training'),
+            checkpoints.locked(tmp_path),
+        ):
+            pass
+        process.kill()
+    with checkpoints.locked(tmp_path), pytest.raises(ValueError):
+        with checkpoints.locked(tmp_path):
+            pass
+    with checkpoints.locked(tmp_path):
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_second_training_in_a_workdir_is_refused(run, tmp_path):  # noqa: F811
+    workdir = run('train.num_epochs = 1')
+    before = files(workdir)
+    with checkpoints.locked(workdir):
+        with pytest.raises(SystemExit, match='in use by another training'):
+            run('train.num_epochs = 2')
+    assert files(workdir) == before
+
+
+def test_a_file_that_cannot_be_finished_leaves_the_one_before(tmp_path):
+    path = tmp_path / 'history.json'
+    checkpoints.write(path, 'before')
+    with pytest.raises(checkpoints.WriteError, match='No space left'):
+        with checkpoints.unfinished(path) as temporary:
+            temporary.write_text('half')
+            with open('/dev/full', 'w') as full:
+                full.write('half')
+    assert path.read_text() == 'before'
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_training_with_its_checkpoint_whole(
+    config, tmp_path
+):
+    """The kernel refuses to write files beyond the size of a checkpoint."""
+    workdir = tmp_path / 'run'
+    assert ended(config, workdir, 'train.num_epochs = 1').returncode == 0
+    before = files(workdir)
+    size = len(before[workdir / 'last.keras'])
+    for limit in (size // 2, size - 1):
+        done = ended(
+            config,
+            workdir,
+            'train.num_epochs = 2',
+            preexec_fn=lambda limit=limit: resource.setrlimit(
+                resource.RLIMIT_FSIZE, (limit, limit)
+            ),
+        )
+        assert done.returncode == 1, done.stderr[-3000:]
+        last_line = done.stderr.splitlines()[-1]
+        assert 'last.keras cannot be written' in last_line
+        assert 'the same command continues' in last_line
+        after = files(workdir)
+        assert not [p for p in after if 'unfinished' in p.name]
+        for name in ('last.keras', 'history.json', 'results.json'):
+            assert after[workdir / name] == before[workdir / name]
+    assert ended(config, workdir, 'train.num_epochs = 2').returncode == 0
+    assert len(read(workdir / 'history.json')) == 2
+
+
+@pytest.mark.slow
+def test_a_training_killed_at_random_moments_ends_as_an_uninterrupted_one(
+    config, tmp_path
+):
+    """SIGKILL in an epoch, in a checkpoint's writing, before the first one."""
+    bindings = ('train.num_epochs = 16', 'train.deterministic = True')
+    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+    assert ended(config, whole, *bindings).returncode == 0
+    moments = random.Random(0)
+    epochs_at_kills = []
+    for _ in range(10):
+        target = epochs_of(killed) + moments.randint(0, 1)
+        with subprocess.Popen(
+            command(config, killed, *bindings),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        ) as process:
+            assert process.stdout.readline().startswith('Epochs ')
+            while epochs_of(killed) < target:
+                time.sleep(0.01)
+            time.sleep(moments.uniform(0, 1))
+            assert process.poll() is None
+            process.kill()
+        check_files(killed)
+        epochs_at_kills.append(epochs_of(killed))
+    assert ended(config, killed, *bindings).returncode == 0
+    assert len(set(epochs_at_kills)) > 1, epochs_at_kills
+    assert without_seconds(read(killed / 'history.json')) == without_seconds(
+        read(whole / 'history.json')
+    )
+    results = [read(folder / 'results.json') for folder in (whole, killed)]
+    for key in ('epochs', 'steps', 'layers', 'test_accuracy'):
+        assert results[0][key] == results[1][key]
+
+
+def epochs_of(workdir):
+    path = workdir / 'history.json'
+    return len(read(path)) if path.exists() else 0
+
+
+def check_files(workdir):
+    """Whatever has its final name is whole."""
+    for path in workdir.glob('*.keras'):
+        if not path.name.startswith('unfinished'):
+            with zipfile.ZipFile(path) as archive:
+                assert archive.testzip() is None
+    for path in workdir.glob('*.json'):
+        if not path.name.startswith('unfinished'):
+            json.loads(path.read_text())
