@@ -1,0 +1,78 @@
+"""2,000 steps with strides that move through many sizes."""
+
+import gc
+import os
+import resource
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from diffstride import DiffStride
+from diffstride.pooling import diffstride_layers
+
+
+def resident_megabytes():
+    with open('/proc/self/statm') as file:
+        pages = int(file.read().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+class MoveStrides(keras.callbacks.Callback):
+    """Sets random strides before each step; keeps memory and sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.random = np.random.default_rng(0)
+        self.megabytes = []
+        self.sizes = set()
+
+    def on_train_batch_begin(self, batch, logs=None):
+        for layer in diffstride_layers(self.model):
+            layer.strides.assign(self.random.uniform(1, 6, 2))
+            self.sizes.add((layer.name, layer.present_size(0, 24)))
+        if batch % 100 == 99:
+            gc.collect()
+            self.megabytes.append(resident_megabytes())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='Linux only')
+def test_2000_steps_through_many_sizes_take_no_more_memory(monkeypatch):
+    calls = []
+    call = DiffStride.call
+    monkeypatch.setattr(
+        DiffStride,
+        'call',
+        lambda self, inputs: calls.append(self) or call(self, inputs),
+    )
+    model = keras.Sequential(
+        [
+            keras.Input((24, 24, 2)),
+            DiffStride(2.0, 2.0, ramp='inside'),
+            keras.layers.Conv2D(4, 3, padding='same', activation='relu'),
+            DiffStride(2.0, 2.0, method='fft'),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(2),
+        ]
+    )
+    model.compile(keras.optimizers.SGD(1e-3), 'mse')
+    x = np.random.default_rng(0).normal(size=(4, 24, 24, 2))
+    moves = MoveStrides()
+    model.fit(
+        np.tile(x, (2000, 1, 1, 1)).astype('float32'),
+        np.zeros((8000, 2), 'float32'),
+        batch_size=4,
+        callbacks=[moves],
+        verbose=0,
+    )
+    after_500, at_the_end = moves.megabytes[4], moves.megabytes[-1]
+    print(f'{after_500:.0f} MB after 500 steps, {at_the_end:.0f} at the end')
+    print(f'{len(moves.sizes)} sizes; layers were called {len(calls)} times')
+    assert len(moves.sizes) > 15
+    assert at_the_end < after_500 + 20
+    if keras.backend.backend() != 'torch':  # It calls layers at every step.
+        # When they are built, when shapes are inferred, in one trace.
+        assert len(calls) <= 3 * len(diffstride_layers(model))
+    assert np.all(np.isfinite(ops.convert_to_numpy(model(x))))
