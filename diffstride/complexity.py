@@ -97,14 +97,14 @@ def complexity(model, input_shape):
 
     One MAC is one multiplication by a weight and one addition. Padding counts
     like pixels. Biases, activations, normalization, plain pooling, embedding
-    and operations outside of layers count 0. DiffStride and
-    FixedSpectralPooling count the multiplications by their matrices, one per
+    and operations outside of layers count 0. DiffStride, FixedSpectralPooling
+    and SpectralResizing count the multiplications by their matrices, one per
     spatial axis, M N for each line of N samples that becomes one of M; not the
-    making of the matrix, and no axis that FixedSpectralPooling leaves as it is.
-    Where they use the FFT they count as the matrices would. Where the MACs of a
-    layer are unknown (recurrent layers, the products of attention, other layers
-    with weights of rank 2 or more) they are None, printed as '?', and the total
-    is a lower bound, printed as '>= ...'.
+    making of the matrix, and no axis that the last two leave as it is. Where
+    they use the FFT they count as the matrices would. Where the MACs of a layer
+    are unknown (recurrent layers, the products of attention, other layers with
+    weights of rank 2 or more) they are None, printed as '?', and the total is a
+    lower bound, printed as '>= ...'.
 
     Args:
         model: A `keras.Model`, or another layer, built or not.
@@ -308,11 +308,11 @@ def _einsum_dense(layer, x, y):
     return _size(y) * math.prod(n for axis, n in axes if axis not in result)
 
 
-def _spectral_pooling(layer, x, y):
+def _spectral_resampling(layer, x, y):
     macs, shape = 0, list(x)
     for axis in layer.spatial_axes:
         size, shape[axis] = shape[axis], y[axis]
-        # With fixed strides an axis that keeps its size is left as it is.
+        # Without learned strides an axis that keeps its size is left as it is.
         if size != y[axis] or layer.weights:
             macs += size * _size(shape)
     return macs
@@ -345,7 +345,7 @@ _RULES = {
         *('SeparableConv1D', 'SeparableConv2D'),
     ),
     layers.EinsumDense: _einsum_dense,
-    pooling.SpectralPooling: _spectral_pooling,
+    pooling.SpectralResampling: _spectral_resampling,
     # Reversed, an embedding is a product.
     layers.Embedding: lambda layer, x, y: 0 if len(y) > len(x) else None,
     **_rules(

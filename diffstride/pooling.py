@@ -16,20 +16,13 @@ def _register(cls):
     return gin.register(cls, module='pooling')
 
 
-class SpectralPooling(keras.layers.Layer):
-    """The base of the spectral pooling layers of all ranks.
-
-    Resamples every spatial axis of a tensor, or of a list of tensors of equal
-    spatial sizes and dtype, for which all tables are made once.
-    """
+class SpectralResampling(keras.layers.Layer):
+    """The base of all layers that resample spatial axes by their spectra."""
 
     rank = 2
 
-    def __init__(self, strides, data_format, method, norm, **kwargs):
+    def __init__(self, data_format, method, norm, **kwargs):
         super().__init__(**kwargs)
-        self._initial_strides = validation.standardize_strides(
-            strides, self.rank
-        )
         if data_format is None:
             data_format = keras.config.image_data_format()
         self.data_format = validation.one_of(
@@ -40,7 +33,47 @@ class SpectralPooling(keras.layers.Layer):
 
     @property
     def spatial_axes(self):
-        return _spatial_axes(self.data_format, self.rank)
+        return spatial_axes(self.data_format, self.rank)
+
+    def _check(self, inputs):
+        validation.check_inputs(self, inputs, self.spatial_axes)
+
+    def compute_output_spec(self, inputs):
+        self._check(inputs)
+        return super().compute_output_spec(inputs)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            'data_format': self.data_format,
+            'method': self.method,
+            'norm': self.norm,
+        }
+
+
+class SpectralPooling(SpectralResampling):
+    """The base of the spectral pooling layers of all ranks.
+
+    Resamples every spatial axis of a tensor, or of a list of tensors of equal
+    spatial sizes and dtype, for which all tables are made once.
+    """
+
+    cropping = True
+
+    def __init__(self, strides, data_format, method, norm, **kwargs):
+        super().__init__(data_format, method, norm, **kwargs)
+        self._initial_strides = validation.standardize_strides(
+            strides, self.rank
+        )
+
+    @property
+    def strides_per_axis(self):
+        """The present strides, a sequence or a float32 tensor, [rank]."""
+        raise NotImplementedError
+
+    def _output_size(self, size, stride):
+        """Output size, an integer where both are numbers, or a tensor."""
+        raise NotImplementedError
 
     def _resampling(self, index, size):
         """Output size and other arguments of `spectral.resample`."""
@@ -60,14 +93,20 @@ class SpectralPooling(keras.layers.Layer):
         Returns:
             M, a float32 scalar tensor.
         """
-        raise NotImplementedError
+        if not self.cropping:
+            return size
+        stride = self.strides_per_axis[index]
+        output_size = self._output_size(ops.cast(size, 'int32'), stride)
+        return spectral.with_gradient_of(
+            size / stride, ops.cast(output_size, 'float32')
+        )
 
     def _varies(self):
         """Whether the output size for a known size is not known."""
         return False
 
     def call(self, inputs):
-        validation.check_inputs(self, inputs, self.spatial_axes)
+        self._check(inputs)
         is_list = isinstance(inputs, (list, tuple))
         outputs = list(inputs) if is_list else [inputs]
         for index, axis in enumerate(self.spatial_axes):
@@ -84,10 +123,6 @@ class SpectralPooling(keras.layers.Layer):
             )
         return outputs if is_list else outputs[0]
 
-    def compute_output_spec(self, inputs):
-        validation.check_inputs(self, inputs, self.spatial_axes)
-        return super().compute_output_spec(inputs)
-
     def compute_output_shape(self, input_shape):
         if hasattr(input_shape[0], '__len__'):
             return [self.compute_output_shape(shape) for shape in input_shape]
@@ -102,13 +137,7 @@ class SpectralPooling(keras.layers.Layer):
         return tuple(shape)
 
     def get_config(self):
-        return {
-            **super().get_config(),
-            'strides': self._initial_strides,
-            'data_format': self.data_format,
-            'method': self.method,
-            'norm': self.norm,
-        }
+        return {**super().get_config(), 'strides': self._initial_strides}
 
 
 @_register
@@ -325,17 +354,6 @@ class DiffStride(SpectralPooling):
             ops.convert_to_tensor(self.strides), (self.rank,)
         )
 
-    def size_with_gradient(self, index, size):
-        if not self.cropping:
-            return size
-        stride = self.strides_per_axis[index]
-        output_size = self._output_size(
-            ops.cast(size, 'int32'), ops.stop_gradient(stride)
-        )
-        return spectral.with_gradient_of(
-            size / stride, ops.cast(output_size, 'float32')
-        )
-
     def response(self, size, index=0):
         """The weight that the layer gives to each frequency now.
 
@@ -493,6 +511,75 @@ class DiffStride(SpectralPooling):
 
 
 @_register
+class DiffStride1D(DiffStride):
+    """`DiffStride` over one axis, such as that of time.
+
+    Args:
+        strides: Initial stride: a number >= 1, or a sequence of one.
+        **kwargs: All other arguments of `DiffStride`.
+
+    Input shape:
+        [batch, time, channels], or [batch, channels, time] with
+        `data_format='channels_first'`; floating-point. Or a list of such
+        tensors, of equal sizes but for the channels, pooled alike at less cost.
+
+    Output shape:
+        The same with the N samples of time replaced by M, as in `DiffStride`.
+
+    Raises:
+        ValueError: If an argument is out of its range, or if the input is of
+            another rank, has no samples or is not floating-point.
+
+    Example:
+
+    >>> layer = DiffStride1D(strides=2.5)  # E.g. 100 frames of 64 bands.
+    >>> tuple(layer(keras.ops.ones((1, 100, 64))).shape)
+    (1, 48, 64)
+
+    Reference:
+        Riad et al., arXiv:2202.01653, whose audio experiments pool
+        spectrograms; see `DiffStride`.
+    """
+
+    rank = 1
+
+
+@_register
+class DiffStride3D(DiffStride):
+    """`DiffStride` over three axes, of a volume or of a video.
+
+    Args:
+        strides: Initial strides: a number >= 1, or three.
+        **kwargs: All other arguments of `DiffStride`.
+
+    Input shape:
+        [batch, depth, height, width, channels], or
+        [batch, channels, depth, height, width] with
+        `data_format='channels_first'`; floating-point. The depth may be the
+        time of a video. Or a list of such tensors, of equal sizes but for the
+        channels, pooled alike at less cost.
+
+    Output shape:
+        The same with each spatial size N replaced by M, as in `DiffStride`.
+
+    Raises:
+        ValueError: If an argument is out of its range, or if the input is of
+            another rank, has a spatial size of 0 or is not floating-point.
+
+    Example:
+
+    >>> layer = DiffStride3D(strides=(1.0, 2.0, 2.0), ramp='inside')
+    >>> tuple(layer(keras.ops.ones((1, 8, 32, 32, 3))).shape)
+    (1, 8, 16, 16, 3)
+
+    Reference:
+        See `DiffStride`.
+    """
+
+    rank = 3
+
+
+@_register
 class FixedSpectralPooling(SpectralPooling):
     """Pooling with fixed strides, fractional ones too, in the Fourier domain.
 
@@ -541,18 +628,88 @@ class FixedSpectralPooling(SpectralPooling):
     def strides(self):
         return self._initial_strides
 
+    @property
+    def strides_per_axis(self):
+        return self.strides
+
+    def _output_size(self, size, stride):
+        return spectral.fixed_size(size, stride)
+
     def _resampling(self, index, size):
-        return spectral.fixed_size(size, self.strides[index]), {}
+        return self.present_size(index, size), {}
 
     def present_size(self, index, size):
-        return spectral.fixed_size(size, self.strides[index])
+        return self._output_size(size, self.strides[index])
 
-    def size_with_gradient(self, index, size):
-        stride = self.strides[index]
-        output_size = spectral.fixed_size(ops.cast(size, 'int32'), stride)
-        return spectral.with_gradient_of(
-            size / stride, ops.cast(output_size, 'float32')
-        )
+
+@_register
+class FixedSpectralPooling1D(FixedSpectralPooling):
+    """`FixedSpectralPooling` over one axis, such as that of time.
+
+    Args:
+        strides: A number >= 1, or a sequence of one.
+        **kwargs: All other arguments of `FixedSpectralPooling`.
+
+    Input shape:
+        [batch, time, channels], or [batch, channels, time] with
+        `data_format='channels_first'`; floating-point. Or a list of such
+        tensors, of equal sizes but for the channels, pooled alike at less cost.
+
+    Output shape:
+        The same with the N samples of time replaced by N / S rounded down to
+        an even number, at least 2 and at most N. A stride of 1 changes nothing.
+
+    Raises:
+        ValueError: If an argument is out of its range, or if the input is of
+            another rank, has no samples or is not floating-point.
+
+    Example:
+
+    >>> layer = FixedSpectralPooling1D(strides=2.5)
+    >>> tuple(layer(keras.ops.ones((1, 100, 64))).shape)
+    (1, 40, 64)
+
+    Reference:
+        See `FixedSpectralPooling`.
+    """
+
+    rank = 1
+
+
+@_register
+class FixedSpectralPooling3D(FixedSpectralPooling):
+    """`FixedSpectralPooling` over three axes, of a volume or of a video.
+
+    Args:
+        strides: A number >= 1, or three.
+        **kwargs: All other arguments of `FixedSpectralPooling`.
+
+    Input shape:
+        [batch, depth, height, width, channels], or
+        [batch, channels, depth, height, width] with
+        `data_format='channels_first'`; floating-point. The depth may be the
+        time of a video. Or a list of such tensors, of equal sizes but for the
+        channels, pooled alike at less cost.
+
+    Output shape:
+        The same with each spatial size N replaced by N / S rounded down to an
+        even number, at least 2 and at most N. A stride of 1 changes nothing.
+
+    Raises:
+        ValueError: If an argument is out of its range, or if the input is of
+            another rank, has a spatial size of 0 or is not floating-point.
+
+    Example:
+
+    >>> layer = FixedSpectralPooling3D(strides=(1.0, 1.6, 3.0))
+    >>> tuple(layer(keras.ops.ones((1, 8, 32, 32, 3))).shape)
+    (1, 8, 20, 10, 3)
+
+    Reference:
+        See `FixedSpectralPooling`.
+    """
+
+    rank = 3
 
 
 @_register
@@ -599,7 +756,7 @@ class SpatialPooling(keras.layers.AveragePooling2D):
         )
 
     def _check_input(self, inputs):
-        axes = _spatial_axes(self.data_format, rank=2)
+        axes = spatial_axes(self.data_format, rank=2)
         validation.check_inputs(self, inputs, axes)
 
     def call(self, inputs):
@@ -616,7 +773,8 @@ class SpatialPooling(keras.layers.AveragePooling2D):
         return config
 
 
-def _spatial_axes(data_format, rank):
+def spatial_axes(data_format, rank):
+    """The range of the spatial axes of a batch."""
     first = 2 if data_format == 'channels_first' else 1
     return range(first, first + rank)
 

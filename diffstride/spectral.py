@@ -102,15 +102,15 @@ def fastest_method(shape, axis, output_size):
 
     A matrix takes time in proportion to M for each input, and more where it
     multiplies few columns; the FFT in proportion to the logarithm of N, which
-    hardly varies. The two constants are fitted to measurements on a CPU,
-    as benchmarks/pooling.py makes them, of 3 to 64 channels and 224 to 1024
-    pixels.
+    hardly varies. Where M > N it is the other way round, the adjoint's. The two
+    constants are fitted to measurements on a CPU, as benchmarks/pooling.py
+    makes them, of 3 to 64 channels and 224 to 1024 pixels.
     """
     columns = shape[axis + 1 :]
     if not _known(shape[axis], output_size, *columns):
         return 'matmul'
     waste = 1 + 12 / math.prod(columns) if columns else 1
-    return 'matmul' if output_size * waste < 480 else 'fft'
+    return 'matmul' if min(shape[axis], output_size) * waste < 480 else 'fft'
 
 
 def _apply(inputs, axis, operators, bases=(), keeps_input=False, *weights):
@@ -245,9 +245,22 @@ def _constant_matrix(size, output_size, norm):
 
 
 def _basis(frequencies, size):
-    """cos and sin of 2 pi f p / size, [2F, size], of exactly reduced phases."""
+    """cos and sin of 2 pi f p / size, [2F, size], of exactly reduced phases.
+
+    Raises:
+        ValueError: If the size is above 2^20, where int32 does not hold them.
+    """
+    if _known(size) and size > 2**20:
+        raise ValueError(
+            'The size of an axis must be at most 2^20 for its stride to have '
+            f'a gradient. Received: size={size}'
+        )
     xp = np if isinstance(frequencies, np.ndarray) else ops
-    phases = (frequencies[:, None] * xp.arange(size, dtype='int32')) % size
+    f, p = frequencies[:, None], xp.arange(size, dtype='int32')
+    if _known(size) and size < 2**16:
+        phases = f * p % size
+    else:  # The product may exceed int32, and is reduced in two steps.
+        phases = (f * (p // 1024) % size * 1024 + f * (p % 1024)) % size
     angles = _real(phases) * (2 * math.pi / _real(size))
     return xp.concatenate([xp.cos(angles), xp.sin(angles)])
 

@@ -52,6 +52,28 @@ def standardize_strides(strides, rank):
     return tuple(map(float, values))
 
 
+def standardize_size(size):
+    """Returns an integer, or a tuple of one to three: one per axis.
+
+    Raises:
+        ValueError: If a size is not an integer of at least 1, or if there are
+            none or more than three.
+    """
+
+    def is_size(value):
+        return isinstance(value, numbers.Integral) and is_finite(value, least=1)
+
+    if is_size(size):
+        return int(size)
+    values = tuple(size) if hasattr(size, '__iter__') else ()
+    require(
+        1 <= len(values) <= 3 and all(map(is_size, values)),
+        '`size` must be an integer or one to three integers, each at least 1',
+        size=size,
+    )
+    return tuple(map(int, values))
+
+
 def check_inputs(layer, inputs, spatial_axes):
     """Checks the tensor or the list of tensors that a layer is called with."""
     tensors = inputs if isinstance(inputs, (list, tuple)) else [inputs]

@@ -1,0 +1,148 @@
+"""Resizing of maps through their spectra, up and down."""
+
+import gin
+import keras
+from keras import ops
+
+from diffstride import spectral, validation
+from diffstride.pooling import SpectralResampling, spatial_axes
+
+
+@keras.saving.register_keras_serializable(package='diffstride')
+@gin.register(module='resizing')
+class SpectralResizing(SpectralResampling):
+    """Resizes spatial axes, up or down, to given sizes or to those of a map.
+
+    Keeps the frequencies that input and output can both hold: an axis that
+    grows is interpolated through its samples by the one periodic band-limited
+    signal that they determine, exactly; an axis that shrinks loses what is
+    above the band of its new samples. It learns nothing, and puts a map that a
+    learned stride shrank back on the grid of another one.
+
+    One layer serves 1 to 3 spatial axes: as it has no weights, the rank can be
+    that of the input it is built for.
+
+    Args:
+        size: Integer >= 1, the size of every spatial axis, or one per axis;
+            None to take the sizes of a second input.
+        data_format: 'channels_last', 'channels_first', or None for
+            `keras.config.image_data_format()`.
+        method: 'fft', 'matmul' (multiplication by a small matrix per axis), or
+            'auto' for the one that should be faster.
+        norm: 'forward' keeps the mean of the input, 'backward' multiplies it by
+            N / M per axis from N to M samples, 'ortho' by sqrt(N / M).
+        **kwargs: Of `keras.layers.Layer`.
+
+    Input shape:
+        [batch, height, width, channels], or [batch, channels, height, width]
+        with `data_format='channels_first'`; floating-point; or with one or
+        three spatial axes. Without `size` a list [x, like] of two: `like` has
+        the rank of x, and its batch, channels, dtype and values do not matter.
+
+    Output shape:
+        That of the input with `size`, or the spatial sizes of `like`, for its
+        spatial sizes. What is known before the call is known of the output.
+
+    Raises:
+        ValueError: If an argument is out of its range, if the input is of
+            another rank, has a spatial size of 0 or is not floating-point, or
+            if there is no second input without `size` or one with it.
+
+    Example:
+
+    >>> tuple(SpectralResizing((20, 48))(keras.ops.ones((1, 32, 32, 8))).shape)
+    (1, 20, 48, 8)
+
+    A decoder meets a skip connection, whatever the strides between them:
+
+    >>> skip = keras.ops.ones((1, 32, 32, 8))
+    >>> x = DiffStride((2.0, 3.0))(skip)
+    >>> tuple(SpectralResizing()([x, skip]).shape)
+    (1, 32, 32, 8)
+    """
+
+    rank = None  # Until it is built.
+
+    def __init__(
+        self,
+        size=None,
+        data_format=None,
+        method='auto',
+        norm='forward',
+        **kwargs,
+    ):
+        super().__init__(data_format, method, norm, **kwargs)
+        self.size = None if size is None else validation.standardize_size(size)
+
+    def build(self, input_shape):
+        x, _ = self._inputs(input_shape, _is_list_of_shapes(input_shape))
+        ranks = (len(self.size),) if isinstance(self.size, tuple) else (1, 2, 3)
+        validation.require(
+            len(x) - 2 in ranks,
+            f'The input of layer "{self.name}" must have ndim='
+            + ' or '.join(str(rank + 2) for rank in ranks),
+            shape=tuple(x),
+        )
+        self.rank = len(x) - 2
+        self.built = True
+
+    def call(self, inputs):
+        self._check(inputs)
+        x, like = self._inputs(inputs, isinstance(inputs, (list, tuple)))
+        outputs, axes = [x], self.spatial_axes
+        for axis, size in zip(axes, self._sizes(ops.shape(like), axes)):
+            outputs = spectral.resample(
+                outputs, axis, size, self.norm, self.method
+            )
+        return outputs[0]
+
+    def compute_output_shape(self, input_shape):
+        x, like = self._inputs(input_shape, _is_list_of_shapes(input_shape))
+        axes = spatial_axes(self.data_format, len(x) - 2)
+        shape = list(x)
+        for axis, size in zip(axes, self._sizes(like, axes)):
+            shape[axis] = size
+        return tuple(shape)
+
+    def _inputs(self, inputs, is_list):
+        """Returns x and what has the sizes, of tensors or of shapes."""
+        count = len(inputs) if is_list else 1
+        if self.size is None:
+            validation.require(
+                is_list and count == 2,
+                f'Layer "{self.name}" must be called with a list [x, like], or '
+                'have a `size`',
+                inputs=count,
+            )
+            return inputs
+        validation.require(
+            not is_list,
+            f'Layer "{self.name}", which has a `size`, must be called with one '
+            'tensor, not with a list',
+            inputs=count,
+        )
+        return inputs, inputs
+
+    def _sizes(self, shape, axes):
+        if self.size is None:
+            return [shape[axis] for axis in axes]
+        is_tuple = isinstance(self.size, tuple)
+        return self.size if is_tuple else (self.size,) * len(axes)
+
+    def _check(self, inputs):
+        x, like = self._inputs(inputs, isinstance(inputs, (list, tuple)))
+        super()._check(x)
+        validation.require(
+            len(like.shape) == len(x.shape)
+            and all(like.shape[axis] != 0 for axis in self.spatial_axes),
+            f'The second input of layer "{self.name}" must have '
+            f'ndim={self.rank + 2} and spatial sizes of at least 1',
+            shape=tuple(like.shape),
+        )
+
+    def get_config(self):
+        return {**super().get_config(), 'size': self.size}
+
+
+def _is_list_of_shapes(shape):
+    return not shape or hasattr(shape[0], '__len__')
