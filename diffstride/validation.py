@@ -45,8 +45,8 @@ def standardize_strides(strides, rank):
         values = ()
     require(
         len(values) == rank and all(is_finite(s, least=1) for s in values),
-        f'`strides` must be a number or {rank} numbers, each finite and at '
-        'least 1',
+        f'`strides` must be a number or a sequence of {rank}, each finite and '
+        'at least 1',
         strides=strides,
     )
     return tuple(map(float, values))

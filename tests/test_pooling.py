@@ -15,8 +15,13 @@ from keras import ops
 
 from diffstride import (
     DiffStride,
+    DiffStride1D,
+    DiffStride3D,
     FixedSpectralPooling,
+    FixedSpectralPooling1D,
+    FixedSpectralPooling3D,
     SpatialPooling,
+    complexity,
     pooling,
 )
 
@@ -38,6 +43,8 @@ LAYERS = {
     'SpatialPooling': SpatialPooling,
 }
 every_layer = pytest.mark.parametrize('cls', LAYERS.values(), ids=LAYERS)
+DIFFSTRIDES = {1: DiffStride1D, 2: DiffStride, 3: DiffStride3D}
+FIXED = {1: FixedSpectralPooling1D, 3: FixedSpectralPooling3D}
 
 
 def random(*shape, seed=0):
@@ -70,10 +77,10 @@ def error_of(actual, expected):
 
 
 def graph(layer, data_format='channels_last', channels=2):
-    """The layer compiled for images of unknown batch, height and width."""
-    shape = [None, None, None, channels]
+    """The layer compiled for inputs of unknown batch and spatial sizes."""
+    shape = [None, *[None] * layer.rank, channels]
     if data_format == 'channels_first':
-        shape = [None, channels, None, None]
+        shape = [None, channels, *[None] * layer.rank]
     return tf.function(
         layer, input_signature=[tf.TensorSpec(shape)], autograph=False
     )
@@ -429,7 +436,7 @@ def assert_stride_gradient(compiler, sizes, strides, channels=2, **arguments):
     arguments.setdefault('smoothness_factor', 4.0)
     lower = arguments.get('lower_limit_stride')
     upper = arguments.get('upper_limit_stride')
-    layer = DiffStride(lower or upper or 2.0, **arguments)
+    layer = DIFFSTRIDES[len(sizes)](lower or upper or 2.0, **arguments)
     layer.strides.assign(strides)
     x = image(sizes, data_format, channels=channels)
     weights = random(*layer(x).shape, seed=1)
@@ -486,12 +493,20 @@ STRIDE_GRADIENTS_OUTSIDE_LIMITS = [
     ((32, 16), (3, 8), {'upper_limit_stride': 2.3}),
     ((32, 16), (3, 8), {'upper_limit_stride': 2.3, 'ramp': 'inside'}),
 ]
-
+STRIDE_GRADIENTS_OF_OTHER_RANKS = [
+    ((21,), (2.3,), {}),
+    ((40,), (7.7,), {'ramp': 'inside', 'norm': 'ortho'}),
+    ((40,), (2,), {}),
+    ((5, 16, 9), (1.6, 3.1, 1.2), {}),
+    ((16, 5, 12), (2.3, 1.7, 2), {'ramp': 'inside', 'smoothness_factor': 2}),
+    ((4, 5, 6), (2.3, 1.7, 1), {'cropping': False}),
+]
 
 EVERY_STRIDE_GRADIENT = (
     STRIDE_GRADIENTS
     + STRIDE_GRADIENTS_AT_CORNERS
     + STRIDE_GRADIENTS_OUTSIDE_LIMITS
+    + STRIDE_GRADIENTS_OF_OTHER_RANKS
 )
 
 
@@ -515,6 +530,8 @@ def test_stride_gradient_agrees_with_reference(case):
         (*STRIDE_GRADIENTS[0], 'fft', 'channels_first'),
         (*STRIDE_GRADIENTS_AT_CORNERS[1], 'matmul', 'channels_first'),
         (*STRIDE_GRADIENTS_OUTSIDE_LIMITS[0], 'matmul', 'channels_last'),
+        (*STRIDE_GRADIENTS_OF_OTHER_RANKS[0], 'fft', 'channels_last'),
+        (*STRIDE_GRADIENTS_OF_OTHER_RANKS[4], 'matmul', 'channels_first'),
     ],
 )
 def test_stride_gradient_agrees_with_reference_when_compiled(
@@ -1206,6 +1223,14 @@ CONFIGS = [
     (DiffStride, {}),
     (FixedSpectralPooling, {}),
     (SpatialPooling, {}),
+    (DiffStride1D, {'strides': (2.5,), 'norm': 'ortho', 'name': 'pool'}),
+    (DiffStride1D, {}),
+    (DiffStride3D, {'strides': (1, 2.5, 3), 'data_format': 'channels_first'}),
+    (DiffStride3D, {'shared_stride': True}),
+    (FixedSpectralPooling1D, {'strides': [2.5], 'method': 'fft'}),
+    (FixedSpectralPooling1D, {}),
+    (FixedSpectralPooling3D, {'strides': (1, 2.5, 3), 'norm': 'backward'}),
+    (FixedSpectralPooling3D, {}),
 ]
 
 
@@ -1482,6 +1507,150 @@ def test_bad_inputs_are_refused(cls, mode, shape, dtype, rule, received):
     assert 'pool' in message
     assert rule in message
     assert received in message
+
+
+@pytest.mark.parametrize(
+    'rank, strides', [(1, (2, 2)), (1, [0.5]), (1, ()), (3, (2, 2)), (3, 0.9)]
+)
+@pytest.mark.parametrize('classes', [DIFFSTRIDES, FIXED])
+def test_bad_strides_of_other_ranks_are_refused(classes, rank, strides):
+    with pytest.raises(ValueError, match=f'or a sequence of {rank},') as error:
+        classes[rank](strides)
+    assert f'Received: strides={strides!r}' in str(error.value)
+
+
+@pytest.mark.parametrize('mode', ['eager', 'symbolic'])
+@pytest.mark.parametrize('rank', [1, 3])
+@pytest.mark.parametrize('classes', [DIFFSTRIDES, FIXED])
+def test_bad_inputs_of_other_ranks_are_refused(classes, rank, mode):
+    make = ops.zeros if mode == 'eager' else keras.KerasTensor
+    layer = classes[rank]()
+    with pytest.raises(ValueError, match=f'must have ndim={rank + 2}'):
+        layer(make((1, 8, 8, 1)))
+    with pytest.raises(ValueError, match='at least 1'):
+        layer(make((1, *[8] * (rank - 1), 0, 1)))
+
+
+# One and three axes
+
+
+OTHER_RANKS = {
+    1: ((21,), (2.3,)),
+    3: ((5, 16, 9), (1, 3.1, 1.6)),
+}
+every_other_rank = pytest.mark.parametrize(
+    'classes, pool, rank',
+    [
+        (classes, pool, rank)
+        for classes, pool in (
+            (DIFFSTRIDES, reference.diffstride),
+            (FIXED, reference.fixed_spectral_pooling),
+        )
+        for rank in OTHER_RANKS
+    ],
+)
+
+
+@pytest.mark.parametrize('data_format', FORMATS)
+@pytest.mark.parametrize('method', METHODS)
+@every_other_rank
+def test_other_ranks_agree_with_reference(
+    classes, pool, rank, method, data_format
+):
+    sizes, strides = OTHER_RANKS[rank]
+    layer = classes[rank](strides, method=method, data_format=data_format)
+    x = image(sizes, data_format)
+    expected = pool(x, strides, data_format=data_format)
+    assert error_of(layer(x), expected) <= 2e-5
+    # Linear: its gradient is the adjoint, here along a direction.
+    weights = random(*expected.shape, seed=1)
+    gradient, *_ = gradients_of(layer, x, weights)
+    assert gradient.shape == x.shape
+    direction = image(sizes, data_format, seed=2)
+    along = np.sum(weights * pool(direction, strides, data_format=data_format))
+    scale = np.linalg.norm(weights) * np.linalg.norm(direction)
+    assert abs(np.sum(gradient * direction) - along) <= 1e-6 * scale
+
+
+@pytest.mark.parametrize('data_format', FORMATS)
+@every_other_rank
+def test_shapes_of_other_ranks(classes, pool, rank, data_format):
+    sizes, strides = OTHER_RANKS[rank]
+    layer = classes[rank](strides, data_format=data_format)
+    x = image(sizes, data_format, channels=5)
+    y = pool(x, strides, data_format=data_format)
+    is_first = data_format == 'channels_first'
+    unknown = [None] * rank
+    following = (None, 5, *unknown) if is_first else (None, *unknown, 5)
+    known = (None, *y.shape[1:])
+    inputs = keras.Input(x.shape[1:])
+    if classes is DIFFSTRIDES:
+        assert layer.compute_output_shape(x.shape)[1:] == following[1:]
+        assert layer(inputs).shape == following
+        layer.pin()
+    assert layer.compute_output_shape((None, *x.shape[1:])) == known
+    assert layer(inputs).shape == known
+    assert error_of(graph(layer, data_format, channels=5)(x), y) <= 2e-5
+
+
+@every_other_rank
+def test_a_list_of_another_rank_is_pooled_as_its_maps_are(classes, pool, rank):
+    sizes, strides = OTHER_RANKS[rank]
+    layer = classes[rank](strides)
+    maps = [ops.array(image(sizes, channels=c)) for c in (1, 3)]
+    for x, y in zip(maps, layer(maps)):
+        np.testing.assert_array_equal(y, layer(x))
+
+
+@every_other_rank
+def test_models_of_other_ranks_are_counted_saved_and_cloned(
+    classes, pool, rank, tmp_path
+):
+    sizes, strides = OTHER_RANKS[rank]
+    layer = classes[rank](strides, name='pool')
+    model = keras.Sequential([keras.Input((*sizes, 2)), layer])
+    x = image(sizes)
+    y = pool(x, strides)
+    macs, shape = 0, list(x.shape[1:])
+    for axis in range(rank):
+        size, shape[axis] = shape[axis], y.shape[axis + 1]
+        if classes is DIFFSTRIDES or size != shape[axis]:
+            macs += size * int(np.prod(shape))
+    assert complexity(model, (*sizes, 2)).macs == macs
+    if classes is DIFFSTRIDES:
+        layer.strides.assign([s + 0.1 for s in strides])
+        layer.pin()
+    y = array(model(x))
+    model.save(tmp_path / 'model.keras')
+    clone = keras.models.clone_model(model)
+    clone.set_weights(model.get_weights())
+    for copy in (keras.models.load_model(tmp_path / 'model.keras'), clone):
+        assert type(copy.get_layer('pool')) is classes[rank]
+        assert np.array_equal(copy(x), y)
+
+
+@pytest.mark.parametrize('rank', OTHER_RANKS)
+def test_strides_of_other_ranks_are_learned(rank):
+    pool = DIFFSTRIDES[rank](4.0, 2.0, ramp='inside')
+    model = keras.Sequential([pool, keras.layers.Flatten()])
+    model.compile(
+        keras.optimizers.Adam(0.3),
+        lambda y, x: -ops.mean(ops.square(x)),  # More for smaller strides.
+        run_eagerly=True,
+    )
+    x = image((16,) * rank, channels=1)
+    model.fit(x, np.zeros(2), epochs=4, verbose=0)
+    assert pool.strides.shape == (rank,)
+    assert np.all(pool.strides.numpy() < 3.5)
+
+
+def test_stride_gradient_of_an_axis_whose_phases_exceed_int32():
+    assert_stride_gradient('eager', (160_000,), (2.5,), channels=1)
+
+
+def test_an_axis_too_long_for_exact_phases_is_refused():
+    with pytest.raises(ValueError, match='at most 2\\^20'):
+        DiffStride1D()(ops.zeros((1, 2**20 + 2, 1)))
 
 
 # Lists of maps
