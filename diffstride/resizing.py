@@ -75,7 +75,8 @@ class SpectralResizing(SpectralResampling):
         self.size = None if size is None else validation.standardize_size(size)
 
     def build(self, input_shape):
-        x, _ = self._inputs(input_shape, _is_list_of_shapes(input_shape))
+        shapes = input_shape or []  # None stands for an empty list.
+        x, _ = self._inputs(shapes, _is_list_of_shapes(shapes))
         ranks = (len(self.size),) if isinstance(self.size, tuple) else (1, 2, 3)
         validation.require(
             len(x) - 2 in ranks,

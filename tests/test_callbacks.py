@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from diffstride import DiffStride, complexity, pooling
+from diffstride import (
+    DiffStride,
+    DiffStride1D,
+    DiffStride3D,
+    complexity,
+    pooling,
+)
 from diffstride.callbacks import SettleStrides, StrideLogger
 
 
@@ -54,6 +60,33 @@ def test_stride_logger_logs_each_stride_and_size_and_the_macs(tmp_path):
     }
     assert {k: v[0] for k, v in logs.items() if k != 'loss'} == expected
     assert set(expected) < set(csv.read_text().split('\n')[0].split(','))
+
+
+@pytest.mark.parametrize(
+    'layer, axes',
+    [
+        (DiffStride1D((2.5,), 1.0, name='p'), ['time']),
+        (
+            DiffStride3D((1.5, 2, 3), 1.0, name='p'),
+            ['depth', 'height', 'width'],
+        ),
+    ],
+)
+def test_stride_logger_names_the_axes_of_each_rank(layer, axes, tmp_path):
+    shape = (*[12] * layer.rank, 1)
+    model = keras.Sequential([keras.Input(shape), layer])
+    logger = StrideLogger(log_dir=tmp_path)
+    logger.set_model(model)
+    logs = {}
+    logger.on_epoch_end(0, logs)
+    logger.on_train_end()
+    sizes = complexity(model, shape).layers[0].output_shape[:-1]
+    assert logs.pop('macs') == complexity(model, shape).macs
+    assert logs == {
+        **{f'stride/p/{a}': s for a, s in zip(axes, layer.stride_values)},
+        **{f'size/p/{axis}': size for axis, size in zip(axes, sizes)},
+    }
+    assert glob.glob(str(tmp_path / 'masks' / '*'))
 
 
 def test_stride_logger_without_known_sizes_logs_strides_alone():
