@@ -1,0 +1,212 @@
+"""A small U-Net that learns its strides, on shapes that it draws itself.
+
+    python3 -m diffstride.examples.unet
+
+It runs on every Keras backend and downloads nothing. A U-Net's decoder joins
+each map with one that the encoder had before pooling. Here the sizes of these
+are learned, and `SpectralResizing` meets them whatever they are. The shapes are
+told apart by their outlines; strides of 4 are too large for it, and learned
+ones come down from there.
+"""
+
+import functools
+import numbers
+
+import keras
+import numpy as np
+from keras import layers
+
+from diffstride import (
+    DiffStride,
+    FixedSpectralPooling,
+    SpectralResizing,
+    pooling,
+    validation,
+)
+from diffstride.callbacks import StrideLogger
+
+SIZE = 32
+CLASSES = ('background', 'disk', 'square')
+AXES = ('height', 'width')
+
+
+def unet(
+    num_classes,
+    filters=(16, 32, 64),
+    strides=2.0,
+    pooling_cls=DiffStride,
+    input_shape=(None, None, 1),
+    data_format=None,
+):
+    """A U-Net for segmentation, of any strides.
+
+    Args:
+        num_classes: Number of classes.
+        filters: Number of filters at each level, from that of the input's size
+            down; between two levels there is a pooling layer, 'pool_0' first.
+        strides: Of the pooling layers: a number for all, or one per layer, each
+            a number or one per axis.
+        pooling_cls: A layer class, or a callable that returns a layer, that
+            takes `strides`, `data_format` and `name`, such as DiffStride,
+            FixedSpectralPooling or `keras.layers.MaxPooling2D`.
+        input_shape: [height, width, channels], or [channels, height, width]
+            with `data_format='channels_first'`; None for sizes that vary.
+        data_format: 'channels_last', 'channels_first', or None for
+            `keras.config.image_data_format()`.
+
+    Returns:
+        A `keras.Model`, float [batch, *input_shape] -> logits float
+        [batch, height, width, num_classes], or with the classes second.
+
+    Raises:
+        ValueError: If there is not one stride for each pooling layer, or if a
+            layer refuses its own.
+
+    Example:
+
+    >>> model = unet(num_classes=3, filters=(4, 8), strides=2.5)
+    >>> tuple(model(keras.ops.ones((1, 30, 21, 1))).shape)
+    (1, 30, 21, 3)
+
+    Reference:
+        Ronneberger et al., "U-Net: convolutional networks for biomedical image
+        segmentation", MICCAI 2015, arXiv:1505.04597.
+    """
+    data_format = data_format or keras.config.image_data_format()
+    channels = 1 if data_format == 'channels_first' else -1
+    if isinstance(strides, numbers.Real):
+        strides = [strides] * (len(filters) - 1)
+    validation.require(
+        len(strides) == len(filters) - 1,
+        '`strides` must be a number or one less than `filters`',
+        strides=strides,
+        filters=filters,
+    )
+
+    def convolve(x, count):
+        for _ in range(2):
+            x = layers.Conv2D(
+                count,
+                3,
+                padding='same',
+                use_bias=False,
+                data_format=data_format,
+            )(x)
+            x = layers.BatchNormalization(channels, momentum=0.9)(x)
+            x = layers.ReLU()(x)
+        return x
+
+    inputs = keras.Input(input_shape)
+    x, skips = convolve(inputs, filters[0]), []
+    for level, stride in enumerate(strides):
+        skips.append(x)
+        pool = pooling_cls(
+            strides=stride, data_format=data_format, name=f'pool_{level}'
+        )
+        x = convolve(pool(x), filters[level + 1])
+    for count, skip in zip(filters[-2::-1], reversed(skips)):
+        x = SpectralResizing(data_format=data_format)([x, skip])
+        x = convolve(layers.Concatenate(channels)([x, skip]), count)
+    logits = layers.Conv2D(num_classes, 1, data_format=data_format)(x)
+    return keras.Model(inputs, logits)
+
+
+def draw(count, rng, size=SIZE):
+    """Draws disks and squares, filled alike, on a noisy background.
+
+    Args:
+        count: Number of images.
+        rng: The `numpy.random.Generator` to draw from.
+        size: N, of both sides of the images, in pixels.
+
+    Returns:
+        Images, float32 [count, N, N, 1], and classes, int32 [count, N, N]:
+        indices of CLASSES. Each image has three shapes, of radii N / 8 to
+        N / 5, later ones over earlier ones.
+    """
+    y, x = np.mgrid[:size, :size]
+    images = np.zeros((count, size, size))
+    classes = np.zeros((count, size, size), 'int32')
+    for image, labels in zip(images, classes):
+        for _ in range(3):
+            kind = rng.integers(1, len(CLASSES))
+            radius = rng.uniform(size / 8, size / 5)
+            down, right = np.abs([y, x] - rng.uniform(0, size, (2, 1, 1)))
+            norm = np.hypot if CLASSES[kind] == 'disk' else np.maximum
+            inside = norm(down, right) <= radius
+            image[inside] = rng.uniform(0.5, 1.0)
+            labels[inside] = kind
+    images += rng.normal(0, 0.2, images.shape)
+    return images[..., None].astype('float32'), classes
+
+
+def mean_iou(predicted, expected):
+    """Mean over CLASSES of intersection over union, of arrays of indices."""
+    pairs = [(predicted == i, expected == i) for i in range(len(CLASSES))]
+    return np.mean([np.sum(a & b) / np.sum(a | b) for a, b in pairs])
+
+
+class Progress(keras.callbacks.Callback):
+    """Prints an epoch's loss, strides and sizes, from StrideLogger's logs.
+
+    Where sizes must be constant, as on JAX, it computes them anew from the
+    strides, for the next epoch.
+    """
+
+    def on_epoch_end(self, epoch, logs=None):
+        texts = [f'epoch {epoch + 1}: loss {logs["loss"]:.3f}']
+        pools = pooling.diffstride_layers(self.model)
+        for pool in pools:
+            strides, sizes = (
+                [logs[f'{what}/{pool.name}/{axis}'] for axis in AXES]
+                for what in ('stride', 'size')
+            )
+            strides = ' x '.join(f'{stride:.2f}' for stride in strides)
+            sizes = ' x '.join(map(str, sizes))
+            texts.append(f'{pool.name} strides {strides}, size {sizes}')
+        print('; '.join(texts))
+        pinned = [pool for pool in pools if pool.pinned_strides is not None]
+        for pool in pinned:
+            pool.pin()
+        if pinned:
+            self.model.make_train_function(force=True)
+
+
+def train(model, data, epochs, learning_rate=0.01, batch_size=16):
+    """Trains a model of `unet` on images and classes; returns its History."""
+    model.compile(
+        keras.optimizers.Adam(learning_rate),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    images, classes = data
+    return model.fit(
+        images,
+        classes,
+        batch_size,
+        epochs,
+        verbose=0,
+        callbacks=[StrideLogger(images.shape[1:]), Progress()],
+    )
+
+
+def main(strides=4.0, epochs=8, seed=0):
+    """Compares learned strides with fixed ones from the same start."""
+    rng = np.random.default_rng(seed)
+    training_data, (images, classes) = draw(500, rng), draw(200, rng)
+    learned = functools.partial(
+        DiffStride, ramp='straight_through', smoothness_factor=2.0
+    )
+    for name, pooling_cls in (
+        ('DiffStride', learned),
+        ('FixedSpectralPooling', FixedSpectralPooling),
+    ):
+        print(f'{name} from strides of {strides}')
+        keras.utils.set_random_seed(seed)
+        model = unet(len(CLASSES), (8, 16, 32), strides, pooling_cls)
+        train(model, training_data, epochs)
+        predicted = np.argmax(model.predict(images, verbose=0), axis=-1)
+        print(f'{name}: mean IoU {mean_iou(predicted, classes):.3f}\n')
+
+
+if __name__ == '__main__':
+    main()

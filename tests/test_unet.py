@@ -1,0 +1,137 @@
+"""A U-Net whose sizes are learned: it trains, follows them and is saved."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from diffstride import DiffStride, FixedSpectralPooling, complexity, pooling
+from diffstride.examples import unet
+
+
+def tiny():
+    return unet.unet(
+        3,
+        filters=(4, 4, 4),
+        strides=2.6,
+        pooling_cls=lambda **kwargs: DiffStride(
+            ramp='inside', smoothness_factor=2.0, **kwargs
+        ),
+    )
+
+
+def data(count=8, size=16):
+    return unet.draw(count, np.random.default_rng(0), size)
+
+
+def array(tensor):
+    return ops.convert_to_numpy(tensor)
+
+
+def size_of_first_pool(model):
+    rows = complexity(model, (16, 16, 1)).layers
+    return next(row.output_shape for row in rows if row.name == 'pool_0')
+
+
+def test_every_stride_is_trained_at_any_sizes():
+    model = tiny()
+    pools = pooling.diffstride_layers(model)
+    assert [pool.name for pool in pools] == ['pool_0', 'pool_1']
+    model.compile(
+        keras.optimizers.Adam(0.02),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        run_eagerly=True,
+    )
+    images, classes = data()
+    sizes = set()
+    for strides in [(2.6, 2.6), (1.3, 4.0), (5.5, 1.4)]:
+        for pool in pools:
+            pool.strides.assign(strides)
+        sizes.add(size_of_first_pool(model))
+        losses = [model.train_on_batch(images, classes) for _ in range(3)]
+        assert losses[-1] < losses[0]
+        for pool in pools:
+            assert np.all(array(pool.strides) != np.float32(strides))
+        assert model(images).shape == (8, 16, 16, 3)
+    assert len(sizes) == 3
+
+
+def test_a_saved_model_is_loaded(tmp_path):
+    model = tiny()
+    images, _ = data()
+    for weight in model.weights:
+        weight.assign_add(0.1 * np.random.random(weight.shape))
+    model.save(tmp_path / 'unet.keras')
+    loaded = keras.models.load_model(tmp_path / 'unet.keras')
+    assert np.array_equal(array(loaded(images)), array(model(images)))
+
+
+@pytest.mark.slow
+def test_training_as_the_example_does_follows_the_sizes(capsys):
+    model = tiny()
+    pools = pooling.diffstride_layers(model)
+    history = unet.train(model, data(), epochs=3, batch_size=4).history
+    assert history['loss'][-1] < history['loss'][0]
+    for epoch, line in enumerate(capsys.readouterr().out.splitlines()):
+        assert line.startswith(f'epoch {epoch + 1}: loss')
+        for pool in pools:
+            stride, size = (
+                history[f'{name}/{pool.name}/width'][epoch]
+                for name in ('stride', 'size')
+            )
+            assert f' x {stride:.2f}, size ' in line
+            assert f' x {size}' in line
+    images, classes = data()
+    sizes, function = set(), model.train_function
+    for strides in [(1.3, 4.0), (5.5, 1.4)]:
+        for pool in pools:
+            pool.strides.assign(strides)
+        sizes.add(size_of_first_pool(model))
+        model.fit(images, classes, batch_size=4, verbose=0)
+        assert model.train_function is function
+        assert model.predict(images, verbose=0).shape == (8, 16, 16, 3)
+    assert len(sizes) == 2
+
+
+@pytest.mark.parametrize(
+    'pooling_cls',
+    [FixedSpectralPooling, DiffStride, keras.layers.MaxPooling2D],
+)
+@pytest.mark.parametrize('data_format', ['channels_last', 'channels_first'])
+def test_output_has_the_sizes_of_the_input(pooling_cls, data_format):
+    is_last = data_format == 'channels_last'
+    model = unet.unet(
+        3,
+        (2, 3),
+        strides=[2],
+        pooling_cls=pooling_cls,
+        input_shape=(17, 12, 1) if is_last else (1, 17, 12),
+        data_format=data_format,
+    )
+    expected = (None, 17, 12, 3) if is_last else (None, 3, 17, 12)
+    assert model.output_shape == expected
+
+
+def test_there_is_one_stride_for_each_pooling_layer():
+    with pytest.raises(ValueError, match='`strides` must be a number or one'):
+        unet.unet(3, (4, 8, 16), strides=[2.0, 2.0, 2.0])
+
+
+def test_shapes_are_drawn_where_they_are_labelled():
+    images, classes = unet.draw(20, np.random.default_rng(0))
+    assert images.shape == (20, 32, 32, 1)
+    assert images.dtype == 'float32'
+    assert set(np.unique(classes)) == {0, 1, 2}
+    inside = images[..., 0][classes > 0]
+    outside = images[..., 0][classes == 0]
+    assert abs(outside.mean()) < 0.01
+    assert 0.7 < inside.mean() < 0.8
+    again, _ = unet.draw(20, np.random.default_rng(0))
+    assert np.array_equal(again, images)
+
+
+def test_mean_iou_by_hand():
+    expected = np.array([[0, 0, 1, 1], [2, 2, 2, 2]])
+    predicted = np.array([[0, 1, 1, 1], [2, 2, 2, 0]])
+    values = [1 / 3, 2 / 3, 3 / 4]
+    assert unet.mean_iou(predicted, expected) == pytest.approx(np.mean(values))
