@@ -537,8 +537,7 @@ class DiffStride1D(DiffStride):
     (1, 48, 64)
 
     Reference:
-        Riad et al., arXiv:2202.01653, whose audio experiments pool
-        spectrograms; see `DiffStride`.
+        See `DiffStride`.
     """
 
     rank = 1
