@@ -20,7 +20,10 @@ def resident_megabytes():
 
 
 class MoveStrides(keras.callbacks.Callback):
-    """Sets random strides before each step; keeps memory and sizes."""
+    """Sets random strides before each step; keeps memory and sizes.
+
+    Of 20 strides, since libraries keep something for each combination of sizes.
+    """
 
     def __init__(self):
         super().__init__()
@@ -29,8 +32,9 @@ class MoveStrides(keras.callbacks.Callback):
         self.sizes = set()
 
     def on_train_batch_begin(self, batch, logs=None):
+        stride = 6 ** (self.random.integers(20) / 19)
         for layer in diffstride_layers(self.model):
-            layer.strides.assign(self.random.uniform(1, 6, 2))
+            layer.strides.assign([stride, stride])
             self.sizes.add((layer.name, layer.present_size(0, 24)))
         if batch % 100 == 99:
             gc.collect()
@@ -71,7 +75,7 @@ def test_2000_steps_through_many_sizes_take_no_more_memory(monkeypatch):
     print(f'{after_500:.0f} MB after 500 steps, {at_the_end:.0f} at the end')
     print(f'{len(moves.sizes)} sizes; layers were called {len(calls)} times')
     assert len(moves.sizes) > 15
-    assert at_the_end < after_500 + 20
+    assert at_the_end < after_500 + 10
     if keras.backend.backend() != 'torch':  # It calls layers at every step.
         # When they are built, when shapes are inferred, in one trace.
         assert len(calls) <= 3 * len(diffstride_layers(model))

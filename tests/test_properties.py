@@ -17,26 +17,10 @@ settings.register_profile('properties', deadline=None, derandomize=True)
 settings.load_profile('properties')
 
 
-class DiffStride1D(pooling.DiffStride):
-    rank = 1
-
-
-class DiffStride3D(pooling.DiffStride):
-    rank = 3
-
-
-class FixedSpectralPooling1D(pooling.FixedSpectralPooling):
-    rank = 1
-
-
-class FixedSpectralPooling3D(pooling.FixedSpectralPooling):
-    rank = 3
-
-
 CLASSES = {
-    1: (DiffStride1D, FixedSpectralPooling1D),
+    1: (pooling.DiffStride1D, pooling.FixedSpectralPooling1D),
     2: (pooling.DiffStride, pooling.FixedSpectralPooling),
-    3: (DiffStride3D, FixedSpectralPooling3D),
+    3: (pooling.DiffStride3D, pooling.FixedSpectralPooling3D),
 }
 LARGEST = {1: 70, 2: 70, 3: 12}  # Of the sizes, so that no input is huge.
 
@@ -154,7 +138,7 @@ def test_allowed_inputs_have_finite_outputs_of_the_documented_sizes(case):
 @settings(max_examples=100)
 @given(st.data(), st.integers(1, 70), norms, st.sampled_from(['fft', 'matmul']))
 def test_diffstride_is_linear(data, size, norm, method):
-    layer = DiffStride1D(
+    layer = pooling.DiffStride1D(
         **data.draw(diffstride_arguments(1)), norm=norm, method=method
     )
     a, b = noise((2, 1, size, 3), 'float32')
@@ -185,9 +169,9 @@ def test_transposing_the_image_transposes_the_result(data, sizes):
 @given(st.data(), st.integers(1, 70), st.booleans())
 def test_energy_never_grows_under_ortho(data, size, is_learned):
     layer = (
-        DiffStride1D(**data.draw(diffstride_arguments(1)), norm='ortho')
+        pooling.DiffStride1D(**data.draw(diffstride_arguments(1)), norm='ortho')
         if is_learned
-        else FixedSpectralPooling1D(data.draw(strides), norm='ortho')
+        else pooling.FixedSpectralPooling1D(data.draw(strides), norm='ortho')
     )
     x = noise((4, size, 3), 'float32')
     energy = (x.astype('float64') ** 2).sum(1)
@@ -200,8 +184,8 @@ def test_cropping_is_masking_and_exact_resampling(data, size, norm):
     arguments = data.draw(diffstride_arguments(1))
     assume(arguments['ramp'] != 'straight_through')
     arguments['cropping'] = True
-    cropped = DiffStride1D(**arguments, norm=norm)
-    masked = DiffStride1D(**{**arguments, 'cropping': False})
+    cropped = pooling.DiffStride1D(**arguments, norm=norm)
+    masked = pooling.DiffStride1D(**{**arguments, 'cropping': False})
     x = noise((1, size, 2), 'float32')
     y = numbers(cropped(x))
     ones = np.ones(size // 2 + 1)
@@ -216,11 +200,11 @@ def test_cropping_is_masking_and_exact_resampling(data, size, norm):
 @given(st.integers(1, 70), st.tuples(strides, strides), smoothness, ramps)
 def test_output_sizes_never_grow_with_the_stride(size, pair, width, ramp):
     small, large = (
-        DiffStride1D(stride, smoothness_factor=width, ramp=ramp)
+        pooling.DiffStride1D(stride, smoothness_factor=width, ramp=ramp)
         for stride in sorted(pair)
     )
     assert large.present_size(0, size) <= small.present_size(0, size)
-    small, large = (FixedSpectralPooling1D(s) for s in sorted(pair))
+    small, large = (pooling.FixedSpectralPooling1D(s) for s in sorted(pair))
     assert large.present_size(0, size) <= small.present_size(0, size)
 
 
