@@ -1,6 +1,5 @@
 """Keras callbacks that show what strides do while they learn, and end it."""
 
-import numbers
 import os
 import warnings
 
@@ -122,9 +121,7 @@ class SettleStrides(keras.callbacks.Callback):
     def __init__(self, epoch):
         super().__init__()
         validation.require(
-            isinstance(epoch, numbers.Integral)
-            and not isinstance(epoch, bool)
-            and epoch >= 0,
+            validation.is_integer(epoch, least=0),
             '`epoch` must be an integer, at least 0',
             epoch=epoch,
         )

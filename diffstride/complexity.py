@@ -169,9 +169,7 @@ def _zeros(shape, received):
     if shape and is_sequence and not isinstance(shape[0], numbers.Number):
         return type(shape)([_zeros(x, received) for x in shape])
     validation.require(
-        is_sequence
-        and all(isinstance(x, numbers.Integral) for x in shape)
-        and all(validation.is_finite(x, least=1) for x in shape),
+        is_sequence and all(validation.is_integer(x, least=1) for x in shape),
         '`input_shape` must be a sequence of integers, each at least 1, or a '
         'list, tuple or dict of such',
         input_shape=received,

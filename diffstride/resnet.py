@@ -15,7 +15,12 @@ from keras import ops
 
 from diffstride.pooling import SpectralPooling, diffstride_layers
 from diffstride.regularizers import ActivationCost, StrideCostModel
-from diffstride.validation import is_finite, require, standardize_strides
+from diffstride.validation import (
+    is_finite,
+    is_integer,
+    require,
+    standardize_strides,
+)
 
 
 @gin.configurable(module='resnet')
@@ -82,6 +87,11 @@ class ResidualLayer(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
+        require(
+            is_integer(filters, least=1),
+            '`filters` must be an integer, at least 1',
+            filters=filters,
+        )
         self.filters = filters
         self.kernel_size = kernel_size
         self.strides = standardize_strides(strides, 2)
@@ -200,7 +210,15 @@ def ResnetBlock(filters, strides=1, num_layers=2, project_first=True, **kwargs):
 
     Returns:
         A `keras.Sequential`.
+
+    Raises:
+        ValueError: If there is no layer, and as in `ResidualLayer`.
     """
+    require(
+        is_integer(num_layers, least=1),
+        '`num_layers` must be an integer, at least 1',
+        num_layers=num_layers,
+    )
     layer = configured(ResidualLayer)
     strides = strides if project_first else 1
     first = layer(filters, strides=strides, project=project_first, **kwargs)
@@ -259,12 +277,26 @@ def Resnet(
     >>> tuple(model(keras.ops.ones((4, 32, 32, 3))).shape)
     (4, 10)
     """
+    require(
+        isinstance(filters, (list, tuple))
+        and filters
+        and all(is_integer(x, least=1) for x in filters),
+        '`filters` must be a list of integers, each at least 1',
+        filters=filters,
+    )
     strides = parse_strides(strides)
     if len(filters) != len(strides):
         raise ValueError(
             f'`strides` must be as many as `filters`, {len(filters)}. '
             f'Received: strides={strides}'
         )
+    require(
+        isinstance(id_only, (list, tuple))
+        and all(is_integer(x, least=0) for x in id_only)
+        and max(id_only, default=0) < max(1, len(filters) - 1),
+        '`id_only` must be a list of indices of blocks, from 0',
+        id_only=id_only,
+    )
     for block in id_only:
         if strides[1 + block] != (1, 1):
             raise ValueError(
@@ -345,6 +377,11 @@ def resnet56(strides=(1, 1, 2, 2), width=16, **kwargs):
 
 def _resnet(widths, strides, width, **kwargs):
     strides = parse_strides(strides)
+    require(
+        is_integer(width, least=1),
+        '`width` must be an integer, at least 1',
+        width=width,
+    )
     # The first block widens nothing: it projects only where it must stride.
     id_only = [0] if strides[1:2] == [(1, 1)] else []
     kwargs = {'id_only': id_only, **kwargs}
@@ -381,7 +418,7 @@ def _downsampling(strides, pooling_cls, channels_first):
                 f'integers. Received: strides={strides}'
             )
         return whole, None
-    pooling_cls = configured(pooling_cls)
+    pooling_cls = configured(pooling_cls, 'pooling_cls')
     arguments = {'strides': whole, 'data_format': _format(channels_first)}
     parameters = inspect.signature(pooling_cls).parameters
     if 'pool_size' in parameters and (
@@ -391,11 +428,20 @@ def _downsampling(strides, pooling_cls, channels_first):
     return (1, 1), pooling_cls(**arguments)
 
 
-def configured(function):
-    """Returns a function or class with gin's bindings, if gin knows it."""
+def configured(function, name=None):
+    """Returns a function or class with gin's bindings, if gin knows it.
+
+    Raises:
+        ValueError: If it is not callable, naming it as the argument `name`.
+    """
     try:
         return gin.get_configurable(function)
     except ValueError:
+        require(
+            callable(function),
+            f'`{name}` must be a class or another callable',
+            **{name or 'function': function},
+        )
         return function
 
 

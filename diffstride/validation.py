@@ -29,6 +29,11 @@ def is_finite(value, least=-math.inf, above=-math.inf):
     )
 
 
+def is_integer(value, least):
+    """Whether it is an integer of at least `least`, and no bool."""
+    return isinstance(value, numbers.Integral) and is_finite(value, least)
+
+
 def standardize_strides(strides, rank):
     """Returns one float per axis, from a number or one number per axis.
 
@@ -59,15 +64,11 @@ def standardize_size(size):
         ValueError: If a size is not an integer of at least 1, or if there are
             none or more than three.
     """
-
-    def is_size(value):
-        return isinstance(value, numbers.Integral) and is_finite(value, least=1)
-
-    if is_size(size):
+    if is_integer(size, least=1):
         return int(size)
     values = tuple(size) if hasattr(size, '__iter__') else ()
     require(
-        1 <= len(values) <= 3 and all(map(is_size, values)),
+        1 <= len(values) <= 3 and all(is_integer(x, least=1) for x in values),
         '`size` must be an integer or one to three integers, each at least 1',
         size=size,
     )

@@ -6,8 +6,11 @@ r"""Trains an image classifier as gin files and bindings say.
 A gin file is looked up as it is written, then among the packaged ones.
 """
 
+import contextlib
+import inspect
 import pathlib
 import sys
+import traceback
 
 import gin
 from absl import app, flags, logging
@@ -49,9 +52,32 @@ def main(argv, default_job=train.train):
         with train.setup_errors():
             gin.parse_config_files_and_bindings(files, _BINDINGS.value)
             job = run() or resnet.configured(default_job)
-        job()
+            if not callable(job):
+                raise ValueError(
+                    'run.job must be a function, such as @train.compare. '
+                    f'Received: {job!r}'
+                )
+        with _errors_before(job):
+            job()
     except (train.SetupError, checkpoints.WriteError) as error:
         sys.exit(f'error: {checkpoints.first_line(error)}')
+
+
+@contextlib.contextmanager
+def _errors_before(job):
+    """Turns what goes wrong before the job itself begins into a SetupError.
+
+    That is in the making of its arguments by gin.
+    """
+    code = inspect.unwrap(job).__code__
+    try:
+        yield
+    except Exception as error:
+        frames = traceback.walk_tb(error.__traceback__)
+        if any(frame.f_code is code for frame, _ in frames):
+            raise
+        with train.setup_errors():
+            raise
 
 
 def flags_with(*bindings):

@@ -85,7 +85,9 @@ def train(
     with contextlib.ExitStack() as stack:
         with setup_errors():
             workdir = checked_workdir(workdir)
-            _check_arguments(num_epochs, steps_per_epoch, seed)
+            _check_arguments(
+                num_epochs, steps_per_epoch, seed, jit_compile, deterministic
+            )
             channels_first = _channels_first(data_format)
             strategy = _strategy(distribution)
             keras.utils.clear_session()  # Names of layers are keys of the logs.
@@ -93,19 +95,21 @@ def train(
             if deterministic:
                 _make_deterministic()
             keras.config.set_dtype_policy(dtype_policy)
-            datasets = resnet.configured(load_data_fn)(seed=seed)
+            datasets = resnet.configured(load_data_fn, 'load_data_fn')(
+                seed=seed
+            )
             with strategy.scope():
-                model = resnet.configured(model_cls)(
+                model = resnet.configured(model_cls, 'model_cls')(
                     num_output_classes=datasets.num_classes,
                     channels_first=channels_first,
                 )
                 model.build((None, *datasets.image_shape))
-                loss = resnet.configured(loss_cls)()
+                loss = resnet.configured(loss_cls, 'loss_cls')()
                 _check_outputs(model, loss, datasets)
                 if jit_compile is True:
                     for layer in pooling.diffstride_layers(model):
                         layer.pin()
-                optimizer = resnet.configured(optimizer_cls)()
+                optimizer = resnet.configured(optimizer_cls, 'optimizer_cls')()
                 _exclude_strides_from_weight_decay(optimizer, model)
                 model.compile(
                     optimizer=optimizer,
@@ -119,7 +123,7 @@ def train(
                     f'train.callbacks must be a list. Received: {callbacks!r}'
                 )
             callbacks = [_made(callback) for callback in callbacks]
-            workdir.mkdir(parents=True, exist_ok=True)
+            _make(workdir)
             stack.enter_context(checkpoints.locked(workdir))
             history = checkpoints.restore(model, workdir, steps_per_epoch)
         if len(history) < num_epochs:
@@ -312,7 +316,27 @@ def checked_workdir(workdir):
     return path
 
 
-def _check_arguments(num_epochs, steps_per_epoch, seed):
+def _make(workdir):
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f'workdir must be a folder that can be made. Received: {workdir} '
+            f'({error.strerror})'
+        ) from error
+
+
+def _check_arguments(
+    num_epochs, steps_per_epoch, seed, jit_compile, deterministic
+):
+    for name, value, allowed in (
+        ('jit_compile', jit_compile, (True, False, 'auto')),
+        ('deterministic', deterministic, (True, False)),
+    ):
+        if value not in allowed:
+            raise ValueError(
+                f'train.{name} must be one of {allowed}. Received: {value!r}'
+            )
     for name, value, least in (
         ('num_epochs', num_epochs, 1),
         ('steps_per_epoch', steps_per_epoch or 1, 1),
