@@ -12,6 +12,7 @@ from diffstride.pooling import (
     SpatialPooling,
 )
 from diffstride.resizing import SpectralResizing
+from diffstride.replacing import replace_strides
 
 __version__ = '0.1.0'
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     'complexity',
     'plots',
     'regularizers',
+    'replace_strides',
     'resnet',
 ]
