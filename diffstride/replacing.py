@@ -71,7 +71,9 @@ def replace_strides(
 
     Returns:
         A new model of the same layers, names, weights, dtypes and trainable
-        flags, not compiled. The given model is left as it is.
+        flags, not compiled. The given model is left as it is. A model
+        within it whose layers share a pooling with layers outside is dissolved
+        into the one that holds it.
 
     Raises:
         ValueError: If the model is of another kind or not built; if a layer of
@@ -102,7 +104,8 @@ def replace_strides(
         model=type(model).__name__,
     )
     validation.require(model.built, '`model` must be built', built=model.built)
-    chosen = _chosen(list(dict.fromkeys(_strided_layers(model))), layers)
+    paths = list(_strided_layers(model))
+    chosen = _chosen(list(dict.fromkeys(x for x, _ in paths)), layers)
     poolings = {x: _pooling(x, pooling_cls, kwargs) for x in chosen}
     unstrided = {
         x: type(x).from_config({**x.get_config(), 'strides': 1}) for x in chosen
@@ -110,7 +113,9 @@ def replace_strides(
     sizes = _Sizes(poolings, unstrided)
     sizes.follow(model)
     shared = {x: poolings[sizes.leader(x)] for x in chosen}
-    return _Copy(shared, unstrided).of(model)
+    dissolved = _that_share([(shared[x], y) for x, y in paths if x in shared])
+    copies = {**unstrided, **sizes.inputs_of_any_size()}
+    return _Copy(shared, copies, dissolved).of(model)
 
 
 def _is_graph(layer):
@@ -120,13 +125,26 @@ def _is_graph(layer):
     )
 
 
-def _strided_layers(model):
+def _strided_layers(model, path=()):
+    """Yields each layer that strides and the models within which it is."""
     for layer in model.layers:
         if _is_graph(layer):
-            yield from _strided_layers(layer)
+            yield from _strided_layers(layer, (*path, layer))
         elif isinstance(layer, _CONVOLUTIONS + _POOLINGS):
             if max(layer.strides) > 1:
-                yield layer
+                yield layer, path
+
+
+def _that_share(paths):
+    """Returns the inner models whose poolings are shared beyond them.
+
+    Keras saves a layer that two models hold, but does not load it.
+    """
+    homes = {}
+    for pool, path in paths:
+        homes.setdefault(pool, set()).add(path)
+    shared = [home for home in homes.values() if len(home) > 1]
+    return {model for home in shared for path in home for model in path}
 
 
 def _chosen(strided, names):
@@ -184,15 +202,20 @@ def _commute(layer, pool):
 
 def _run(model, inputs, call):
     """Runs a model, with `call(layer, ...)` in the place of `layer(...)`."""
+    inputs = _flat_inputs(model, inputs)
     if isinstance(model, keras.Sequential):
-        for layer in model.layers:
-            inputs = call(layer, inputs)
-        return inputs
-    if isinstance(inputs, dict) and not isinstance(model.input, dict):
-        inputs = [inputs[x.name] for x in model.inputs]
+        return functools.reduce(
+            lambda x, layer: call(layer, x), model.layers, *inputs
+        )
     return model._run_through_graph(
         inputs, operation_fn=lambda layer: functools.partial(call, layer)
     )
+
+
+def _flat_inputs(model, inputs):
+    if isinstance(inputs, dict) and not isinstance(model.input, dict):
+        inputs = [inputs[x.name] for x in model.inputs]
+    return tree.flatten(inputs)
 
 
 def _first(args, kwargs):
@@ -246,6 +269,7 @@ class _Sizes:
         self._poolings = poolings
         self._unstrided = unstrided
         self._leaders = {}
+        self._input_shapes = {}
 
     def leader(self, layer):
         """Returns the layer whose pooling layer a strided layer shares."""
@@ -267,12 +291,27 @@ class _Sizes:
             )
             for number, x in enumerate(model.inputs)
         ]
-        is_sequential = isinstance(model, keras.Sequential)
-        _run(model, inputs[0] if is_sequential else inputs, self._call)
+        _run(model, inputs, self._call)
+
+    def inputs_of_any_size(self):
+        """Returns {InputLayer: copy} of inner models whose inputs resize."""
+        return {
+            layer: type(layer).from_config(
+                {**layer.get_config(), 'batch_shape': shape}
+            )
+            for layer, shape in self._input_shapes.items()
+        }
 
     def _call(self, layer, *args, **kwargs):
         if _is_graph(layer):
-            return _run(layer, _first(args, kwargs), self._call)
+            inputs = _flat_inputs(layer, _first(args, kwargs))
+            for x, ours in zip(layer.inputs, inputs):
+                source = x._keras_history.operation
+                shape = self._input_shapes.get(source, x.shape)
+                self._input_shapes[source] = tuple(
+                    m if m == n else None for m, n in zip(shape, ours.shape)
+                )
+            return _run(layer, inputs, self._call)
         if layer in self._poolings:
             infer = self._unstrided[layer].compute_output_spec
             x = self._output(layer, infer, args, kwargs)
@@ -437,9 +476,10 @@ def _layers_of(size):
 class _Copy:
     """Copies models, with pooling layers for the strides of some layers."""
 
-    def __init__(self, poolings, copies):
+    def __init__(self, poolings, copies, dissolved):
         self._poolings = poolings
         self._copies = dict(copies)
+        self._dissolved = dissolved
         self._pooled = {}
 
     def of(self, model):
@@ -454,7 +494,9 @@ class _Copy:
 
     def _copy(self, layer):
         if layer not in self._copies:
-            if isinstance(layer, keras.Sequential):
+            if isinstance(layer, keras.Sequential) and not (
+                self._dissolved & set(layer.layers)
+            ):
                 copy = self._copy_sequential(layer)
             elif _is_graph(layer):
                 copy = self._copy_functional(layer)
@@ -487,6 +529,11 @@ class _Copy:
         return [pool, copy] if _commute(copy, pool) else [copy, pool]
 
     def _call(self, layer, *args, **kwargs):
+        if layer in self._dissolved:
+            call = functools.partial(
+                self._call_within, training=kwargs.get('training')
+            )
+            return _run(layer, _first(args, kwargs), call)
         first, *others = self._steps(layer)
         if others and first is not self._copy(layer):
             x = _first(args, kwargs)
@@ -496,6 +543,13 @@ class _Copy:
             return others[0](self._pooled[key])
         x = first(*args, **kwargs)
         return others[0](x) if others else x
+
+    def _call_within(self, layer, *args, training, **kwargs):
+        """Calls a layer of a dissolved model as the model would."""
+        if training is not None:
+            if 'training' in inspect.signature(layer.call).parameters:
+                kwargs.setdefault('training', training)
+        return self._call(layer, *args, **kwargs)
 
 
 def _class_taking(model, *names):
