@@ -878,7 +878,7 @@ def test_applications(name, tmp_path):
     # Sizes at the start, of every layer.
     def shapes(model, names):
         part = keras.Model(
-            model.inputs, [model.get_layer(x).output for x in names]
+            model.inputs[0], [model.get_layer(x).output for x in names]
         )
         return [tuple(y.shape) for y in part(images(2, 64, 64, 3))]
 
