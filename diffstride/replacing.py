@@ -340,12 +340,23 @@ class _Sizes:
         try:
             return self._inferred(infer, args, kwargs)
         except Exception as error:
-            raise ValueError(
-                f'Layer "{layer.name}" cannot take the sizes that come of '
-                f'replaced strides, {self._origins(_maps(args, kwargs))}. Have '
-                'global pooling before it, leave layers out by `layers`, or '
-                'have fixed sizes with `pooling_cls=FixedSpectralPooling`'
-            ) from error
+            message = self._refusal(layer, _maps(args, kwargs))
+            raise ValueError(message) from error
+
+    def _refusal(self, layer, maps):
+        sizes = [n for x in maps for n in x.shape if isinstance(n, _Size)]
+        found = map(self._origin, sizes) if sizes else (x.shape for x in maps)
+        message = (
+            f'Layer "{layer.name}" cannot take what it would be given with '
+            f'other strides: {", ".join(dict.fromkeys(map(str, found)))}. '
+            'Leave layers out by `layers`'
+        )
+        if sizes:
+            message += (
+                ', have global pooling before this layer, or have fixed sizes '
+                'with `pooling_cls=FixedSpectralPooling`'
+            )
+        return message
 
     def _inferred(self, infer, args, kwargs):
         """Infers the output from those of two choices of the unknown sizes."""
@@ -415,8 +426,7 @@ class _Sizes:
                     if must_agree and not self._unify(m, n):
                         raise ValueError(
                             f'Maps that meet in layer "{layer.name}" could '
-                            'come apart: one has a size of '
-                            f'{self._origin(m)}, the other of '
+                            f'come apart: one has {self._origin(m)}, the other '
                             f'{self._origin(n)}. Leave layers out by `layers`, '
                             'or resize one map to the other with '
                             'SpectralResizing before they meet'
@@ -446,19 +456,13 @@ class _Sizes:
             for name in ('strides', 'data_format', 'dtype_policy')
         )
 
-    def _origins(self, maps):
-        sizes = [n for x in maps for n in x.shape if isinstance(n, _Size)]
-        if not sizes:
-            return ' and '.join(str(x.shape) for x in maps)
-        return ' and '.join(dict.fromkeys(map(self._origin, sizes)))
-
     def _origin(self, size):
         """Says in words where a size comes from."""
         if not isinstance(size, _Size):
             return f'{size} samples'
         names = [f'"{layer.name}"' for layer in _layers_of(size)]
         names = ', '.join(dict.fromkeys(names))
-        return f'strides of {names}' if names else "the model's input"
+        return f'a size learned by {names}' if names else 'a size of the input'
 
 
 def _maps(args, kwargs):
