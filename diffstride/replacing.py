@@ -57,7 +57,8 @@ def replace_strides(
     strided layer begins like that of the unstrided one. With `padding='same'`
     it often does not: at stride 2 and even N a window of 3 lies one sample
     further left than before. Weights trained with strides need some more
-    training.
+    training. With `ramp='straight_through'` the band is kept whole up to
+    N / (2 S), at the same sizes, which changes small maps less.
 
     Args:
         model: A Sequential or Functional model that is built, as those of
@@ -71,9 +72,10 @@ def replace_strides(
 
     Returns:
         A new model of the same layers, names, weights, dtypes and trainable
-        flags, not compiled. The given model is left as it is. A model
-        within it whose layers share a pooling with layers outside is dissolved
-        into the one that holds it.
+        flags, not compiled. The given model is left as it is. A model within
+        it whose layers share a pooling with layers outside is dissolved into
+        the one that holds it. A model class whose constructor takes no layers
+        becomes a plain Sequential or Functional model.
 
     Raises:
         ValueError: If the model is of another kind or not built; if a layer of
