@@ -11,8 +11,8 @@ from diffstride.pooling import (
     FixedSpectralPooling3D,
     SpatialPooling,
 )
-from diffstride.resizing import SpectralResizing
 from diffstride.replacing import replace_strides
+from diffstride.resizing import SpectralResizing
 
 __version__ = '0.1.0'
 __all__ = [

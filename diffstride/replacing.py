@@ -47,18 +47,18 @@ def replace_strides(
     `Dense`), a ValueError says so.
 
     Sizes at the start: where the unstrided layer has N samples the strided one
-    had ceil(N / S), and with `ramp='inside'`, the default here, DiffStride has
-    the same, rounded up to an even number and at most N. So 224 x 224 pixels
+    had ceil(N / S), and with `ramp='straight_through'`, the default here, or
+    'inside' DiffStride has the same, rounded up to an even number and at most
+    N. So 224 x 224 pixels
     become 112, 56, 28, 14 and then 8 in a ResNet50, where they became 7.
 
     The output is not that of the strided model: the pooling removes what would
     be aliased. It is the same, at the samples that both have, for maps without
-    frequencies above N / (2 S) - R, if N / S is even and the padding of the
-    strided layer begins like that of the unstrided one. With `padding='same'`
+    frequencies above N / (2 S), less R with a ramp 'inside', if N / S is even
+    and the padding of the strided layer begins like that of the unstrided one. With `padding='same'`
     it often does not: at stride 2 and even N a window of 3 lies one sample
     further left than before. Weights trained with strides need some more
-    training. With `ramp='straight_through'` the band is kept whole up to
-    N / (2 S), at the same sizes, which changes small maps less.
+    training, and more with `ramp='inside'`, which dampens small maps.
 
     Args:
         model: A Sequential or Functional model that is built, as those of
@@ -181,7 +181,7 @@ def _pooling(layer, pooling_cls, kwargs):
         pooling_cls = getattr(pooling, name)
     if inspect.isclass(pooling_cls):
         if issubclass(pooling_cls, pooling.DiffStride):
-            kwargs = {'ramp': 'inside', **kwargs}
+            kwargs = {'ramp': 'straight_through', **kwargs}
     return pooling_cls(
         strides=layer.strides,
         data_format=layer.data_format,

@@ -437,8 +437,8 @@ def test_weight_decay_penalizes_kernels_and_the_last_bias(weight_decay):
         (lambda: small_resnet(3), 'such as', '3'),
         (lambda: small_resnet('1, 1, 0.5'), 'at least 1', '0.5'),
         (lambda: small_resnet([1, 1, float('nan')]), 'finite', 'nan'),
-        (lambda: small_resnet('1, 1, (2, 2, 2)'), '2 numbers', '(2, 2, 2)'),
-        (lambda: small_resnet("1, 1, 'x'"), '2 numbers', "'x'"),
+        (lambda: small_resnet('1, 1, (2, 2, 2)'), 'sequence of 2', '(2, 2, 2)'),
+        (lambda: small_resnet("1, 1, 'x'"), 'sequence of 2', "'x'"),
     ],
 )  # fmt: skip
 def test_bad_strides_are_refused(make, rule, received):
