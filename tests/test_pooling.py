@@ -4,6 +4,7 @@ import inspect
 import itertools
 import json
 
+import gin
 import keras
 import numpy as np
 import pytest
@@ -1627,6 +1628,15 @@ def test_models_of_other_ranks_are_counted_saved_and_cloned(
     for copy in (keras.models.load_model(tmp_path / 'model.keras'), clone):
         assert type(copy.get_layer('pool')) is classes[rank]
         assert np.array_equal(copy(x), y)
+
+
+@pytest.mark.parametrize('rank', OTHER_RANKS)
+@pytest.mark.parametrize('classes', [DIFFSTRIDES, FIXED])
+def test_other_ranks_are_bound_by_gin(classes, rank):
+    name = f'pooling.{classes[rank].__name__}'
+    gin.parse_config(f'{name}.strides = 3.5')
+    layer = gin.get_configurable(name)()
+    assert np.array_equal(layer.strides, [3.5] * rank)
 
 
 @pytest.mark.parametrize('rank', OTHER_RANKS)

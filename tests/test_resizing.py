@@ -3,6 +3,7 @@
 import inspect
 import json
 
+import gin
 import keras
 import numpy as np
 import pytest
@@ -272,6 +273,11 @@ def test_config_round_trips_through_json(arguments):
         assert copy.get_config() == config
     names = set(inspect.signature(SpectralResizing).parameters) - {'kwargs'}
     assert names <= set(config)
+
+
+def test_arguments_are_bound_by_gin():
+    gin.parse_config('resizing.SpectralResizing.size = (5, 8)')
+    assert gin.get_configurable('resizing.SpectralResizing')().size == (5, 8)
 
 
 def test_models_are_saved_and_cloned(tmp_path):
