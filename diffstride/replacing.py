@@ -49,16 +49,17 @@ def replace_strides(
     Sizes at the start: where the unstrided layer has N samples the strided one
     had ceil(N / S), and with `ramp='straight_through'`, the default here, or
     'inside' DiffStride has the same, rounded up to an even number and at most
-    N. So 224 x 224 pixels
-    become 112, 56, 28, 14 and then 8 in a ResNet50, where they became 7.
+    N. So 224 x 224 pixels become 112, 56, 28, 14 and then 8 in a ResNet50,
+    where they became 7.
 
     The output is not that of the strided model: the pooling removes what would
     be aliased. It is the same, at the samples that both have, for maps without
     frequencies above N / (2 S), less R with a ramp 'inside', if N / S is even
-    and the padding of the strided layer begins like that of the unstrided one. With `padding='same'`
-    it often does not: at stride 2 and even N a window of 3 lies one sample
-    further left than before. Weights trained with strides need some more
-    training, and more with `ramp='inside'`, which dampens small maps.
+    and the padding of the strided layer begins like that of the unstrided one.
+    With `padding='same'` it often does not: at stride 2 and even N a window of
+    3 lies one sample further left than before. Weights trained with strides
+    need some more training, and more with `ramp='inside'`, which dampens small
+    maps.
 
     Args:
         model: A Sequential or Functional model that is built, as those of

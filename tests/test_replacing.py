@@ -9,7 +9,7 @@ from keras import layers, ops
 from diffstride import DiffStride, FixedSpectralPooling, replace_strides
 from diffstride.pooling import diffstride_layers
 
-NARROW = {'smoothness_factor': 1.0}
+NARROW = {'ramp': 'inside', 'smoothness_factor': 1.0}
 
 
 @keras.saving.register_keras_serializable(package='test_replacing')
@@ -106,7 +106,9 @@ def test_layer_loses_its_stride_and_is_pooled(layer):
     rank = len(layer.strides)
     shape = (24, 12, 12)[:rank]
     model = randomized(sequential(layer, shape=(*shape, 2)))
-    result = replace_strides(model, CLASSES[rank], smoothness_factor=2.0)
+    result = replace_strides(
+        model, CLASSES[rank], ramp='inside', smoothness_factor=2.0
+    )
     unstrided, pool = result.layers
     x = images(2, *shape, 2)
 
@@ -211,7 +213,7 @@ def test_activation_stays_before_the_pooling():
     model = randomized(
         sequential(layers.Conv2D(4, 3, 2, padding='same', activation='tanh'))
     )
-    conv, pool = replace_strides(model).layers
+    conv, pool = replace_strides(model, ramp='inside').layers
     x = images(1, 16, 16, 3)
     full = layers.Conv2D(4, 3, padding='same')
     full.build(x.shape)
@@ -491,7 +493,7 @@ def test_a_mask_without_cropping_may_be_flattened_at_full_size():
         layers.MaxPooling2D(1, 2), layers.Flatten(), layers.Dense(2)
     )
     with pytest.raises(ValueError, match='dense'):
-        replace_strides(model, cropping=False)
+        replace_strides(model, cropping=False, ramp='inside')
 
 
 # Which layers
