@@ -2,6 +2,7 @@
 
 from diffstride import callbacks, plots, regularizers, resnet
 from diffstride.complexity import complexity
+from diffstride.freezing import freeze
 from diffstride.pooling import (
     DiffStride,
     DiffStride1D,
@@ -26,6 +27,7 @@ __all__ = [
     'SpectralResizing',
     'callbacks',
     'complexity',
+    'freeze',
     'plots',
     'regularizers',
     'replace_strides',

@@ -105,6 +105,16 @@ class SpectralPooling(SpectralResampling):
         """Whether the output size for a known size is not known."""
         return False
 
+    def freeze(self, method='matmul'):
+        """Makes the layer a constant linear operator, see `diffstride.freeze`.
+
+        Functions traced before go on as before.
+
+        Args:
+            method: As in the constructor.
+        """
+        self.method = validation.one_of('method', method, spectral.METHODS)
+
     def call(self, inputs):
         self._check(inputs)
         is_list = isinstance(inputs, (list, tuple))
@@ -201,6 +211,8 @@ class DiffStride(SpectralPooling):
             [rank], or [1] with `shared_stride`.
         pinned_strides: The strides that the output sizes are computed from,
             or None while they follow `strides`.
+        frozen_strides: The strides that are used instead of `strides`, as
+            numbers, after `freeze()`; else None.
 
     Example:
 
@@ -251,6 +263,7 @@ class DiffStride(SpectralPooling):
             ),
             regularizer=self._regularizer_per_axis(),
         )
+        self.frozen_strides = None
         self.unpin()
         self.unsettle()
 
@@ -315,6 +328,8 @@ class DiffStride(SpectralPooling):
     @property
     def stride_values(self):
         """The present strides as numbers, one per spatial axis."""
+        if self.frozen_strides is not None:
+            return self.frozen_strides
         values = tuple(map(float, backend.value_of(self.strides)))
         return values * self.rank if self.shared_stride else values
 
@@ -350,6 +365,8 @@ class DiffStride(SpectralPooling):
     @property
     def strides_per_axis(self):
         """The present strides as a float32 tensor, [rank]."""
+        if self.frozen_strides is not None:
+            return ops.convert_to_tensor(self.frozen_strides, 'float32')
         return ops.broadcast_to(
             ops.convert_to_tensor(self.strides), (self.rank,)
         )
@@ -371,15 +388,12 @@ class DiffStride(SpectralPooling):
         if self.ramp == 'straight_through':
             response[:kept] = 1.0
         else:
-            stride = self._clip(self.stride_values[index], size)
-            response[:kept] = ops.convert_to_numpy(
-                spectral.diffstride_response(
-                    size,
-                    output_size,
-                    ops.convert_to_tensor(stride, 'float32'),
-                    self.smoothness_factor,
-                    self.ramp,
-                )
+            response[:kept] = spectral.diffstride_response(
+                size,
+                output_size,
+                self._clip(self.stride_values[index], size),
+                self.smoothness_factor,
+                self.ramp,
             )
         return response
 
@@ -416,6 +430,30 @@ class DiffStride(SpectralPooling):
         self.strides.constraint = _StrideLimits(*self._limits)
         self.settled = False
 
+    def freeze(self, method='matmul'):
+        """Ends the learning of the strides for good: they become numbers.
+
+        The variable `strides` remains, so that weights of this layer and of
+        those that learn fit one another, but it is not looked up any more and
+        stays not trainable. A size that is pinned remains as it is.
+
+        Args:
+            method: As in the constructor.
+        """
+        super().freeze(method)
+        self._freeze_at(self.stride_values)
+
+    def _freeze_at(self, strides):
+        self.frozen_strides = tuple(strides)
+        if self.pinned_strides is None:
+            self.pin()
+        self.trainable = False
+
+    @keras.layers.Layer.trainable.setter
+    def trainable(self, value):
+        is_learned = self.frozen_strides is None
+        keras.layers.Layer.trainable.fset(self, value and is_learned)
+
     def _clip(self, stride, size):
         return spectral.clip_stride(
             stride,
@@ -434,6 +472,8 @@ class DiffStride(SpectralPooling):
         )
 
     def _resampling(self, index, size):
+        if self.frozen_strides is not None:
+            return self._frozen_resampling(index, size)
         stride = spectral.with_finite_gradient(self.strides_per_axis[index])
         output_size = self._output_size(
             size, self._stride_of_size(index, ops.stop_gradient(stride))
@@ -457,6 +497,22 @@ class DiffStride(SpectralPooling):
             ),
         }
 
+    def _frozen_resampling(self, index, size):
+        stride = self.frozen_strides[index]
+        output_size = self._output_size(
+            size, self._stride_of_size(index, stride)
+        )
+        response = None
+        if self.ramp != 'straight_through':
+            response = spectral.diffstride_response(
+                size,
+                output_size,
+                self._clip(stride, size),
+                self.smoothness_factor,
+                self.ramp,
+            )
+        return output_size, {'response': response, 'varying': ()}
+
     def present_size(self, index, size):
         strides = self.pinned_strides or self.stride_values
         return self._output_size(size, strides[index])
@@ -469,14 +525,21 @@ class DiffStride(SpectralPooling):
         if self.pinned_strides is not None:
             store['pinned_strides'] = np.array(self.pinned_strides)
             store['settled'] = np.array(self.settled)
+        if self.frozen_strides is not None:
+            store['frozen_strides'] = np.array(self.frozen_strides)
 
     def load_own_variables(self, store):
         self.strides.assign(store['0'])
+        was_frozen, self.frozen_strides = self.frozen_strides is not None, None
         is_pinned = 'pinned_strides' in store.keys()
         self._pin_at(map(float, store['pinned_strides']) if is_pinned else None)
         self.unsettle()
         if is_pinned and 'settled' in store.keys() and store['settled'][()]:
             self.settle()
+        if 'frozen_strides' in store.keys():
+            self._freeze_at(map(float, store['frozen_strides']))
+        elif was_frozen:
+            self._freeze_at(self.stride_values)
 
     def get_config(self):
         config = {
@@ -495,6 +558,8 @@ class DiffStride(SpectralPooling):
             # Not an argument: what Model.compile must know on loading.
             config['pinned_strides'] = self.pinned_strides
             config['settled'] = self.settled
+        if self.frozen_strides is not None:
+            config['frozen_strides'] = self.frozen_strides
         return config
 
     @classmethod
@@ -502,11 +567,15 @@ class DiffStride(SpectralPooling):
         config = dict(config)
         pinned_strides = config.pop('pinned_strides', None)
         settled = config.pop('settled', False)
+        frozen_strides = config.pop('frozen_strides', None)
         layer = cls(**config)
         if settled:
             layer.strides.assign(pinned_strides[: layer.strides.shape[0]])
             layer.settle()
         layer._pin_at(pinned_strides)
+        if frozen_strides is not None:
+            layer.strides.assign(frozen_strides[: layer.strides.shape[0]])
+            layer._freeze_at(frozen_strides)
         return layer
 
 

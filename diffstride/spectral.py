@@ -54,32 +54,37 @@ def resample(
         norm: 'forward' keeps the mean, 'backward' multiplies it by N / M, as
             numpy.fft does by default, 'ortho' by sqrt(N / M).
         method: 'fft', 'matmul', or 'auto' for that of `fastest_method`.
-        response: Float tensor [min(M, N) // 2 + 1], the weight of each
-            frequency; None for ones.
+        response: Float tensor or array of NumPy [min(M, N) // 2 + 1], the
+            weight of each frequency; None for ones.
         varying: Frequencies and their response, int32 and float [count]: those
             to which a gradient goes, the others being constant; None for all of
-            `response`. The fewer, the faster. The gradient is taken at
-            `response`, which need not have the same values there.
+            `response`, () for none. The fewer, the faster. The gradient is
+            taken at `response`, which need not have the same values there.
 
     Returns:
         A list of tensors [..., M, ...] of the dtype of the inputs.
     """
     size = ops.shape(inputs[0])[axis]
     is_identity = _known(size, output_size) and size == output_size
-    if is_identity and response is None and varying is None:
+    if is_identity and response is None and not varying:
         return inputs
     if method == 'auto':
         method = fastest_method(inputs[0].shape, axis, output_size)
     dtype = _table_dtype(inputs[0])
-    constant = None if response is None else ops.stop_gradient(response)
+    constant = response
+    if response is not None and not isinstance(response, np.ndarray):
+        constant = ops.stop_gradient(response)
+    is_constant = varying == () or (varying is None and response is None)
     if method == 'fft':
         operators = _filters(size, output_size, constant, norm, dtype)
     else:
         matrix = resampling_matrix(size, output_size, constant, norm, dtype)
+        if is_constant:  # What is derived from the code is the adjoint, too.
+            return [_multiply(x, axis, matrix) for x in inputs]
         operators = _products(matrix)
+    if is_constant:
+        return [_apply(x, axis, operators) for x in inputs]
     if varying is None:
-        if response is None:
-            return [_apply(x, axis, operators) for x in inputs]
         frequencies = ops.arange(ops.shape(response)[0], dtype='int32')
         varying = frequencies, response
     frequencies, response = varying
@@ -179,6 +184,9 @@ def _products(matrix):
 
 def _multiply(inputs, axis, matrix):
     """[..., N, ...] -> [..., M, ...] by a matrix [M, N]."""
+    output_size = ops.shape(matrix)[0]
+    if isinstance(matrix, np.ndarray):  # In graphs a constant of that dtype.
+        matrix = ops.convert_to_tensor(matrix, inputs.dtype)
     matrix = ops.cast(matrix, inputs.dtype)
     shape = ops.shape(inputs)
     before, after = shape[:axis], shape[axis + 1 :]
@@ -188,7 +196,11 @@ def _multiply(inputs, axis, matrix):
     else:
         rows = ops.reshape(inputs, (-1, shape[axis]))
         outputs = ops.matmul(rows, ops.transpose(matrix))
-    return ops.reshape(outputs, (*before, ops.shape(matrix)[0], *after))
+    new_shape = [*before, output_size, *after]
+    unknown = [i for i, size in enumerate(new_shape) if not _known(size)]
+    if len(unknown) == 1:  # So that nothing is computed in a graph for it.
+        new_shape[unknown[0]] = -1
+    return ops.reshape(outputs, new_shape)
 
 
 def _filters(size, output_size, response, norm, dtype):
@@ -222,8 +234,11 @@ def resampling_matrix(
     size, output_size, response=None, norm='forward', dtype='float32'
 ):
     """Returns A, [output_size, size]: an array of NumPy where all is known."""
-    if response is None and _known(size, output_size):
-        return _constant_matrix(size, output_size, norm)
+    if _known(size, output_size) and (
+        response is None or isinstance(response, np.ndarray)
+    ):
+        weights = None if response is None else tuple(response.tolist())
+        return _constant_matrix(size, output_size, norm, weights)
     frequencies, _ = _frequencies(size, output_size)
     weights = ops.cast(_scales(frequencies, size, output_size, norm), dtype)
     if response is not None:
@@ -237,9 +252,12 @@ def resampling_matrix(
 
 
 @functools.lru_cache(maxsize=64)
-def _constant_matrix(size, output_size, norm):
+def _constant_matrix(size, output_size, norm, response):
     frequencies, _ = _frequencies(size, output_size)
-    weights = np.tile(_scales(frequencies, size, output_size, norm), 2)
+    weights = _scales(frequencies, size, output_size, norm)
+    if response is not None:
+        weights = weights * np.array(response)
+    weights = np.tile(weights, 2)
     synthesis = _basis(frequencies, output_size).T
     return (synthesis * weights) @ _basis(frequencies, size)
 
@@ -309,13 +327,18 @@ def diffstride_response(
     Args:
         size: N.
         output_size: M.
-        stride: S, a float32 scalar tensor, clipped by `clip_stride`.
+        stride: S, a float32 scalar tensor, clipped by `clip_stride`. If it is
+            a number, as both sizes are, the response is float64, of NumPy.
         smoothness: R > 0, the width of the ramp, in frequencies.
         ramp: 'outside' of the band, falling from 1 at b to 0 at b + R; or
             'inside' and 'straight_through', from 1 at b - min(R, b) to 0 at b.
         frequencies: int32 [count]; None for 0 .. M // 2.
     """
     if frequencies is None:
+        if _known(size, output_size, stride):
+            return _constant_response(
+                size, output_size, stride, smoothness, ramp
+            )
         frequencies = ops.arange(output_size // 2 + 1, dtype='int32')
     band = band_edge(size, stride)
     edge = ops.stop_gradient(band)
@@ -333,6 +356,18 @@ def diffstride_response(
     slope *= _step(level, tolerance) - _step(level - 1, tolerance)
     response = ops.clip(level, 0, 1) + slope * (band - edge)
     return ops.where(frequencies > 0, response, 1.0)
+
+
+@functools.lru_cache(maxsize=256)
+def _constant_response(size, output_size, stride, smoothness, ramp):
+    edge = band_edge(size, stride)
+    width = smoothness if ramp == 'outside' else min(smoothness, edge)
+    end = edge + (smoothness if ramp == 'outside' else 0.0)
+    frequencies = np.arange(output_size // 2 + 1)
+    response = np.clip((end - frequencies) / width, 0.0, 1.0)
+    response[0] = 1.0
+    response.flags.writeable = False  # All callers share it.
+    return response
 
 
 def _step(x, tolerance):
