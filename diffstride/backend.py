@@ -18,6 +18,26 @@ def sizes_must_be_constant():
     return keras.backend.backend() == 'jax'
 
 
+def shape_of(tensor):
+    """Sizes of the axes: integers where they are known, else scalar tensors.
+
+    While PyTorch traces for an exporter all sizes are tensors there. Only that
+    of the batch is left one.
+    """
+    shape = tuple(ops.shape(tensor))
+    if keras.backend.backend() == 'torch':
+        return (*shape[:1], *map(int, shape[1:]))
+    return shape
+
+
+def static_sizes(tensor, axes):
+    """Sizes of some axes: integers, and None where they are not known."""
+    sizes = [tensor.shape[axis] for axis in axes]
+    if keras.backend.backend() == 'torch':
+        return [size if size is None else int(size) for size in sizes]
+    return sizes
+
+
 def eager_scope():
     """A context within which values are computed, while tracing too."""
     if keras.backend.backend() == 'tensorflow':

@@ -120,7 +120,7 @@ class SpectralPooling(SpectralResampling):
         is_list = isinstance(inputs, (list, tuple))
         outputs = list(inputs) if is_list else [inputs]
         for index, axis in enumerate(self.spatial_axes):
-            size = ops.shape(outputs[0])[axis]
+            size = backend.shape_of(outputs[0])[axis]
             output_size, arguments = self._resampling(index, size)
             method = self.method
             if method == 'auto' and isinstance(size, int):

@@ -64,7 +64,7 @@ def resample(
     Returns:
         A list of tensors [..., M, ...] of the dtype of the inputs.
     """
-    size = ops.shape(inputs[0])[axis]
+    size = backend.shape_of(inputs[0])[axis]
     is_identity = _known(size, output_size) and size == output_size
     if is_identity and response is None and not varying:
         return inputs
@@ -188,7 +188,7 @@ def _multiply(inputs, axis, matrix):
     if isinstance(matrix, np.ndarray):  # In graphs a constant of that dtype.
         matrix = ops.convert_to_tensor(matrix, inputs.dtype)
     matrix = ops.cast(matrix, inputs.dtype)
-    shape = ops.shape(inputs)
+    shape = backend.shape_of(inputs)
     before, after = shape[:axis], shape[axis + 1 :]
     if after:
         columns = ops.reshape(inputs, (-1, shape[axis], math.prod(after)))

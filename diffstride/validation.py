@@ -5,6 +5,8 @@ import numbers
 
 import keras
 
+from diffstride import backend
+
 
 def one_of(name, value, allowed):
     """Returns the value of the argument `name` if it is allowed."""
@@ -98,7 +100,7 @@ def check_inputs(layer, inputs, spatial_axes):
             shape=tuple(tensor.shape),
         )
     kinds = {
-        (tensor.dtype, *(tensor.shape[axis] for axis in spatial_axes))
+        (tensor.dtype, *backend.static_sizes(tensor, spatial_axes))
         for tensor in tensors
     }
     require(
