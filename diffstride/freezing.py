@@ -36,8 +36,8 @@ def freeze(model, method='matmul'):
 
     Args:
         model: A `keras.Model` that is built, with layers of this package at any
-            depth. It does not change. A subclass of Model must be one that
-            Keras can save: with `get_config`.
+            depth. It does not change. It must be one that Keras can save and
+            load; a subclass of Model needs `get_config` for it.
         method: Of all its spectral pooling layers, see `DiffStride`. 'matmul'
             is what can be exported to ONNX and LiteRT, which have no inverse
             FFT; 'auto' may be faster for axes of 1000 samples and more.
@@ -70,8 +70,7 @@ def freeze(model, method='matmul'):
         if isinstance(layer, SpectralPooling):
             layer.freeze(method)
     frozen = _copied(frozen)  # Whose symbolic shapes know the sizes.
-    if not hasattr(frozen, 'inputs'):  # A subclass, of no graph of layers.
-        _call_symbolically(frozen)  # Else Keras does not export it.
+    _call_symbolically(frozen)  # Keras exports what was called.
     return frozen
 
 
@@ -97,19 +96,23 @@ def _copied(model):
 
 
 def _call_symbolically(model):
-    config = model.get_build_config() or {}
-    shapes = config.get('shapes_dict') or {'': config.get('input_shape')}
-    inputs = {
-        name.removesuffix('_shape'): keras.tree.map_shape_structure(
+    """Calls a model of one input, or of one structure of them."""
+    if isinstance(model, keras.Sequential):
+        inputs = model.inputs[0]
+    elif hasattr(model, 'inputs'):
+        inputs = model.input
+    else:  # A subclass, of no graph of layers.
+        shapes = (model.get_build_config() or {}).get('input_shape')
+        if shapes is None:
+            return
+        inputs = keras.tree.map_shape_structure(
             lambda shape: keras.KerasTensor(
                 (None, *shape[1:]), model.input_dtype
             ),
-            shape,
+            shapes,
         )
-        for name, shape in shapes.items()
-        if shape is not None
-    }
-    if '' in inputs:
-        model(inputs[''])
-    elif inputs:
-        model(**inputs)
+    model(
+        keras.tree.map_structure(
+            lambda x: keras.KerasTensor(x.shape, x.dtype), inputs
+        )
+    )

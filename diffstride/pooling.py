@@ -30,6 +30,7 @@ class SpectralResampling(keras.layers.Layer):
         )
         self.method = validation.one_of('method', method, spectral.METHODS)
         self.norm = validation.one_of('norm', norm, spectral.NORMS)
+        self.frozen = False
 
     @property
     def spatial_axes(self):
@@ -114,6 +115,18 @@ class SpectralPooling(SpectralResampling):
             method: As in the constructor.
         """
         self.method = validation.one_of('method', method, spectral.METHODS)
+        self.frozen = True
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        if self.frozen:
+            method = spectral.METHODS.index(self.method)
+            store['frozen_method'] = np.array(method)
+
+    def load_own_variables(self, store):
+        if 'frozen_method' in store.keys():
+            self.method = spectral.METHODS[int(store['frozen_method'][()])]
+            self.frozen = True
 
     def call(self, inputs):
         self._check(inputs)
@@ -147,7 +160,19 @@ class SpectralPooling(SpectralResampling):
         return tuple(shape)
 
     def get_config(self):
-        return {**super().get_config(), 'strides': self._initial_strides}
+        return {
+            **super().get_config(),
+            'strides': self._initial_strides,
+            **({'frozen': True} if self.frozen else {}),  # Not an argument.
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        frozen = config.pop('frozen', False)
+        layer = cls(**config)
+        layer.frozen = frozen
+        return layer
 
 
 @_register
@@ -540,6 +565,7 @@ class DiffStride(SpectralPooling):
             self._freeze_at(map(float, store['frozen_strides']))
         elif was_frozen:
             self._freeze_at(self.stride_values)
+        super().load_own_variables(store)
 
     def get_config(self):
         config = {
@@ -568,7 +594,7 @@ class DiffStride(SpectralPooling):
         pinned_strides = config.pop('pinned_strides', None)
         settled = config.pop('settled', False)
         frozen_strides = config.pop('frozen_strides', None)
-        layer = cls(**config)
+        layer = super().from_config(config)
         if settled:
             layer.strides.assign(pinned_strides[: layer.strides.shape[0]])
             layer.settle()

@@ -185,17 +185,19 @@ def _products(matrix):
 def _multiply(inputs, axis, matrix):
     """[..., N, ...] -> [..., M, ...] by a matrix [M, N]."""
     output_size = ops.shape(matrix)[0]
+    shape = backend.shape_of(inputs)
+    before, after = shape[:axis], shape[axis + 1 :]
+    if not after:
+        matrix = _transpose(matrix)
     if isinstance(matrix, np.ndarray):  # In graphs a constant of that dtype.
         matrix = ops.convert_to_tensor(matrix, inputs.dtype)
     matrix = ops.cast(matrix, inputs.dtype)
-    shape = backend.shape_of(inputs)
-    before, after = shape[:axis], shape[axis + 1 :]
     if after:
         columns = ops.reshape(inputs, (-1, shape[axis], math.prod(after)))
         outputs = ops.matmul(matrix, columns)
     else:
         rows = ops.reshape(inputs, (-1, shape[axis]))
-        outputs = ops.matmul(rows, ops.transpose(matrix))
+        outputs = ops.matmul(rows, matrix)
     new_shape = [*before, output_size, *after]
     unknown = [i for i, size in enumerate(new_shape) if not _known(size)]
     if len(unknown) == 1:  # So that nothing is computed in a graph for it.
