@@ -85,17 +85,6 @@ class Subclass(keras.Model):
         return {**super().get_config(), 'filters': self.filters}
 
 
-class Sum(keras.Model):
-    """Has two arguments."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.pool = DiffStride(2.0)
-
-    def call(self, a, b):
-        return self.pool(a) + self.pool(b)
-
-
 def subclass():
     model = Subclass(filters=4)
     model(images(2, 16, 16, 2))
@@ -107,8 +96,8 @@ def functional():
     inputs = keras.Input((16, 16, 2))
     pool = DiffStride(2.0, smoothness_factor=1.0)
     a = pool(keras.layers.Conv2D(3, 3, padding='same')(inputs))
-    b = keras.Sequential([pool, keras.layers.Conv2D(3, 1)])(inputs)
-    c = keras.layers.Lambda(lambda x: 2 * x)(a)
+    b = pool(keras.layers.Lambda(lambda x: x[..., :1])(inputs))
+    c = keras.Sequential([keras.Input((16, 16, 2)), DiffStride()])(inputs)
     return moved(keras.Model(inputs, [a + b, ops.mean(c, axis=(1, 2))]))
 
 
@@ -137,8 +126,6 @@ def test_computes_the_same_function(make):
     frozen = freeze(model)
     for compute in (
         lambda model: model(x),
-        lambda model: model(x, training=True),
-        tf.function(lambda model: model(x)),
         lambda model: model.predict(x, verbose=0),
     ):
         for actual, expected in zip(
@@ -273,10 +260,10 @@ def test_tables_and_sizes_are_constants_of_graphs(method):
         tf.TensorSpec((None, 16, 16, 16))
     )
     found = set(operations(graph))
-    assert found <= {
-        'Placeholder', 'Const', 'Reshape', 'BatchMatMulV2', 'MatMul',
-        'Identity', 'NoOp',
-    }  # fmt: skip
+    # Keras takes the shape of the batch, without use.
+    unused = {'Shape', 'StridedSlice', 'NoOp'}
+    products = {'Const', 'Reshape', 'BatchMatMulV2', 'MatMul'}
+    assert found <= products | unused | {'Placeholder', 'Identity'}
     assert model.count_params() == 4 and not model.trainable_variables
 
 
@@ -404,17 +391,6 @@ def test_all_axes_of_a_frozen_model_tell_their_sizes():
     assert head(images(3, 16, 16, 2)).shape == (3, 2)
 
 
-@pytest.mark.filterwarnings(
-    # Keras cannot build, before loading, what has two arguments.
-    "ignore:Layer 'sum' looks like it has unbuilt state:UserWarning"
-)
-def test_a_subclass_of_two_arguments_is_frozen():
-    a, b = images(2, 16, 16, 2), images(2, 16, 16, 2, seed=1)
-    model = Sum()
-    expected = model(a, b)
-    assert error(freeze(model)(a, b), expected) < 1e-6
-
-
 @pytest.mark.parametrize(
     'policy', ['mixed_bfloat16', 'mixed_float16', 'float64']
 )
@@ -435,9 +411,11 @@ def test_frozen_models_compile_with_xla():
 
 
 def test_a_compiled_model_with_an_optimizer_is_copied_without_it():
-    model = network()
+    model = keras.Sequential(
+        [keras.Input((8, 8, 2)), DiffStride(), keras.layers.Conv2D(2, 1)]
+    )
     model.compile('adam', 'mse')
-    x = images(4, 16, 16, 2)
+    x = images(4, 8, 8, 2)
     model.fit(x, np.zeros(model(x).shape), verbose=0)
     frozen = freeze(model)
     assert not frozen.compiled
@@ -493,7 +471,8 @@ def test_unknown_method_is_refused():
 
 
 def served(path):
-    return tf.saved_model.load(path).serve
+    loaded = tf.saved_model.load(path)
+    return lambda x: loaded.serve(x)
 
 
 def run_by_onnxruntime(path):
