@@ -10,6 +10,9 @@ _VERSION = re.search(
     r"__version__ = '(.+)'", (_ROOT / 'diffstride/__init__.py').read_text()
 ).group(1)
 
+# What Keras exports ONNX with, and what runs ONNX and LiteRT files.
+_EXPORT = ['ai-edge-litert', 'onnxruntime', 'tf2onnx>=1.17']
+
 setuptools.setup(
     name='diffstride',
     version=_VERSION,
@@ -31,7 +34,8 @@ setuptools.setup(
         'tensorflow-datasets>=4.9',
     ],
     extras_require={
+        'export': _EXPORT,
         'plot': ['matplotlib'],
-        'test': ['hypothesis', 'matplotlib', 'pytest', 'ruff'],
+        'test': ['hypothesis', 'matplotlib', 'pytest', 'ruff', *_EXPORT],
     },
 )

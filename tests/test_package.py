@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 
 import diffstride
-from diffstride import pooling, replacing, resizing, resnet, spectral
+from diffstride import (
+    freezing,
+    pooling,
+    replacing,
+    resizing,
+    resnet,
+    spectral,
+)
 
 PACKAGE = pathlib.Path(diffstride.__file__).parent
 MODULES = sorted(PACKAGE.glob('*.py'))
@@ -82,7 +89,9 @@ def documented(*modules):
                     yield name, value
 
 
-DOCUMENTED = dict(documented(pooling, replacing, resizing, resnet, spectral))
+DOCUMENTED = dict(
+    documented(freezing, pooling, replacing, resizing, resnet, spectral)
+)
 
 
 @pytest.mark.parametrize('name', DOCUMENTED)

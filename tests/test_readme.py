@@ -4,10 +4,14 @@ import pathlib
 import re
 
 import gin
+import numpy as np
+import pytest
 
 from diffstride.examples import main  # noqa: F401, registers configurables
 
-README = (pathlib.Path(__file__).parents[1] / 'README.md').read_text()
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / 'README.md').read_text()
+EXPORT = (ROOT / 'diffstride/examples/export.py').read_text()
 
 
 def blocks(language):
@@ -17,6 +21,8 @@ def blocks(language):
 def test_python_blocks_run_one_after_the_other(capsys):
     namespace, models = {}, []
     for block in blocks('python'):
+        if block in EXPORT:  # Run by its own test, as it takes long.
+            continue
         exec(block, namespace)
         models.append(namespace['model'])
     first, compiled, network, with_cost, _ = models
@@ -31,3 +37,22 @@ def test_bindings_are_understood():
         gin.parse_config(bindings)
     assert gin.query_parameter('data.load_datasets.name') == 'cifar100'
     assert gin.query_parameter('callbacks.SettleStrides.epoch') == 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    # `np.object`, which Keras looks for on behalf of tf2onnx.
+    'ignore:In the future `np.object` will be defined:FutureWarning'
+)
+def test_lines_that_export_resnet18_to_onnx_run(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    exec(EXPORT, namespace)
+    assert (tmp_path / 'resnet18.onnx').stat().st_size > 4 * 11e6
+    assert namespace['logits'].shape == (5, 10)
+    images = np.random.default_rng(0).normal(size=(5, 32, 32, 3))
+    (actual,) = namespace['session'].run(
+        None, {namespace['name']: images.astype('float32')}
+    )
+    expected = np.asarray(namespace['model'](images))
+    assert np.abs(actual - expected).max() < 1e-4 * np.abs(expected).max()
