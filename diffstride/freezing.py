@@ -26,7 +26,8 @@ def freeze(model, method='matmul'):
     and likewise for 'tf_saved_model' and 'litert'. Exported graphs are the
     simplest where the sizes of the images are known: the batch size may be
     left free, as in `Input((32, 32, 3))`. Otherwise tables are computed from
-    the constant strides within the graph.
+    the constant strides within the graph. What runs ONNX and LiteRT files has
+    no convolutions in bfloat16 or float64: export models of dtype float32.
 
     The copy is made by saving the model and loading it, so it has the custom
     objects, names and state that a saved model has. It is not compiled. A size
@@ -77,13 +78,18 @@ def freeze(model, method='matmul'):
 def _copied(model):
     """Returns a copy of a model, not compiled, with the state that it saves."""
     classes = {type(layer) for layer in model._flatten_layers()}
+    custom_objects = {
+        cls.__name__: cls
+        for cls in classes
+        if not cls.__module__.startswith('keras.')
+    }
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, 'model.keras')
             model.save(path)
             return keras.saving.load_model(
                 path,
-                custom_objects={cls.__name__: cls for cls in classes},
+                custom_objects=custom_objects,
                 compile=False,
                 safe_mode=False,  # It was not made by others.
             )
