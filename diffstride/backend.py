@@ -8,7 +8,7 @@ from keras import ops
 
 
 def sizes_must_be_constant():
-    """Whether XLA compiles what is being traced or will be."""
+    """Whether XLA compiles what is being traced."""
     if keras.backend.backend() == 'tensorflow':
         import tensorflow as tf
         from tensorflow.python.ops import control_flow_util
@@ -56,6 +56,33 @@ def is_symbolic():
     return False
 
 
+def call_for_shapes(function, inputs):
+    """Calls a function of which only the shapes that it meets are wanted."""
+    if keras.backend.backend() == 'jax':
+        import jax
+
+        jax.eval_shape(lambda x: [None, function(x)][0], inputs)
+    else:
+        function(inputs)
+
+
+def known_values(variable):
+    """The values of a variable as a list of numbers, None while traced.
+
+    On JAX also within what is differentiated, unless it is compiled.
+    """
+    value = variable.value
+    if keras.backend.backend() == 'jax':
+        import jax
+
+        value = jax.lax.stop_gradient(value)  # A value, unless compiled.
+        if isinstance(value, jax.core.Tracer):
+            return None
+    elif is_symbolic():
+        return None
+    return ops.convert_to_numpy(value).tolist()
+
+
 def have_values(variables):
     """Whether they have: not while shapes of a new model are inferred."""
     values = [variable._value for variable in variables]
@@ -77,6 +104,16 @@ def value_of(variable):
     return ops.convert_to_numpy(variable.value)
 
 
+def matmul(a, b):
+    """The product of tensors of one dtype, in that dtype."""
+    if keras.backend.backend() != 'torch':
+        return ops.matmul(a, b)
+    a, b = ops.convert_to_tensor(a), ops.convert_to_tensor(b)
+    if a.dtype.itemsize < 8:
+        return ops.matmul(a, b)
+    return a @ b  # Keras would make it float32.
+
+
 def filter_spectrum(inputs, weights, output_size):
     """irfft(weights * rfft(x)[: len(weights)], n=M): [..., N] -> [..., M]."""
     if keras.backend.backend() == 'tensorflow':
@@ -85,6 +122,8 @@ def filter_spectrum(inputs, weights, output_size):
         spectrum = tf.signal.rfft(inputs)[..., : tf.shape(weights)[0]]
         spectrum *= tf.cast(weights, spectrum.dtype)
         return tf.signal.irfft(spectrum, [output_size])
+    if 0 in inputs.shape:  # Which the FFT of PyTorch does not take.
+        return ops.zeros((*inputs.shape[:-1], output_size), inputs.dtype)
     spectrum = ops.rfft(inputs)
     spectrum = [part[..., : len(weights)] * weights for part in spectrum]
     return ops.irfft(spectrum, output_size)

@@ -141,6 +141,54 @@ class SettleStrides(keras.callbacks.Callback):
                 )
         for layer in layers:
             layer.settle()
-        self.model.make_train_function(force=True)
-        self.model.make_test_function(force=True)
-        self.model.make_predict_function(force=True)
+        _compile_anew(self.model)
+
+
+@gin.register(module='callbacks')
+class RepinStrides(keras.callbacks.Callback):
+    """Lets output sizes that are constants follow the strides by epochs.
+
+    Where XLA compiles a model, that is in `fit` on JAX and with
+    `jit_compile=True` on TensorFlow, its output sizes are *pinned*: they stay
+    while the strides learn. This pins all layers again at the end of each
+    epoch, and at the beginning of training. Only if the size of a map that was
+    computed changes by that are the train, test and predict functions compiled
+    again. Layers that are not pinned, where sizes follow at each step, and
+    layers that are settled stay as they are, so it does no harm anywhere.
+
+    It comes after callbacks that save the model, so that what they save has
+    the sizes that were trained and validated in the epoch.
+
+    Example:
+
+    >>> model.fit(x, y, epochs=10, callbacks=[RepinStrides()])
+    """
+
+    def on_train_begin(self, logs=None):
+        if keras.backend.backend() == 'jax' and self.model.jit_compile:
+            for layer in diffstride_layers(self.model):
+                if layer.pinned_strides is None:
+                    layer.pin()
+        self._repin()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._repin()
+
+    def _repin(self):
+        layers = [
+            layer
+            for layer in diffstride_layers(self.model)
+            if layer.pinned_strides is not None and not layer.settled
+        ]
+        if any([layer.repin() for layer in layers]):
+            _compile_anew(self.model)
+
+
+def _compile_anew(model):
+    """Makes the functions of a model anew, for maps of other sizes."""
+    for inner in model._flatten_layers(include_self=False):
+        if isinstance(inner, keras.Model) and inner.input_spec is not None:
+            inner.input_spec = None  # It would insist on those it was made for.
+    model.make_train_function(force=True)
+    model.make_test_function(force=True)
+    model.make_predict_function(force=True)

@@ -154,7 +154,7 @@ def measure(model, input_shape):
                 recorded(layer, functools.partial(_add_call, calls, layer))
             )
         with keras.StatelessScope():
-            model(inputs, training=False)
+            backend.call_for_shapes(lambda x: model(x, training=False), inputs)
     rows = _rows(paths, calls)
     order = {layer: index for index, layer in enumerate(calls)}
     found = sorted(rows, key=lambda layer: order.get(layer, len(order)))

@@ -1,6 +1,7 @@
 """Pooling layers that crop the spectrum of a feature map."""
 
 import math
+import warnings
 
 import gin
 import keras
@@ -184,11 +185,12 @@ class DiffStride(SpectralPooling):
     band has a ramp for an edge, through which the gradient reaches S.
 
     The output size follows the stride at every step where the backend allows
-    it. Under XLA and on JAX sizes must be constant, so there they are *pinned*:
-    computed from the strides at the time of `pin()`, which is called for you on
-    JAX and inside `tf.function(jit_compile=True)`. Under
+    it. In what XLA compiles, as in `fit` on JAX, sizes must be constant, so
+    there they are *pinned*: computed from the strides at the time of `pin()`,
+    which is called for you when it is traced. Under
     `model.compile(jit_compile=True)` on TensorFlow call it yourself before
-    compiling. The response follows the stride exactly in both modes.
+    compiling. The response follows the stride exactly in both modes;
+    `callbacks.RepinStrides` lets the sizes follow from epoch to epoch.
 
     A gradient of a stride that is infinite or not a number counts as 0.
 
@@ -289,6 +291,8 @@ class DiffStride(SpectralPooling):
             regularizer=self._regularizer_per_axis(),
         )
         self.frozen_strides = None
+        self._sizes_used = set()
+        self._known_strides = self._initial_strides
         self.unpin()
         self.unsettle()
 
@@ -355,7 +359,10 @@ class DiffStride(SpectralPooling):
         """The present strides as numbers, one per spatial axis."""
         if self.frozen_strides is not None:
             return self.frozen_strides
-        values = tuple(map(float, backend.value_of(self.strides)))
+        return self._per_axis(backend.value_of(self.strides))
+
+    def _per_axis(self, values):
+        values = tuple(map(float, values))
         return values * self.rank if self.shared_stride else values
 
     def pin(self):
@@ -369,23 +376,59 @@ class DiffStride(SpectralPooling):
         """Lets the output sizes follow the strides, where the backend can."""
         self._pin_at(None)
 
-    def _pin_at(self, strides):
+    def _pin_at(self, strides, by_need=False):
         self.pinned_strides = None if strides is None else tuple(strides)
+        self._is_pinned_by_need = by_need
         self.supports_jit = (
             strides is not None
             or not self.cropping
             or keras.backend.backend() != 'tensorflow'
         )
 
-    def _stride_of_size(self, index, stride=None):
-        """The stride of the size: a number where known, else `stride`."""
-        if self.pinned_strides is None and backend.sizes_must_be_constant():
-            self.pin()
-        if self.pinned_strides is not None:
-            return self.pinned_strides[index]
-        if stride is None or backend.is_symbolic():
-            return stride
-        return self.stride_values[index]
+    @property
+    def variables(self):
+        """As of every layer."""
+        # Keras asks for them in `fit` on JAX before it takes their values away,
+        # which are needed when it then traces.
+        if keras.backend.backend() == 'jax':
+            self._note_strides()
+        return super().variables
+
+    def _note_strides(self):
+        if backend.have_values([self.strides]):
+            self._known_strides = self.stride_values
+
+    def _strides_of_sizes(self, training=False):
+        """The strides that sizes are computed from, None if not known yet."""
+        strides = self.pinned_strides
+        if strides is None:
+            values = backend.known_values(self.strides)
+            if values is not None:
+                return self._per_axis(values)
+            if not backend.sizes_must_be_constant():
+                return None
+            self._note_strides()
+            self._pin_at(self._known_strides, by_need=True)
+            strides = self.pinned_strides
+        is_learned = training and self.trainable and not self.settled
+        if is_learned and self._is_pinned_by_need and self.cropping:
+            _tell_that_sizes_are_constant()
+        return strides
+
+    def repin(self):
+        """As `pin`, for sizes that are pinned already.
+
+        Returns:
+            Whether the layer was called in a compiled function with an output
+            size that is another one now, so that it must be compiled again.
+        """
+        before = self.pinned_strides
+        self.pin()
+        return any(
+            self._output_size(size, before[index])
+            != self._output_size(size, self.pinned_strides[index])
+            for index, size in self._sizes_used
+        )
 
     @property
     def strides_per_axis(self):
@@ -496,13 +539,24 @@ class DiffStride(SpectralPooling):
             size, self._clip(stride, size), self.smoothness_factor, self.ramp
         )
 
+    def call(self, inputs, training=None):
+        self._strides_of_sizes(training)  # Pinned now, if need be.
+        return super().call(inputs)
+
+    def compute_output_spec(self, inputs, training=None):
+        return super().compute_output_spec(inputs)
+
     def _resampling(self, index, size):
         if self.frozen_strides is not None:
             return self._frozen_resampling(index, size)
         stride = spectral.with_finite_gradient(self.strides_per_axis[index])
+        strides = self._strides_of_sizes()
         output_size = self._output_size(
-            size, self._stride_of_size(index, ops.stop_gradient(stride))
+            size,
+            ops.stop_gradient(stride) if strides is None else strides[index],
         )
+        if isinstance(output_size, int) and self.pinned_strides is not None:
+            self._sizes_used.add((index, size))
         about = (
             size,
             output_size,
@@ -524,9 +578,7 @@ class DiffStride(SpectralPooling):
 
     def _frozen_resampling(self, index, size):
         stride = self.frozen_strides[index]
-        output_size = self._output_size(
-            size, self._stride_of_size(index, stride)
-        )
+        output_size = self._output_size(size, self.pinned_strides[index])
         response = None
         if self.ramp != 'straight_through':
             response = spectral.diffstride_response(
@@ -543,7 +595,7 @@ class DiffStride(SpectralPooling):
         return self._output_size(size, strides[index])
 
     def _varies(self):
-        return self.cropping and self._stride_of_size(0) is None
+        return self.cropping and self.pinned_strides is None
 
     def save_own_variables(self, store):
         super().save_own_variables(store)
@@ -883,6 +935,21 @@ def diffstride_layers(model):
     for inner in model._layers:
         layers += [x for x in diffstride_layers(inner) if x not in layers]
     return layers
+
+
+_told = set()  # Warnings of which one in a process is enough.
+
+
+def _tell_that_sizes_are_constant():
+    if 'constant sizes' not in _told:
+        _told.add('constant sizes')
+        warnings.warn(
+            'Output sizes of DiffStride are constants in compiled functions '
+            'and stay as they are while the strides learn: add '
+            'diffstride.callbacks.RepinStrides() to the callbacks of fit, or '
+            'call pin() on the layers to keep the sizes',
+            stacklevel=2,
+        )
 
 
 @keras.saving.register_keras_serializable(package='diffstride')

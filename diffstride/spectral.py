@@ -89,9 +89,9 @@ def resample(
         varying = frequencies, response
     frequencies, response = varying
     scales = _scales(frequencies, size, output_size, norm)
-    weights = ops.cast(response, dtype) * ops.cast(scales, dtype)
+    weights = ops.cast(response, dtype) * _cast(scales, dtype)
     bases = [
-        ops.cast(_basis(frequencies, length), dtype)
+        _cast(_basis(frequencies, length), dtype)
         for length in (size, output_size)
     ]
     # Of a short axis, some rows of the spectrum are no less than the input.
@@ -149,7 +149,7 @@ def _apply(inputs, axis, operators, bases=(), keeps_input=False, *weights):
         if not weights:
             return (of_inputs,)
         if keeps_input:
-            spectra = ops.matmul(bases[0], _outer(kept, upstream, axis))
+            spectra = backend.matmul(bases[0], _outer(kept, upstream, axis))
             products = ops.sum(spectra * bases[1], axis=1)
         else:
             # The diagonal of a product of matrices: faster than sum(a * b).
@@ -170,8 +170,8 @@ def _outer(a, b, axis):
         for x in (a, b)
     )
     if not after:
-        return ops.matmul(ops.transpose(a), b)
-    return ops.sum(ops.matmul(a, ops.transpose(b, (0, 2, 1))), axis=0)
+        return backend.matmul(ops.transpose(a), b)
+    return ops.sum(backend.matmul(a, ops.transpose(b, (0, 2, 1))), axis=0)
 
 
 def _products(matrix):
@@ -189,15 +189,13 @@ def _multiply(inputs, axis, matrix):
     before, after = shape[:axis], shape[axis + 1 :]
     if not after:
         matrix = _transpose(matrix)
-    if isinstance(matrix, np.ndarray):  # In graphs a constant of that dtype.
-        matrix = ops.convert_to_tensor(matrix, inputs.dtype)
-    matrix = ops.cast(matrix, inputs.dtype)
+    matrix = _cast(matrix, inputs.dtype)
     if after:
         columns = ops.reshape(inputs, (-1, shape[axis], math.prod(after)))
-        outputs = ops.matmul(matrix, columns)
+        outputs = backend.matmul(matrix, columns)
     else:
         rows = ops.reshape(inputs, (-1, shape[axis]))
-        outputs = ops.matmul(rows, matrix)
+        outputs = backend.matmul(rows, matrix)
     new_shape = [*before, output_size, *after]
     unknown = [i for i, size in enumerate(new_shape) if not _known(size)]
     if len(unknown) == 1:  # So that nothing is computed in a graph for it.
@@ -214,7 +212,7 @@ def _filters(size, output_size, response, norm, dtype):
         single = (frequencies == 0) | (2 * frequencies == length)
         # The inverse FFT counts pairs twice and divides by the length.
         weights = scales * _real(xp.where(single, 1.0, 0.5)) * _real(length)
-        weights = ops.cast(weights, dtype)
+        weights = _cast(weights, dtype)
         if response is not None:
             weights = weights * ops.cast(response, dtype)
         return functools.partial(_filter, output_size=length, weights=weights)
@@ -242,15 +240,15 @@ def resampling_matrix(
         weights = None if response is None else tuple(response.tolist())
         return _constant_matrix(size, output_size, norm, weights)
     frequencies, _ = _frequencies(size, output_size)
-    weights = ops.cast(_scales(frequencies, size, output_size, norm), dtype)
+    weights = _cast(_scales(frequencies, size, output_size, norm), dtype)
     if response is not None:
         weights = weights * ops.cast(response, dtype)
     synthesis, analysis = (
-        ops.cast(_basis(frequencies, length), dtype)
+        _cast(_basis(frequencies, length), dtype)
         for length in (output_size, size)
     )
     weights = ops.concatenate([weights, weights])
-    return ops.matmul(ops.transpose(synthesis) * weights, analysis)
+    return backend.matmul(ops.transpose(synthesis) * weights, analysis)
 
 
 @functools.lru_cache(maxsize=64)
@@ -484,6 +482,13 @@ def _real(value):
     if isinstance(value, (numbers.Real, np.ndarray)):
         return value * 1.0
     return ops.cast(value, 'float32')
+
+
+def _cast(table, dtype):
+    """A tensor of a table; not through float32 if it is an array of NumPy."""
+    if isinstance(table, np.ndarray):
+        return ops.convert_to_tensor(table, dtype)
+    return ops.cast(table, dtype)
 
 
 def _table_dtype(inputs):

@@ -7,16 +7,38 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 import gin
 import keras
 import pytest
-import tensorflow as tf
 
 # Raised within Keras and TensorFlow, and of no consequence here.
 HARMLESS_WARNINGS = [
     # keras.ops.convert_to_numpy of a tensor or variable, under NumPy 2.
     "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning",
+    # Training on JAX without RepinStrides; test_callbacks.py checks it.
+    'ignore:Output sizes of DiffStride are constants:UserWarning',
+    # Functions of NumPy that are given tensors of PyTorch.
+    'ignore:__array_wrap__ must accept context:DeprecationWarning',
+    # float(x) of a tensor of PyTorch that has a gradient.
+    'ignore:Converting a tensor with requires_grad=True:UserWarning',
 ]
 
-tf.config.threading.set_intra_op_parallelism_threads(2)
-tf.config.threading.set_inter_op_parallelism_threads(2)
+if keras.backend.backend() == 'tensorflow':
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(2)
+    tf.config.threading.set_inter_op_parallelism_threads(2)
+if keras.backend.backend() == 'jax':
+    import jax
+
+    jax.config.update('jax_disable_most_optimizations', True)
+if keras.backend.backend() == 'torch':
+    import torch
+
+    # So that NumPy reads what a layer returns, as on the other backends.
+    torch.Tensor.__array__ = lambda self, dtype=None, copy=None: (
+        self.detach().cpu().numpy().astype(dtype or _numpy_dtype(self))
+    )
+
+    def _numpy_dtype(tensor):
+        return keras.backend.standardize_dtype(tensor.dtype)
 
 
 def pytest_configure(config):

@@ -5,7 +5,7 @@ import glob
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
+from backends import BACKEND, only
 
 from diffstride import (
     DiffStride,
@@ -14,7 +14,7 @@ from diffstride import (
     complexity,
     pooling,
 )
-from diffstride.callbacks import SettleStrides, StrideLogger
+from diffstride.callbacks import RepinStrides, SettleStrides, StrideLogger
 
 
 def small_model(**kwargs):
@@ -127,6 +127,7 @@ def test_stride_logger_of_several_inputs_and_of_a_subclass():
 
 
 def test_masks_are_images_for_tensorboard(tmp_path):
+    tf = pytest.importorskip('tensorflow', reason='It writes the images')
     model = small_model()
     model.fit(
         *data(),
@@ -171,22 +172,22 @@ def test_response_of_what_straight_through_keeps():
 
 
 @pytest.mark.parametrize(
-    'optimizer',
+    'optimizer_cls, arguments',
     [
-        keras.optimizers.SGD(0.3, momentum=0.9),
-        keras.optimizers.AdamW(0.1, weight_decay=0.1),
+        (keras.optimizers.SGD, {'learning_rate': 0.3, 'momentum': 0.9}),
+        (keras.optimizers.AdamW, {'learning_rate': 0.1, 'weight_decay': 0.1}),
     ],
 )
-def test_strides_and_sizes_settle(optimizer):
+def test_strides_and_sizes_settle(optimizer_cls, arguments):
     model = small_model(ramp='inside')
     model = keras.Sequential([*model.layers, keras.layers.Dense(3)])
-    model.compile(optimizer, 'mse')
+    model.compile(optimizer_cls(**arguments), 'mse')
     logs = model.fit(
         *data(),
         epochs=6,
         batch_size=4,
         verbose=0,
-        callbacks=[SettleStrides(epoch=2), StrideLogger()],
+        callbacks=[SettleStrides(epoch=2), RepinStrides(), StrideLogger()],
     ).history
     for key, values in logs.items():
         if key.startswith('stride/'):
@@ -240,6 +241,184 @@ def test_settling_at_once_keeps_the_initial_strides():
     model = small_model()
     model.fit(*data(), verbose=0, callbacks=[SettleStrides(epoch=0)])
     assert model.get_layer('first').stride_values == (2.0, 1.5)
+
+
+# Sizes that are constants
+
+
+class Traces(keras.layers.Layer):
+    """Counts its calls, which are few where a function is compiled."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def call(self, x):
+        self.count += 1
+        return x
+
+
+class Assigns(keras.callbacks.Callback):
+    """Strides at the end of each epoch, instead of what was learned."""
+
+    def __init__(self, layer, strides):
+        super().__init__()
+        self.layer, self.values = layer, strides
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.layer.strides.assign([self.values[epoch]] * 2)
+
+
+def compiled_model(nested, pin=True):
+    """Whose sizes are constants, for which its inner model may be made."""
+    pool = DiffStride(2.0, ramp='inside', name='pool')
+    if pin:
+        pool.pin()
+    inputs = keras.Input((16, 16, 3))
+    x = pool(inputs)
+    traces = Traces()
+    layers = [traces, keras.layers.Conv2D(2, 3, padding='same')]
+    if nested == 'sequential':
+        x = keras.Sequential(layers)(x)
+    elif nested == 'functional':
+        start = keras.Input(x.shape[1:])
+        x = keras.Model(start, layers[1](layers[0](start)))(x)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    model = keras.Model(inputs, x)
+    xla = BACKEND != 'torch'
+    model.compile(keras.optimizers.SGD(1e-6), 'mse', jit_compile=xla)
+    return model, pool, traces
+
+
+@pytest.mark.parametrize('nested', ['sequential', 'functional'])
+def test_pinned_sizes_follow_the_strides_by_epochs(nested):
+    model, pool, traces = compiled_model(nested)
+    # 16 / 2.1 and 16 / 2.2 are 8 samples, as 16 / 2 is; then 6 and 14.
+    assigns = Assigns(pool, [2.1, 2.2, 3.0, 1.2])
+    counts, sizes = [], []
+    note = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: (
+            counts.append(traces.count),
+            sizes.append(pool.compute_output_shape((1, 16, 16, 3))[1]),
+        )
+    )
+    x = np.zeros((4, 16, 16, 3), 'float32')
+    model.fit(
+        x,
+        np.zeros((4, 2)),
+        epochs=4,
+        verbose=0,
+        callbacks=[assigns, RepinStrides(), note],
+    )
+    assert sizes == [8, 8, 6, 14]
+    assert pool.pinned_strides == pool.stride_values
+    if BACKEND != 'torch':
+        assert counts[0] == counts[1] == counts[2] < counts[3]
+    x = np.random.default_rng(0).normal(size=x.shape).astype('float32')
+    np.testing.assert_allclose(
+        model.predict(x, verbose=0), model(x), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_training_begins_at_the_present_strides():
+    model, pool, _ = compiled_model('sequential')
+    x, y = np.zeros((4, 16, 16, 3), 'float32'), np.zeros((4, 2))
+    model.predict(x, verbose=0)
+    pool.strides.assign([4.0, 4.0])
+    sizes = []
+    model.fit(
+        x,
+        y,
+        verbose=0,
+        callbacks=[
+            RepinStrides(),
+            keras.callbacks.LambdaCallback(
+                on_epoch_begin=lambda *_: sizes.append(pool.pinned_strides)
+            ),
+        ],
+    )
+    assert sizes == [(4.0, 4.0)]
+
+
+def test_repinning_leaves_sizes_that_follow_and_those_that_settled():
+    model = small_model()
+    for layer in pooling.diffstride_layers(model)[:1]:
+        layer.settle()
+    model.compile(keras.optimizers.SGD(0.1), 'mse', run_eagerly=True)
+    model.fit(*data(), epochs=2, verbose=0, callbacks=[RepinStrides()])
+    first, second = pooling.diffstride_layers(model)
+    assert first.pinned_strides == (2.0, 1.5)
+    assert second.pinned_strides is None
+    assert second.stride_values != (2.0, 2.0)
+
+
+@pytest.mark.parametrize('share, grows', [(1, True), (0, False)])
+def test_maps_follow_what_is_learned_by_default_on_every_backend(share, grows):
+    """`jit_compile='auto'` and the callback that does no harm elsewhere."""
+    pool = DiffStride(3.0, 2.0)
+    model = keras.Sequential(
+        [
+            keras.Input((16, 16, 1)),
+            pool,
+            keras.layers.Activation(keras.ops.square),
+            keras.layers.GlobalAveragePooling2D(),
+        ]
+    )
+    model.compile(keras.optimizers.Adam(0.1), 'mse')
+    x = np.random.default_rng(0).normal(size=(8, 16, 16, 1)).astype('float32')
+    size = model.layers[0](x).shape[1]
+    model.fit(
+        x,
+        share * np.mean(x**2, axis=(1, 2)),
+        epochs=12,
+        verbose=0,
+        callbacks=[RepinStrides()],
+    )
+    after = keras.Model(model.inputs, model.layers[0].output)
+    after = after.predict(x, verbose=0).shape[1]
+    assert after > size if grows else after < size
+    assert (pool.pinned_strides is not None) == (BACKEND == 'jax')
+
+
+@pytest.fixture
+def untold():
+    pooling._told.clear()
+    yield
+    pooling._told.clear()
+
+
+@only('jax', 'sizes are constants there unless one says otherwise')
+def test_who_trains_constant_sizes_is_told_once(untold):
+    def fit(pool, *callbacks, predict=False):
+        model = keras.Sequential(
+            [keras.Input((8, 8, 1)), pool, keras.layers.Flatten()]
+            if pool.pinned_strides
+            else [
+                keras.Input((8, 8, 1)),
+                pool,
+                keras.layers.GlobalAveragePooling2D(),
+            ]
+        )
+        model.compile('sgd', 'mse')
+        x = np.zeros((2, 8, 8, 1), 'float32')
+        y = model.predict(x, verbose=0)
+        if not predict:
+            model.fit(x, y, verbose=0, callbacks=list(callbacks))
+
+    fit(DiffStride(2.0), predict=True)
+    fit(DiffStride(2.0, trainable=False))
+    fit(DiffStride(2.0, cropping=False))
+    fit(DiffStride(2.0), RepinStrides())
+    fit(DiffStride(2.0), SettleStrides(epoch=0))
+    pinned = DiffStride(2.0)
+    pinned.pin()
+    fit(pinned)
+    assert not pooling._told
+    with pytest.warns(UserWarning, match='RepinStrides') as told:
+        fit(DiffStride(2.0))
+        fit(DiffStride(2.0))
+    (text,) = [str(x.message) for x in told if 'RepinStrides' in str(x.message)]
+    assert '\n' not in text
 
 
 @pytest.mark.parametrize('epoch', [-1, 1.5, None, True])

@@ -1,5 +1,6 @@
 """Training through the command line's own entry points."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -310,6 +311,7 @@ def test_compare_trains_the_three_poolings(run, tmp_path, capsys):
         (['train.steps_per_epoch = -1'], 'train.steps_per_epoch must be'),
         (["train.data_format = 'NHWC'"], 'train.data_format must be'),
         (["train.distribution = 'all'"], 'train.distribution must be'),
+        (["train.distribution = 'data_parallel'"], 'on tensorflow'),
         (["train.dtype_policy = 'float31'"], 'float31'),
         (['train.seed = -1'], 'train.seed must be'),
     ],
@@ -374,9 +376,8 @@ tf.config.set_logical_device_configuration(
     cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 from diffstride import resnet, DiffStride
 from diffstride.examples import train
-strategy = train._strategy('mirrored')
-assert strategy.num_replicas_in_sync == 2
-with strategy.scope():
+with train._distributed('mirrored'):
+    assert tf.distribute.get_strategy().num_replicas_in_sync == 2
     model = resnet.Resnet([2, 2], '1, 2', 2, pooling_cls=DiffStride)
     model.build((None, 8, 8, 1))
     model.compile('sgd', 'mse')
@@ -388,6 +389,96 @@ print('trained')
         [sys.executable, '-c', code], capture_output=True, text=True
     )
     assert done.stdout.strip() == 'trained', done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'backend',
+    [
+        pytest.param(
+            name,
+            marks=pytest.mark.skipif(
+                importlib.util.find_spec(name) is None,
+                reason=f'{name} is not installed',
+            ),
+        )
+        for name in ('jax', 'torch')
+    ],
+)
+def test_other_backends_train_and_continue(backend, images, tmp_path):
+    config = tmp_path / 'small.gin'
+    config.write_text(SMALL + f"data.load_datasets.name = '{images}'\n")
+
+    def run_main(epochs):
+        done = subprocess.run(
+            [
+                *(sys.executable, '-m', 'diffstride.examples.main'),
+                f'--gin_config={config}',
+                f"--gin_bindings=train.workdir = '{tmp_path}/{backend}'",
+                f'--gin_bindings=train.num_epochs = {epochs}',
+                '--gin_bindings=tf.keras.optimizers.SGD.learning_rate = 5.0',
+            ],
+            env={
+                **os.environ,
+                'KERAS_BACKEND': backend,
+                'PYTHONPATH': os.pathsep.join(sys.path),
+            },
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert 'RepinStrides' not in done.stderr  # No advice is needed.
+        return read(tmp_path / backend / 'history.json')
+
+    first, rows = run_main(1), run_main(2)
+    assert rows[:1] == first and len(rows) == 2
+    results = read(tmp_path / backend / 'results.json')
+    assert results['versions']['backend'] == backend
+    assert results['steps'] == 8
+    (layer,) = results['layers'].values()
+    assert layer['strides'] != [3.0, 3.0]
+    assert (tmp_path / backend / 'strides.png').exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec('jax') is None, reason='jax is not installed'
+)
+def test_jax_trains_alike_on_one_device_and_on_two():
+    """Weights after two steps on the same batches; two logical CPUs."""
+    code = """
+import sys, keras, numpy as np, jax
+from diffstride import resnet, DiffStride
+from diffstride.examples import train
+with train._distributed(sys.argv[1]):
+    keras.utils.set_random_seed(0)
+    model = resnet.Resnet([2, 2], '1, 2', 2, pooling_cls=DiffStride)
+    model.build((None, 8, 8, 1))
+    model.compile(keras.optimizers.SGD(0.1), 'mse')
+if sys.argv[1] == 'data_parallel':
+    assert len(model.weights[0].value.sharding.device_set) == 2
+x = np.random.default_rng(0).normal(size=(16, 8, 8, 1)).astype('float32')
+y = np.eye(2)[np.arange(16) % 2]
+model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+print(*np.concatenate([np.ravel(w) for w in model.get_weights()]))
+"""
+    weights = [
+        subprocess.run(
+            [sys.executable, '-W', 'ignore', '-c', code, distribution],
+            env={
+                **os.environ,
+                'KERAS_BACKEND': 'jax',
+                'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
+                'PYTHONPATH': os.pathsep.join(sys.path),
+            },
+            capture_output=True,
+            text=True,
+        )
+        for distribution in ('none', 'data_parallel')
+    ]
+    assert [x.returncode for x in weights] == [0, 0], weights
+    one, two = (np.array(x.stdout.split(), 'float64') for x in weights)
+    np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-6)
 
 
 def test_the_documented_command_works_from_any_folder(images, tmp_path):

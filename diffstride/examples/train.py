@@ -16,7 +16,7 @@ from absl import logging
 
 import diffstride
 from diffstride import plots, pooling, resnet
-from diffstride.callbacks import StrideLogger
+from diffstride.callbacks import RepinStrides, StrideLogger
 from diffstride.examples import checkpoints, data
 
 
@@ -64,10 +64,12 @@ def train(
         data_format: 'channels_first', 'channels_last' or 'auto': channels_first
             on a GPU and channels_last on a CPU, whose convolutions need it.
         dtype_policy: Such as 'mixed_bfloat16'.
-        jit_compile: As in `keras.Model.compile`. Layers whose sizes follow the
-            strides cannot be compiled; True pins them.
-        distribution: 'none'; 'mirrored' over all devices of the kind that
-            computes; 'auto' for 'mirrored' if there are several GPUs.
+        jit_compile: As in `keras.Model.compile`. On TensorFlow layers whose
+            sizes follow the strides cannot be compiled; True pins them, and
+            their sizes then follow from epoch to epoch, as they do on JAX.
+        distribution: 'none'; 'mirrored' (TensorFlow) or 'data_parallel' (JAX)
+            over all devices of the kind that computes; 'auto' for the one that
+            the backend has if there are several GPUs.
         callbacks: Keras callbacks, or functions that return them, called after
             those that log strides and before those that write files.
         seed: Of the initialization, the order of the data, and augmentation.
@@ -89,7 +91,7 @@ def train(
                 num_epochs, steps_per_epoch, seed, jit_compile, deterministic
             )
             channels_first = _channels_first(data_format)
-            strategy = _strategy(distribution)
+            distributed = _distributed(distribution)
             keras.utils.clear_session()  # Names of layers are keys of the logs.
             keras.utils.set_random_seed(seed)
             if deterministic:
@@ -98,7 +100,7 @@ def train(
             datasets = resnet.configured(load_data_fn, 'load_data_fn')(
                 seed=seed
             )
-            with strategy.scope():
+            with distributed:
                 model = resnet.configured(model_cls, 'model_cls')(
                     num_output_classes=datasets.num_classes,
                     channels_first=channels_first,
@@ -150,6 +152,7 @@ def train(
                     keras.callbacks.TensorBoard(
                         workdir / 'logs', write_graph=False
                     ),
+                    RepinStrides(),  # After what saves what was validated.
                 ],
             )
     return json.loads((workdir / 'results.json').read_text())
@@ -351,7 +354,8 @@ def _check_arguments(
 
 def _channels_first(data_format):
     if data_format == 'auto':
-        return bool(tf.config.list_physical_devices('GPU'))
+        # XLA chooses layouts itself.
+        return keras.backend.backend() != 'jax' and bool(_gpus())
     if data_format not in ('channels_first', 'channels_last'):
         raise ValueError(
             "train.data_format must be 'channels_first', 'channels_last' or "
@@ -360,17 +364,51 @@ def _channels_first(data_format):
     return data_format == 'channels_first'
 
 
-def _strategy(distribution):
-    if distribution not in ('auto', 'none', 'mirrored'):
+def _gpus():
+    """Names of the GPUs on which the backend computes."""
+    if keras.backend.backend() == 'tensorflow':
+        return [device.name for device in tf.config.list_logical_devices('GPU')]
+    if keras.backend.backend() == 'jax':
+        return [x for x in keras.distribution.list_devices() if 'cpu' not in x]
+    import torch
+
+    return list(range(torch.cuda.device_count()))
+
+
+_DISTRIBUTIONS = {'tensorflow': 'mirrored', 'jax': 'data_parallel'}
+
+
+def _distributed(distribution):
+    """The scope in which the model is made, for one device or for several."""
+    backend = keras.backend.backend()
+    known = ('auto', 'none', *_DISTRIBUTIONS.values())
+    if distribution not in known:
         raise ValueError(
-            "train.distribution must be 'auto', 'none' or 'mirrored'. "
+            f'train.distribution must be one of {known}. '
             f'Received: {distribution!r}'
         )
-    gpus = tf.config.list_logical_devices('GPU')
-    if distribution == 'mirrored' or (distribution == 'auto' and len(gpus) > 1):
-        devices = gpus or tf.config.list_logical_devices('CPU')
-        return tf.distribute.MirroredStrategy([d.name for d in devices])
-    return tf.distribute.get_strategy()
+    if distribution == 'auto':
+        several = len(_gpus()) > 1 and backend in _DISTRIBUTIONS
+        distribution = _DISTRIBUTIONS[backend] if several else 'none'
+    if distribution == 'none':
+        return contextlib.nullcontext()
+    if distribution != _DISTRIBUTIONS.get(backend):
+        raise ValueError(
+            f"train.distribution must be 'auto', 'none' or, on {backend}, "
+            f'{_DISTRIBUTIONS.get(backend)!r}. Received: {distribution!r}'
+        )
+    if backend == 'jax':
+        # All of Keras's own devices; it shards each batch over them.
+        return _globally(keras.distribution.DataParallel())
+    names = _gpus() or [d.name for d in tf.config.list_logical_devices('CPU')]
+    return tf.distribute.MirroredStrategy(names).scope()
+
+
+@contextlib.contextmanager
+def _globally(distribution):
+    """Sets it for all that Keras makes and trains from now on."""
+    keras.distribution.set_distribution(distribution)
+    yield
 
 
 def _check_outputs(model, loss, datasets):

@@ -1,0 +1,130 @@
+"""What one backend saves on the others, and what none of them needs."""
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from backends import BACKEND
+
+import diffstride
+from diffstride import DiffStride, pooling, resnet
+
+NAMES = {'tensorflow': 'tensorflow', 'jax': 'jax', 'torch': 'torch'}
+INSTALLED = [x for x in NAMES if importlib.util.find_spec(NAMES[x])]
+ROOT = pathlib.Path(diffstride.__file__).parent.parent
+
+
+def on(backend, code, *arguments):
+    """What the code prints in a new process on this backend."""
+    done = subprocess.run(
+        [sys.executable, '-c', code, *map(str, arguments)],
+        env={
+            **os.environ,
+            'KERAS_BACKEND': backend,
+            'PYTHONPATH': os.pathsep.join([str(ROOT), *sys.path]),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def image():
+    return np.random.default_rng(0).normal(size=(2, 12, 16, 3)).astype('f4')
+
+
+def save(folder):
+    """A trained model, its outputs and its strides, of this backend."""
+    keras.utils.set_random_seed(0)
+    model = resnet.Resnet(
+        [2, 4],
+        '2, 1.5',
+        2,
+        num_layers=1,
+        pooling_cls=lambda **kwargs: DiffStride(
+            smoothness_factor=1.0, **kwargs
+        ),
+    )
+    model.build((None, 12, 16, 3))
+    for layer in pooling.diffstride_layers(model):
+        layer.pin()
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), 'mse')
+    model.fit(image(), np.eye(2), verbose=0)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save(folder / f'{BACKEND}.keras')
+    strides = [x.stride_values for x in pooling.diffstride_layers(model)]
+    np.savez(
+        folder / f'{BACKEND}.npz',
+        outputs=keras.ops.convert_to_numpy(model(image(), training=False)),
+        strides=strides,
+    )
+
+
+def check(folder, backend):
+    """That a model another backend saved is the same model on this one."""
+    model = keras.models.load_model(folder / f'{backend}.keras')
+    expected = np.load(folder / f'{backend}.npz')
+    layers = pooling.diffstride_layers(model)
+    np.testing.assert_array_equal(
+        [layer.stride_values for layer in layers], expected['strides']
+    )
+    actual = keras.ops.convert_to_numpy(model(image(), training=False))
+    np.testing.assert_allclose(
+        actual, expected['outputs'], rtol=1e-4, atol=1e-5
+    )
+    # It goes on from the optimizer's state.
+    assert int(model.optimizer.iterations) == 1
+    model.fit(image(), np.eye(2), verbose=0)
+    assert int(model.optimizer.iterations) == 2
+
+
+CODE = """
+import pathlib, sys, test_backends
+folder, others = pathlib.Path(sys.argv[1]), sys.argv[2:]
+for other in others:
+    test_backends.check(folder, other)
+test_backends.save(folder)
+"""
+
+
+def test_saved_models_are_the_same_on_every_backend(tmp_path):
+    """On all that are installed here, and on those that saved before.
+
+    DIFFSTRIDE_SAVED_MODELS names a folder in which environments of other
+    backends leave theirs.
+    """
+    shared = os.environ.get('DIFFSTRIDE_SAVED_MODELS')
+    folder = pathlib.Path(shared) if shared else tmp_path
+    save(folder)
+    for other in [x for x in INSTALLED if x != BACKEND]:
+        on(other, CODE, folder, BACKEND)
+    found = sorted(path.stem for path in folder.glob('*.npz'))
+    assert set(INSTALLED) <= set(found)
+    for backend in found:
+        check(folder, backend)
+
+
+@pytest.mark.parametrize(
+    'backend', [x for x in INSTALLED if x != 'tensorflow'] or [None]
+)
+def test_other_backends_do_not_import_tensorflow(backend):
+    """Nor do a call, a training and what they need, where it is installed."""
+    if backend is None:
+        pytest.skip('TensorFlow alone is installed')
+    code = """
+import sys, diffstride, keras, numpy as np
+found = 'tensorflow' in sys.modules
+model = keras.Sequential([
+    keras.Input((8, 8, 1)), diffstride.DiffStride(2.0),
+    keras.layers.GlobalAveragePooling2D()])
+diffstride.complexity(model, (8, 8, 1))
+model(np.zeros((2, 8, 8, 1)))
+print(keras.backend.backend(), found, 'tensorflow' in sys.modules)
+"""
+    assert on(backend, code).split() == [backend, 'False', 'False']
