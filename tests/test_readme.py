@@ -7,6 +7,7 @@ import gin
 import numpy as np
 import pytest
 
+from diffstride import pooling
 from diffstride.examples import main  # noqa: F401, registers configurables
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -19,17 +20,23 @@ def blocks(language):
 
 
 def test_python_blocks_run_one_after_the_other(capsys):
-    namespace, models = {}, []
+    namespace, after = {}, []
     for block in blocks('python'):
         if block in EXPORT:  # Run by its own test, as it takes long.
             continue
         exec(block, namespace)
-        models.append(namespace['model'])
-    first, compiled, network, with_cost, _ = models
-    assert first is compiled and compiled.jit_compile
-    assert compiled.output_shape == (None, 10)
+        after.append(dict(namespace))
+    first, compiled, ranks, resized, replaced, network, with_cost, _ = after
+    assert first['model'] is compiled['model']
+    assert compiled['model'].jit_compile
+    assert compiled['model'].output_shape == (None, 10)
+    assert ranks['pooled'].shape == (2, 16, 32, 32, 3)
+    assert resized['back'].shape == (None, 32, 32, 8)
+    assert resized['enlarged'].shape == (1, 48, 20, 8)
+    assert pooling.diffstride_layers(replaced['learned'])
     assert 'total' in capsys.readouterr().out  # The table of complexity.
-    assert with_cost.model is network
+    assert with_cost['model'].model is network['model']
+    assert len(blocks('python')) == len(after) + 1
 
 
 def test_bindings_are_understood():
