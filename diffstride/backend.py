@@ -75,9 +75,10 @@ def known_values(variable):
     if keras.backend.backend() == 'jax':
         import jax
 
-        value = jax.lax.stop_gradient(value)  # A value, unless compiled.
         if isinstance(value, jax.core.Tracer):
-            return None
+            value = jax.lax.stop_gradient(value)
+        if isinstance(value, jax.core.Tracer):
+            return None  # Compiled, not differentiated alone.
     elif is_symbolic():
         return None
     return ops.convert_to_numpy(value).tolist()
