@@ -79,7 +79,8 @@ def known_values(variable):
             value = jax.lax.stop_gradient(value)
         if isinstance(value, jax.core.Tracer):
             return None  # Compiled, not differentiated alone.
-    elif is_symbolic():
+        return np.asarray(value).reshape(variable.shape).tolist()
+    if is_symbolic():
         return None
     return ops.convert_to_numpy(value).tolist()
 

@@ -138,7 +138,9 @@ class SpectralPooling(SpectralResampling):
             output_size, arguments = self._resampling(index, size)
             method = self.method
             if method == 'auto' and isinstance(size, int):
-                present_size = self.present_size(index, size)
+                present_size = output_size
+                if not isinstance(output_size, int):
+                    present_size = self.present_size(index, size)
                 method = spectral.fastest_method(
                     outputs[0].shape, axis, present_size
                 )
