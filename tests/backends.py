@@ -8,6 +8,10 @@ from keras import ops
 BACKEND = keras.backend.backend()
 
 
+def dtype_of(tensor):
+    return keras.backend.standardize_dtype(tensor.dtype)
+
+
 def only(backend, reason):
     """Marks a test of what one backend alone has."""
     return pytest.mark.skipif(

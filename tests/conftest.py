@@ -16,6 +16,8 @@ HARMLESS_WARNINGS = [
     'ignore:Output sizes of DiffStride are constants:UserWarning',
     # Functions of NumPy that are given tensors of PyTorch.
     'ignore:__array_wrap__ must accept context:DeprecationWarning',
+    # Of PyTorch, in what it imports itself.
+    'ignore:`torch.jit:DeprecationWarning',
     # float(x) of a tensor of PyTorch that has a gradient.
     'ignore:Converting a tensor with requires_grad=True:UserWarning',
 ]
@@ -33,12 +35,15 @@ if keras.backend.backend() == 'torch':
     import torch
 
     # So that NumPy reads what a layer returns, as on the other backends.
-    torch.Tensor.__array__ = lambda self, dtype=None, copy=None: (
-        self.detach().cpu().numpy().astype(dtype or _numpy_dtype(self))
-    )
+    def _array(tensor, dtype=None, copy=None):
+        tensor = tensor.detach().cpu()
+        if tensor.dtype == torch.bfloat16:  # Which NumPy has not.
+            tensor = tensor.float()
+        array = tensor.numpy()
+        return array if dtype is None else array.astype(dtype)
 
-    def _numpy_dtype(tensor):
-        return keras.backend.standardize_dtype(tensor.dtype)
+    torch.Tensor.__array__ = _array
+    torch.Tensor.__array_wrap__ = lambda self, array, *arguments: array
 
 
 def pytest_configure(config):

@@ -68,7 +68,11 @@ def save(folder):
 
 def check(folder, backend):
     """That a model another backend saved is the same model on this one."""
-    model = keras.models.load_model(folder / f'{backend}.keras')
+    # Keras saves, from PyTorch, an optimizer that is PyTorch's alone.
+    has_optimizer = BACKEND == backend or backend != 'torch'
+    model = keras.models.load_model(
+        folder / f'{backend}.keras', compile=has_optimizer
+    )
     expected = np.load(folder / f'{backend}.npz')
     layers = pooling.diffstride_layers(model)
     np.testing.assert_array_equal(
@@ -78,6 +82,8 @@ def check(folder, backend):
     np.testing.assert_allclose(
         actual, expected['outputs'], rtol=1e-4, atol=1e-5
     )
+    if not has_optimizer:
+        return
     # It goes on from the optimizer's state.
     assert int(model.optimizer.iterations) == 1
     model.fit(image(), np.eye(2), verbose=0)

@@ -75,7 +75,8 @@ def test_stride_logger_logs_each_stride_and_size_and_the_macs(tmp_path):
 def test_stride_logger_names_the_axes_of_each_rank(layer, axes, tmp_path):
     shape = (*[12] * layer.rank, 1)
     model = keras.Sequential([keras.Input(shape), layer])
-    logger = StrideLogger(log_dir=tmp_path)
+    has_images = BACKEND == 'tensorflow'
+    logger = StrideLogger(log_dir=tmp_path if has_images else None)
     logger.set_model(model)
     logs = {}
     logger.on_epoch_end(0, logs)
@@ -86,7 +87,7 @@ def test_stride_logger_names_the_axes_of_each_rank(layer, axes, tmp_path):
         **{f'stride/p/{a}': s for a, s in zip(axes, layer.stride_values)},
         **{f'size/p/{axis}': size for axis, size in zip(axes, sizes)},
     }
-    assert glob.glob(str(tmp_path / 'masks' / '*'))
+    assert has_images == bool(glob.glob(str(tmp_path / 'masks' / '*')))
 
 
 def test_stride_logger_without_known_sizes_logs_strides_alone():

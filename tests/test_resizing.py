@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 import reference
+from backends import COMPILERS, compilers, gradients, of_unknown_sizes
 from keras import layers, ops
 
 from diffstride import DiffStride, SpectralResizing, complexity
@@ -132,29 +133,18 @@ def test_other_precisions(policy, tolerance, method):
 
 def gradients_of(layer, x, like, weights, compiler='eager'):
     """Gradients of sum(weights * layer([x, like])) in x and in like."""
-    import tensorflow as tf
-
-    def gradients(x, like):
-        with tf.GradientTape() as tape:
-            tape.watch([x, like])
-            loss = ops.sum(weights * layer([x, like]))
-        return tape.gradient(loss, [x, like])
-
-    compiled = {
-        'eager': gradients,
-        'graph': tf.function(gradients, autograph=False),
-        'xla': tf.function(gradients, autograph=False, jit_compile=True),
-    }[compiler]
-    return compiled(ops.array(x), ops.array(like))
+    resize = COMPILERS[compiler](lambda x, like: layer([x, like]))
+    return gradients(
+        lambda *inputs: ops.sum(weights * resize(*inputs)), [x, like]
+    )
 
 
 @pytest.mark.parametrize(
     'compiler, method',
     [
         *(('eager', method) for method in METHODS),
-        ('graph', 'fft'),
-        ('xla', 'fft'),
-        ('xla', 'matmul'),
+        *((name, 'fft') for name in compilers('graph', 'xla')),
+        *((name, 'matmul') for name in compilers('xla')),
     ],
 )
 def test_gradient_is_the_transposed_operator(compiler, method):
@@ -202,8 +192,6 @@ def test_shapes_that_are_not_known_of_like_are_not_told():
 @pytest.mark.parametrize('data_format', FORMATS)
 @every_pair_of_sizes
 def test_graphs_follow_sizes_known_when_they_run(sizes, new_sizes, data_format):
-    import tensorflow as tf
-
     x = maps(sizes, data_format)
     like = maps(new_sizes, data_format, channels=5)
     shapes = [[None] * x.ndim, [None] * x.ndim]
@@ -211,13 +199,13 @@ def test_graphs_follow_sizes_known_when_they_run(sizes, new_sizes, data_format):
         axis = -1 if data_format == 'channels_last' else 1
         shape[axis] = tensor.shape[axis]
     layer = SpectralResizing(data_format=data_format)
-    resize = tf.function(
+    resize = of_unknown_sizes(
         lambda x, like: layer([x, like]),
-        input_signature=[tf.TensorSpec(shape) for shape in shapes],
-        autograph=False,
+        *((shape, 'float32') for shape in shapes),
     )
     expected = resized(x, new_sizes, data_format=data_format)
-    assert error_of(resize(x, like), expected) <= 1e-6
+    actual = resize(*map(ops.convert_to_tensor, (x, like)))
+    assert error_of(actual, expected) <= 1e-6
 
 
 def meeting(**arguments):

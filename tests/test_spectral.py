@@ -217,9 +217,10 @@ def test_resampling_matrix_is_the_formula(size, output_size, norm):
     waves = np.cos(2 * np.pi * f[:, None, None] * time)
     response = 1 / (1 + f)
     tensor = ops.convert_to_tensor(response)
+    dtype = 'float32' if BACKEND == 'jax' else 'float64'
     for r, given in [(np.ones(len(f)), None), (response, tensor)]:
         matrix = spectral.resampling_matrix(
-            size, output_size, given, norm, 'float64'
+            size, output_size, given, norm, dtype
         )
         expected = gain / output_size * np.tensordot(pairs * r, waves, axes=1)
         exact = given is None or BACKEND != 'jax'  # That has no float64.

@@ -367,28 +367,41 @@ def test_unknown_arguments_are_refused():
         main.main(['main', 'surplus'])
 
 
-def test_resnet_is_trained_in_several_replicas():
-    """Two logical CPUs in a process of their own give one model."""
+def test_two_replicas_train_as_one_device_does():
+    """Two logical CPUs, in a process of their own, on the same batches."""
     code = """
-import numpy as np, keras, tensorflow as tf
+import sys, numpy as np, keras, tensorflow as tf
 cpu = tf.config.list_physical_devices('CPU')[0]
 tf.config.set_logical_device_configuration(
     cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-from diffstride import resnet, DiffStride
+from diffstride import DiffStride
 from diffstride.examples import train
-with train._distributed('mirrored'):
-    assert tf.distribute.get_strategy().num_replicas_in_sync == 2
-    model = resnet.Resnet([2, 2], '1, 2', 2, pooling_cls=DiffStride)
-    model.build((None, 8, 8, 1))
-    model.compile('sgd', 'mse')
-x = np.random.default_rng(0).normal(size=(8, 8, 8, 1))
-model.fit(x, np.eye(2)[np.arange(8) % 2], batch_size=8, verbose=0)
-print('trained')
+keras.utils.set_random_seed(0)
+with train._distributed(sys.argv[1]):
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    assert replicas == 1 + (sys.argv[1] == 'mirrored')
+    # Without batch normalization, whose batch is that of a replica.
+    model = keras.Sequential([
+        keras.Input((8, 8, 1)), DiffStride(2.0, 1.0),
+        keras.layers.Conv2D(2, 3, activation='relu'),
+        keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(2)])
+    model.compile(keras.optimizers.SGD(0.1), 'mse')
+x = np.random.default_rng(0).normal(size=(16, 8, 8, 1))
+y = np.eye(2)[np.arange(16) % 2]
+model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+print(*np.concatenate([np.ravel(w) for w in model.get_weights()]))
 """
-    done = subprocess.run(
-        [sys.executable, '-c', code], capture_output=True, text=True
-    )
-    assert done.stdout.strip() == 'trained', done.stderr
+    weights = []
+    for distribution in ('none', 'mirrored'):
+        done = subprocess.run(
+            [sys.executable, '-c', code, distribution],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        weights.append(np.array(done.stdout.split(), 'float64'))
+    assert weights[0][:2].tolist() != [2, 2]  # The strides.
+    np.testing.assert_allclose(*weights, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
