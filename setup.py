@@ -36,6 +36,9 @@ setuptools.setup(
     extras_require={
         'export': _EXPORT,
         'plot': ['matplotlib'],
-        'test': ['hypothesis', 'matplotlib', 'pytest', 'ruff', *_EXPORT],
+        'test': [
+            *('hypothesis', 'matplotlib', 'pytest', 'pytest-xdist', 'ruff'),
+            *_EXPORT,
+        ],
     },
 )

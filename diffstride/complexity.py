@@ -149,6 +149,8 @@ def measure(model, input_shape):
     paths = _paths(model)
     calls = {}
     with contextlib.ExitStack() as stack:
+        _running.append(calls)
+        stack.callback(_running.pop)
         for layer in paths:
             stack.enter_context(
                 recorded(layer, functools.partial(_add_call, calls, layer))
@@ -159,6 +161,10 @@ def measure(model, input_shape):
     order = {layer: index for index, layer in enumerate(calls)}
     found = sorted(rows, key=lambda layer: order.get(layer, len(order)))
     return {layer: rows[layer] for layer in found}, calls
+
+
+# The calls of each measurement that runs: of a cost, one within another.
+_running = []
 
 
 def _zeros(shape, received):
@@ -208,6 +214,8 @@ class Call(typing.NamedTuple):
 
 
 def _add_call(calls, layer):
+    if calls is not _running[-1]:
+        return lambda *unused: None
     calls_of_layer = calls.setdefault(layer, [])
 
     def add(inputs, outputs):

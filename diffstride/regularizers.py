@@ -407,10 +407,21 @@ class StrideCostModel(keras.Model):
             self.model.build(input_shape)
         self.built = True
 
-    def call(self, inputs, training=None):
-        if self._cost is None and backend.have_values(self.model.variables):
+    def make_train_function(self, force=False):
+        self._make_cost()  # JAX takes the values away before it traces.
+        return super().make_train_function(force)
+
+    def _make_cost(self):
+        if (
+            self._cost is None
+            and self.model.built
+            and backend.have_values(self.model.variables)
+        ):
             with backend.eager_scope():
                 self._cost = self.stride_cost.of(self.model)
+
+    def call(self, inputs, training=None):
+        self._make_cost()
         if self._cost is not None:
             self.add_loss(self._cost())
         return self.model(inputs, training=training)

@@ -212,17 +212,19 @@ def _filters(size, output_size, response, norm, dtype):
         single = (frequencies == 0) | (2 * frequencies == length)
         # The inverse FFT counts pairs twice and divides by the length.
         weights = scales * _real(xp.where(single, 1.0, 0.5)) * _real(length)
-        weights = _cast(weights, dtype)
         if response is not None:
-            weights = weights * ops.cast(response, dtype)
-        return functools.partial(_filter, output_size=length, weights=weights)
+            weights = _cast(weights, dtype) * _cast(response, dtype)
+        return functools.partial(
+            _filter, output_size=length, weights=weights, dtype=dtype
+        )
 
     return filter_to(output_size), filter_to(size)
 
 
-def _filter(inputs, axis, output_size, weights):
+def _filter(inputs, axis, output_size, weights, dtype):
     """[..., N, ...] -> [..., M, ...], by weights of the first frequencies."""
-    x = ops.cast(ops.moveaxis(inputs, axis, -1), weights.dtype)
+    weights = _cast(weights, dtype)
+    x = ops.cast(ops.moveaxis(inputs, axis, -1), dtype)
     y = ops.moveaxis(backend.filter_spectrum(x, weights, output_size), -1, axis)
     # What is known of the shape is known again after this.
     shape = ops.shape(inputs)

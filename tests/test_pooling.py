@@ -17,6 +17,7 @@ from backends import (
     gradients,
     of_unknown_sizes,
     only,
+    skip_unless_there_is,
     some,
     traced,
 )
@@ -457,7 +458,7 @@ def assert_stride_gradient(compiler, sizes, strides, channels=2, **arguments):
     x = image(sizes, data_format, channels=channels)
     weights = random(*layer(x).shape, seed=1)
     _, actual = gradients_of(layer, x, weights, compiler)
-    is_pinned = compiler == 'xla' and BACKEND == 'tensorflow'
+    is_pinned = compiler == 'xla'
     assert layer.pinned_strides == (
         tuple(np.float32(strides)) if is_pinned else None
     )
@@ -912,6 +913,7 @@ def test_a_numpy_image_of_float64_is_cast_to_the_policy():
 def test_values_of_other_precisions_are_near_those_of_float32(
     cls, arguments, policy, tolerance, method
 ):
+    skip_unless_there_is(policy)
     x = image((24, 33))
     layer = cls((2.2, 3), dtype=policy, method=method, **arguments)
     expected = cls((2.2, 3), method=method, **arguments)(x)
@@ -924,6 +926,7 @@ def test_values_of_other_precisions_are_near_those_of_float32(
 
 
 def test_float64_takes_the_stride_as_it_is_stored():
+    skip_unless_there_is('float64')
     x = image((24, 33))
     layer = DiffStride((2.2, 3.3), dtype='float64')
     strides = [float(s) for s in np.array(layer.strides)]
@@ -958,6 +961,7 @@ def test_floatx_does_not_matter_to_a_layer_of_float32(cls, method, floatx):
     ],
 )
 def test_a_training_step_works_in_every_precision(policy, method, eagerly):
+    skip_unless_there_is(policy)
     keras.config.set_dtype_policy(policy)
     pool = DiffStride((2.2, 3), method=method)
     model = classifier(pool)
@@ -1024,6 +1028,8 @@ def fit_energy(pool, share=1, optimizer=None, steps=30, **kwargs):
     ],
 )
 def test_strides_and_sizes_move_and_the_loss_falls(ramp):
+    if BACKEND == 'jax':
+        pytest.skip('there sizes follow by RepinStrides, see test_callbacks')
     pool = DiffStride((4.0, 3.0), 2.0, ramp=ramp)
     inputs = keras.Input((16, 16, 1))
     pooled = keras.Model(inputs, pool(inputs))
