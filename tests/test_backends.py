@@ -3,13 +3,14 @@
 import importlib.util
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND
+from backends import BACKEND, only
 
 import diffstride
 from diffstride import DiffStride, pooling, resnet
@@ -134,3 +135,71 @@ model(np.zeros((2, 8, 8, 1)))
 print(keras.backend.backend(), found, 'tensorflow' in sys.modules)
 """
     assert on(backend, code).split() == [backend, 'False', 'False']
+
+
+DISTRIBUTED = """
+import sys
+count, process = int(sys.argv[1]), int(sys.argv[2])
+import jax
+if count > 1:
+    jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+import keras, numpy as np
+from keras import distribution
+if count > 1:
+    distribution.initialize(','.join([sys.argv[3]] * count), count, process)
+from diffstride import DiffStride, resnet
+if count > 1 or len(jax.devices()) > 1:
+    distribution.set_distribution(
+        distribution.DataParallel(auto_shard_dataset=False))
+keras.utils.set_random_seed(0)
+model = resnet.Resnet([2, 2], '1, 2', 2, pooling_cls=DiffStride)
+model.build((None, 8, 8, 1))
+model.compile(keras.optimizers.SGD(0.1), 'mse')
+x = np.random.default_rng(0).normal(size=(2, 8, 8, 8, 1)).astype('float32')
+y = np.tile(np.eye(2, dtype='float32')[np.arange(8) % 2], (2, 1, 1))
+share = slice(process * 8 // count, (process + 1) * 8 // count)
+model.fit(
+    x[:, share].reshape(-1, 8, 8, 1), y[:, share].reshape(-1, 2),
+    batch_size=8 // count, shuffle=False, verbose=0)
+print(*np.concatenate([np.ravel(w) for w in model.get_weights()]))
+"""
+
+
+def trained(count, address='', devices=1):
+    """Weights after two steps, of each of so many processes."""
+    processes = [
+        subprocess.Popen(
+            [
+                *(sys.executable, '-W', 'ignore', '-c', DISTRIBUTED),
+                *(str(count), str(process), address),
+            ],
+            env={
+                **os.environ,
+                'XLA_FLAGS': (
+                    f'--xla_force_host_platform_device_count={devices}'
+                ),
+                'PYTHONPATH': os.pathsep.join([str(ROOT), *sys.path]),
+            },
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(count)
+    ]
+    texts = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * count
+    # Gloo says something first.
+    lines = [text.splitlines()[-1] for text in texts]
+    return [np.array(line.split(), 'float64') for line in lines]
+
+
+@only('jax', 'Keras distributes by it')
+def test_two_devices_and_two_processes_train_as_one():
+    """Two steps on the same global batches, by Keras's DataParallel."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        address = f'127.0.0.1:{free.getsockname()[1]}'
+    (one,) = trained(1)
+    (by_devices,) = trained(1, devices=2)
+    by_processes = trained(2, address)
+    for weights in (by_devices, *by_processes):
+        np.testing.assert_allclose(weights, one, rtol=1e-4, atol=1e-6)

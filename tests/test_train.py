@@ -453,47 +453,6 @@ def test_other_backends_train_and_continue(backend, images, tmp_path):
     assert (tmp_path / backend / 'strides.png').exists()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec('jax') is None, reason='jax is not installed'
-)
-def test_jax_trains_alike_on_one_device_and_on_two():
-    """Weights after two steps on the same batches; two logical CPUs."""
-    code = """
-import sys, keras, numpy as np, jax
-from diffstride import resnet, DiffStride
-from diffstride.examples import train
-with train._distributed(sys.argv[1]):
-    keras.utils.set_random_seed(0)
-    model = resnet.Resnet([2, 2], '1, 2', 2, pooling_cls=DiffStride)
-    model.build((None, 8, 8, 1))
-    model.compile(keras.optimizers.SGD(0.1), 'mse')
-if sys.argv[1] == 'data_parallel':
-    assert len(model.weights[0].value.sharding.device_set) == 2
-x = np.random.default_rng(0).normal(size=(16, 8, 8, 1)).astype('float32')
-y = np.eye(2)[np.arange(16) % 2]
-model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
-print(*np.concatenate([np.ravel(w) for w in model.get_weights()]))
-"""
-    weights = [
-        subprocess.run(
-            [sys.executable, '-W', 'ignore', '-c', code, distribution],
-            env={
-                **os.environ,
-                'KERAS_BACKEND': 'jax',
-                'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
-                'PYTHONPATH': os.pathsep.join(sys.path),
-            },
-            capture_output=True,
-            text=True,
-        )
-        for distribution in ('none', 'data_parallel')
-    ]
-    assert [x.returncode for x in weights] == [0, 0], weights
-    one, two = (np.array(x.stdout.split(), 'float64') for x in weights)
-    np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-6)
-
-
 def test_the_documented_command_works_from_any_folder(images, tmp_path):
     """The README's command, its dataset and size replaced by small ones."""
     done = subprocess.run(
