@@ -15,7 +15,11 @@ from keras import ops
 
 from diffstride import backend, spectral, validation
 from diffstride.complexity import measure
-from diffstride.pooling import SpectralPooling, diffstride_layers
+from diffstride.pooling import (
+    SpectralPooling,
+    SpectralResampling,
+    diffstride_layers,
+)
 
 
 def _register(cls):
@@ -132,7 +136,7 @@ class MacsCost(_Weighted):
 
     The pooling layers, learned and fixed, must follow one another: what is
     called after one of them has its size. A network whose branches pool apart,
-    or that enlarges its maps by something other than these layers, is counted
+    or that enlarges its maps by a layer that is not of this package, is counted
     wrongly.
 
     Args:
@@ -144,7 +148,8 @@ class MacsCost(_Weighted):
     Raises:
         ValueError: If an argument is out of its range. From `of`: if the model
             has no known input shape and none is given; if a layer of maps is
-            called more than once, or has MACs that `complexity` does not know.
+            called more than once, or has MACs that `complexity` does not know;
+            if there is a SpectralResizing.
 
     Example:
 
@@ -271,6 +276,9 @@ def differentiable_macs(model, input_shape):
         model: A model with DiffStride layers; it is built if it is not yet.
         input_shape: [height, width, channels] of the image.
 
+    Raises:
+        ValueError: As `MacsCost.of`.
+
     Returns:
         A function without arguments that returns a float32 scalar.
     """
@@ -280,6 +288,11 @@ def differentiable_macs(model, input_shape):
         if not row.calls:
             continue
         is_pooling = isinstance(layer, SpectralPooling)
+        validation.require(
+            is_pooling or not isinstance(layer, SpectralResampling),
+            'A network that resizes its maps has no MACs with a gradient',
+            layer=row.name,
+        )
         # What follows the last map, such as a classifier, has no size.
         is_on_maps = all(
             stages and len(shape) == stages[0].layer.rank + 2

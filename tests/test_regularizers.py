@@ -9,7 +9,13 @@ import pytest
 from backends import gradients
 from keras import layers, ops
 
-from diffstride import DiffStride, FixedSpectralPooling, complexity, resnet
+from diffstride import (
+    DiffStride,
+    FixedSpectralPooling,
+    SpectralResizing,
+    complexity,
+    resnet,
+)
 from diffstride.callbacks import RepinStrides, SettleStrides
 from diffstride.pooling import diffstride_layers
 from diffstride.regularizers import (
@@ -342,6 +348,15 @@ def test_a_layer_called_twice_has_no_macs_with_a_gradient(shared):
     model = keras.Sequential([DiffStride(2.0), shared, DiffStride(1.5), shared])
     with pytest.raises(ValueError, match='called once'):
         differentiable_macs(model, SHAPE)
+
+
+def test_a_network_that_resizes_has_no_macs_with_a_gradient():
+    inputs = keras.Input((8, 8, 1))
+    model = keras.Model(
+        inputs, SpectralResizing()([DiffStride(2.0)(inputs), inputs])
+    )
+    with pytest.raises(ValueError, match='resizes its maps'):
+        MacsCost(1e3).of(model)
 
 
 def test_a_layer_of_unknown_macs_has_none_with_a_gradient():

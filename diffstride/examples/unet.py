@@ -23,7 +23,7 @@ from diffstride import (
     pooling,
     validation,
 )
-from diffstride.callbacks import StrideLogger
+from diffstride.callbacks import RepinStrides, StrideLogger
 
 SIZE = 32
 CLASSES = ('background', 'disk', 'square')
@@ -147,16 +147,11 @@ def mean_iou(predicted, expected):
 
 
 class Progress(keras.callbacks.Callback):
-    """Prints an epoch's loss, strides and sizes, from StrideLogger's logs.
-
-    Where sizes must be constant, as on JAX, it computes them anew from the
-    strides, for the next epoch.
-    """
+    """Prints an epoch's loss, strides and sizes, from StrideLogger's logs."""
 
     def on_epoch_end(self, epoch, logs=None):
         texts = [f'epoch {epoch + 1}: loss {logs["loss"]:.3f}']
-        pools = pooling.diffstride_layers(self.model)
-        for pool in pools:
+        for pool in pooling.diffstride_layers(self.model):
             strides, sizes = (
                 [logs[f'{what}/{pool.name}/{axis}'] for axis in AXES]
                 for what in ('stride', 'size')
@@ -165,11 +160,6 @@ class Progress(keras.callbacks.Callback):
             sizes = ' x '.join(map(str, sizes))
             texts.append(f'{pool.name} strides {strides}, size {sizes}')
         print('; '.join(texts))
-        pinned = [pool for pool in pools if pool.pinned_strides is not None]
-        for pool in pinned:
-            pool.pin()
-        if pinned:
-            self.model.make_train_function(force=True)
 
 
 def train(model, data, epochs, learning_rate=0.01, batch_size=16):
@@ -185,7 +175,7 @@ def train(model, data, epochs, learning_rate=0.01, batch_size=16):
         batch_size,
         epochs,
         verbose=0,
-        callbacks=[StrideLogger(images.shape[1:]), Progress()],
+        callbacks=[StrideLogger(images.shape[1:]), Progress(), RepinStrides()],
     )
 
 
