@@ -276,11 +276,11 @@ def differentiable_macs(model, input_shape):
         model: A model with DiffStride layers; it is built if it is not yet.
         input_shape: [height, width, channels] of the image.
 
-    Raises:
-        ValueError: As `MacsCost.of`.
-
     Returns:
         A function without arguments that returns a float32 scalar.
+
+    Raises:
+        ValueError: As `MacsCost.of`.
     """
     rows, calls = measure(model, input_shape)
     stages, constant = [], 0
