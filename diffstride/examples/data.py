@@ -519,7 +519,7 @@ def _check_files(builder, split):
 
 
 def _one_line(error):
-    return textwrap.shorten(str(error), 200) or type(error).__name__
+    return textwrap.shorten(str(error), 400) or type(error).__name__
 
 
 def _is_int(value, least):
