@@ -141,9 +141,8 @@ def test_other_precisions(policy, tolerance, method):
 def gradients_of(layer, x, like, weights, compiler='eager'):
     """Gradients of sum(weights * layer([x, like])) in x and in like."""
     resize = COMPILERS[compiler](lambda x, like: layer([x, like]))
-    return gradients(
-        lambda *inputs: ops.sum(weights * resize(*inputs)), [x, like]
-    )
+    weights = ops.convert_to_tensor(weights)
+    return gradients(lambda *xs: ops.sum(weights * resize(*xs)), [x, like])
 
 
 @pytest.mark.parametrize(
