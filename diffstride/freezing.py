@@ -6,7 +6,7 @@ import tempfile
 import keras
 
 from diffstride import spectral, validation
-from diffstride.pooling import SpectralPooling
+from diffstride.pooling import SpectralResampling
 from diffstride.regularizers import StrideCostModel
 
 
@@ -39,7 +39,7 @@ def freeze(model, method='matmul'):
         model: A `keras.Model` that is built, with layers of this package at any
             depth. It does not change. It must be one that Keras can save and
             load; a subclass of Model needs `get_config` for it.
-        method: Of all its spectral pooling layers, see `DiffStride`. 'matmul'
+        method: Of all its spectral layers, see `DiffStride`. 'matmul'
             is what can be exported to ONNX and LiteRT, which have no inverse
             FFT; 'auto' may be faster for axes of 1000 samples and more.
 
@@ -68,7 +68,7 @@ def freeze(model, method='matmul'):
     )
     frozen = _copied(model)
     for layer in frozen._flatten_layers():
-        if isinstance(layer, SpectralPooling):
+        if isinstance(layer, SpectralResampling):
             layer.freeze(method)
     frozen = _copied(frozen)  # Whose symbolic shapes know the sizes.
     _call_symbolically(frozen)  # Keras exports what was called.

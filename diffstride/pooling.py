@@ -44,13 +44,44 @@ class SpectralResampling(keras.layers.Layer):
         self._check(inputs)
         return super().compute_output_spec(inputs)
 
+    def freeze(self, method='matmul'):
+        """Makes the layer a constant linear operator, see `diffstride.freeze`.
+
+        Functions traced before go on as before.
+
+        Args:
+            method: As in the constructor.
+        """
+        self.method = validation.one_of('method', method, spectral.METHODS)
+        self.frozen = True
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        if self.frozen:
+            method = spectral.METHODS.index(self.method)
+            store['frozen_method'] = np.array(method)
+
+    def load_own_variables(self, store):
+        if 'frozen_method' in store.keys():
+            self.method = spectral.METHODS[int(store['frozen_method'][()])]
+            self.frozen = True
+
     def get_config(self):
         return {
             **super().get_config(),
             'data_format': self.data_format,
             'method': self.method,
             'norm': self.norm,
+            **({'frozen': True} if self.frozen else {}),  # Not an argument.
         }
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        frozen = config.pop('frozen', False)
+        layer = cls(**config)
+        layer.frozen = frozen
+        return layer
 
 
 class SpectralPooling(SpectralResampling):
@@ -107,28 +138,6 @@ class SpectralPooling(SpectralResampling):
         """Whether the output size for a known size is not known."""
         return False
 
-    def freeze(self, method='matmul'):
-        """Makes the layer a constant linear operator, see `diffstride.freeze`.
-
-        Functions traced before go on as before.
-
-        Args:
-            method: As in the constructor.
-        """
-        self.method = validation.one_of('method', method, spectral.METHODS)
-        self.frozen = True
-
-    def save_own_variables(self, store):
-        super().save_own_variables(store)
-        if self.frozen:
-            method = spectral.METHODS.index(self.method)
-            store['frozen_method'] = np.array(method)
-
-    def load_own_variables(self, store):
-        if 'frozen_method' in store.keys():
-            self.method = spectral.METHODS[int(store['frozen_method'][()])]
-            self.frozen = True
-
     def call(self, inputs):
         self._check(inputs)
         is_list = isinstance(inputs, (list, tuple))
@@ -163,19 +172,7 @@ class SpectralPooling(SpectralResampling):
         return tuple(shape)
 
     def get_config(self):
-        return {
-            **super().get_config(),
-            'strides': self._initial_strides,
-            **({'frozen': True} if self.frozen else {}),  # Not an argument.
-        }
-
-    @classmethod
-    def from_config(cls, config):
-        config = dict(config)
-        frozen = config.pop('frozen', False)
-        layer = cls(**config)
-        layer.frozen = frozen
-        return layer
+        return {**super().get_config(), 'strides': self._initial_strides}
 
 
 @_register
@@ -458,12 +455,9 @@ class DiffStride(SpectralPooling):
         if self.ramp == 'straight_through':
             response[:kept] = 1.0
         else:
+            stride = self.stride_values[index]
             response[:kept] = spectral.diffstride_response(
-                size,
-                output_size,
-                self._clip(self.stride_values[index], size),
-                self.smoothness_factor,
-                self.ramp,
+                *self._ramp_arguments(size, output_size, stride)
             )
         return response
 
@@ -534,6 +528,16 @@ class DiffStride(SpectralPooling):
             self.upper_limit_stride,
         )
 
+    def _ramp_arguments(self, size, output_size, stride):
+        """The first arguments of the functions of the ramp in `spectral`."""
+        return (
+            size,
+            output_size,
+            self._clip(stride, size),
+            self.smoothness_factor,
+            self.ramp,
+        )
+
     def _output_size(self, size, stride):
         if not self.cropping:
             return size
@@ -559,13 +563,7 @@ class DiffStride(SpectralPooling):
         )
         if isinstance(output_size, int) and self.pinned_strides is not None:
             self._sizes_used.add((index, size))
-        about = (
-            size,
-            output_size,
-            self._clip(stride, size),
-            self.smoothness_factor,
-            self.ramp,
-        )
+        about = self._ramp_arguments(size, output_size, stride)
         frequencies = spectral.ramp_frequencies(*about)
         keeps_all = self.ramp == 'straight_through'
         return output_size, {
@@ -584,11 +582,7 @@ class DiffStride(SpectralPooling):
         response = None
         if self.ramp != 'straight_through':
             response = spectral.diffstride_response(
-                size,
-                output_size,
-                self._clip(stride, size),
-                self.smoothness_factor,
-                self.ramp,
+                *self._ramp_arguments(size, output_size, stride)
             )
         return output_size, {'response': response, 'varying': ()}
 

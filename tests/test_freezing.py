@@ -12,6 +12,7 @@ from keras import ops
 from diffstride import (
     DiffStride,
     FixedSpectralPooling,
+    SpectralResizing,
     complexity,
     freeze,
     regularizers,
@@ -241,6 +242,23 @@ def test_strides_are_not_looked_up_any_more():
         assert layer.stride_values == layer.frozen_strides
         layer.strides.assign([5.0, 5.0])
     np.testing.assert_array_equal(array(frozen(x)), before)
+
+
+def test_resizing_is_frozen_too(tmp_path):
+    """Its FFT could not be exported."""
+    inputs = keras.Input((12, 15, 2))
+    pooled = DiffStride(3.0, 2.0)(inputs)
+    resize = SpectralResizing(method='fft', name='resize')
+    model = keras.Model(inputs, resize([pooled, inputs]))
+    frozen = freeze(model)
+    x = np.random.default_rng(0).normal(size=(2, 12, 15, 2)).astype('float32')
+    np.testing.assert_allclose(array(frozen(x)), array(model(x)), atol=1e-5)
+    frozen.save(tmp_path / 'frozen.keras')
+    loaded = keras.models.load_model(tmp_path / 'frozen.keras')
+    for each in (frozen, loaded):
+        assert each.get_layer('resize').frozen
+        assert each.get_layer('resize').method == 'matmul'
+    assert resize.method == 'fft'
 
 
 def operations(function):

@@ -41,17 +41,24 @@ def locked(folder):
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not try_lock(descriptor):
             raise ValueError(
                 f'{folder} is in use by another training, which is still '
                 'running: wait for its end, or set train.workdir to another '
                 'folder'
-            ) from error
+            )
         yield
     finally:
         os.close(descriptor)
+
+
+def try_lock(file):
+    """Locks an open file if no other process has; returns whether it did."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

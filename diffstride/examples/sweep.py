@@ -183,11 +183,7 @@ class _Run:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / 'lock').open('w') as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock = None
-            yield lock
+            yield lock if checkpoints.try_lock(lock) else None
 
     def execute(self, lock):
         """Trains, in a process that holds the lock too; returns an error."""
