@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import warnings
 import zipfile
@@ -101,23 +102,42 @@ def to_json(content):
     return json.dumps(content, indent=2, default=float)
 
 
+def read(path):
+    """Returns the content of a file of JSON, or None if it is not whole."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
 def save(model, workdir, history, results):
     """Writes the checkpoints, the history and the results of an epoch.
 
-    The checkpoint comes last: what is written before it may be of one epoch
-    more, and is cut when the training is restored.
+    History and results come before the checkpoint: they may be of one epoch
+    more, and are cut when the training is restored. The best checkpoint comes
+    after it, so that it is never of an epoch that is cut; restoring makes up
+    for it.
     """
     last = workdir / 'last.keras'
-    accuracies = [row['val_accuracy'] for row in history]
     with unfinished(last) as temporary:
         model.save(temporary)
-        if accuracies[-1] == max(accuracies):
-            with unfinished(workdir / 'best.keras') as best:
-                shutil.copyfile(temporary, best)
-        write(workdir / 'history.json', to_json(history))
-        write(workdir / 'results.json', to_json(results))
+        write_results(workdir, history, results)
         if last.exists():
             os.replace(last, workdir / 'previous.keras')
+    _keep_if_best(last, history)
+
+
+def write_results(workdir, history, results):
+    """Writes the history and the results, without a checkpoint."""
+    write(workdir / 'history.json', to_json(history))
+    write(workdir / 'results.json', to_json(results))
+
+
+def _keep_if_best(path, history):
+    accuracies = [row['val_accuracy'] for row in history]
+    if accuracies[-1] == max(accuracies):
+        with unfinished(path.with_stem('best')) as best:
+            shutil.copyfile(path, best)
 
 
 def restore(model, workdir, steps_per_epoch):
@@ -140,12 +160,21 @@ def restore(model, workdir, steps_per_epoch):
     found = [path for path in (last, previous) if path.exists()]
     if not found:
         return []
+    rows = read(workdir / 'history.json')
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and {'epoch', 'val_accuracy'} <= row.keys()
+        for row in rows
+    ):
+        raise ValueError(
+            f'{workdir / "history.json"} is damaged or missing, without which '
+            f'{found[0].name} cannot be continued: set train.workdir to '
+            'another folder'
+        )
     errors = []
     model.optimizer.build(model.trainable_variables)
     for path in found:
         try:
             _load(model, path)
-            history = json.loads((workdir / 'history.json').read_text())
             break
         except Exception as error:
             errors.append(error)
@@ -156,8 +185,12 @@ def restore(model, workdir, steps_per_epoch):
             f'in {workdir / "config.gin"}. ({first_line(errors[0])})'
         ) from errors[0]
     steps = int(model.optimizer.iterations)
-    epochs, rest = divmod(steps, steps_per_epoch)
-    if rest or epochs > len(history):
+    history = [
+        row
+        for row in rows
+        if row.get('steps', row['epoch'] * steps_per_epoch) <= steps
+    ]
+    if not history or steps != len(history) * steps_per_epoch:
         raise ValueError(
             f'{path} ends at step {steps}, which is not an epoch of '
             f'{steps_per_epoch} steps: set batch_size and '
@@ -172,7 +205,8 @@ def restore(model, workdir, steps_per_epoch):
             f'{damaged.name}, and {path.name} is continued instead',
             flush=True,
         )
-    return history[:epochs]
+    _keep_if_best(path, history)
+    return history
 
 
 def _load(model, path):
@@ -184,6 +218,9 @@ def _load(model, path):
 
 
 def first_line(error):
-    """The first line of an error's message; gin and Keras append more."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """The first line of an error's message; gin and Keras add more."""
+    text = re.sub(r'\x1b\[\d*m', '', str(error))  # Colours.
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    while lines[1:] and lines[0].startswith('Exception encountered when'):
+        del lines[0]  # What Keras says where it was is not the cause.
     return lines[0] if lines else type(error).__name__

@@ -16,7 +16,11 @@ import functools
 import math
 import numbers
 import os
+import pathlib
+import socket
 import textwrap
+import urllib.parse
+import urllib.request
 from collections.abc import Callable
 
 import gin
@@ -68,7 +72,7 @@ class Datasets:
     test_examples: int
 
 
-@gin.configurable(module='data')
+@gin.configurable(module='data', denylist=['seed'])  # It is train.seed.
 def load_datasets(
     name='cifar10',
     data_dir=None,
@@ -113,8 +117,8 @@ def load_datasets(
         ValueError: an argument is wrong; or the dataset is unknown, cannot
             be prepared, or has no such split, no image or no class label.
     """
-    _check_arguments(
-        name=name, data_dir=data_dir, batch_size=batch_size,
+    check_arguments(
+        _RULES, name=name, data_dir=data_dir, batch_size=batch_size,
         mixup_alpha=mixup_alpha, flip=flip, crop_padding=crop_padding,
         normalization=normalization, image_size=image_size,
         train_split=train_split, test_split=test_split, seed=seed,
@@ -433,6 +437,9 @@ def _tfds_builder(name, data_dir):
         ) from error
     _feature_keys(builder)
     try:
+        if not builder.data_path.exists():
+            print(f'Preparing {name} in {builder.data_dir}', flush=True)
+            _check_network(builder)
         builder.download_and_prepare()
     # Each dataset fails in its own way without a network.
     except Exception as error:
@@ -443,6 +450,31 @@ def _tfds_builder(name, data_dir):
             'the network'
         ) from error
     return builder
+
+
+def _check_network(builder):
+    """Raises a ConnectionError if no host of the dataset can be found.
+
+    TFDS itself goes on trying for minutes. What was downloaded before needs no
+    network, and a proxy finds hosts itself.
+    """
+    downloads = pathlib.Path(builder.data_dir_root, 'downloads')
+    hosts = {
+        urllib.parse.urlsplit(url).hostname for url in builder.url_infos or ()
+    }
+    hosts.discard(None)
+    if urllib.request.getproxies() or (
+        downloads.exists() and any(downloads.iterdir())
+    ):
+        return
+    for host in hosts:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except OSError as error:
+            reason = f'{host}: {error.strerror}'
+    if hosts:
+        raise ConnectionError(reason)
 
 
 def _feature_keys(builder):
@@ -522,58 +554,72 @@ def _one_line(error):
     return textwrap.shorten(str(error), 400) or type(error).__name__
 
 
-def _is_int(value, least):
+def is_int(value, least, below=2**63):
+    """Whether it is an integer in [least, below), and no bool."""
     return (
         isinstance(value, numbers.Integral)
         and not isinstance(value, bool)
-        and least <= value < 2**63
+        and least <= value < below
     )
 
 
-def _check_arguments(**arguments):
-    """Raises a ValueError at the first argument that breaks its rule."""
-    rules = {
-        'name': (
-            lambda x: isinstance(x, str) and x,
-            "the name of a TFDS dataset, 'gratings' or the path of a folder",
-        ),
-        'data_dir': (
-            lambda x: x is None or isinstance(x, str | os.PathLike),
-            'a path or None',
-        ),
-        'batch_size': (lambda x: _is_int(x, 1), 'an int >= 1'),
-        'mixup_alpha': (
-            lambda x: (
-                isinstance(x, numbers.Real) and math.isfinite(x) and x >= 0
-            ),
-            'a finite number >= 0',
-        ),
-        'flip': (lambda x: isinstance(x, bool), 'True or False'),
-        'crop_padding': (lambda x: _is_int(x, 0), 'an int >= 0'),
-        'normalization': (
-            lambda x: x is None or x in ('dataset', 'unit'),
-            "'dataset', 'unit' or None",
-        ),
-        'image_size': (
-            lambda x: (
-                x is None
-                or (
-                    isinstance(x, list | tuple)
-                    and len(x) == 2
-                    and all(_is_int(size, 1) for size in x)
-                )
-            ),
-            '(height, width), two ints >= 1, or None',
-        ),
-        'train_split': (lambda x: isinstance(x, str) and x, 'a split name'),
-        'test_split': (lambda x: isinstance(x, str) and x, 'a split name'),
-        'seed': (lambda x: _is_int(x, 0), 'an int >= 0'),
-        'cache': (
-            lambda x: isinstance(x, bool) or x == 'auto',
-            "True, False or 'auto'",
-        ),
-    }
+def check_arguments(rules, prefix='', **arguments):
+    """Raises a ValueError at the first argument that breaks its rule.
+
+    Args:
+        rules: A dict from names to (whether a value holds, what it must be).
+        prefix: Of the names in the message.
+        **arguments: What is checked, in this order.
+    """
     for name, value in arguments.items():
         holds, rule = rules[name]
         if not holds(value):
-            raise ValueError(f'{name} must be {rule}. Received: {value!r}')
+            raise ValueError(
+                f'{prefix}{name} must be {rule}. Received: {value!r}'
+            )
+
+
+_RULES = {
+    'name': (
+        lambda x: isinstance(x, str) and x,
+        "the name of a TFDS dataset, 'gratings' or the path of a folder",
+    ),
+    'data_dir': (
+        lambda x: x is None or (isinstance(x, str | os.PathLike) and x != ''),
+        'a path or None',
+    ),
+    'batch_size': (lambda x: is_int(x, 1), 'an int >= 1'),
+    'mixup_alpha': (
+        lambda x: (
+            isinstance(x, numbers.Real)
+            and not isinstance(x, bool)
+            and math.isfinite(x)
+            and x >= 0
+        ),
+        'a finite number >= 0',
+    ),
+    'flip': (lambda x: isinstance(x, bool), 'True or False'),
+    'crop_padding': (lambda x: is_int(x, 0), 'an int >= 0'),
+    'normalization': (
+        lambda x: x is None or x in ('dataset', 'unit'),
+        "'dataset', 'unit' or None",
+    ),
+    'image_size': (
+        lambda x: (
+            x is None
+            or (
+                isinstance(x, list | tuple)
+                and len(x) == 2
+                and all(is_int(size, 1) for size in x)
+            )
+        ),
+        '(height, width), two ints >= 1, or None',
+    ),
+    'train_split': (lambda x: isinstance(x, str) and x, 'a split name'),
+    'test_split': (lambda x: isinstance(x, str) and x, 'a split name'),
+    'seed': (lambda x: is_int(x, 0), 'an int >= 0'),
+    'cache': (
+        lambda x: isinstance(x, bool) or x == 'auto',
+        "True, False or 'auto'",
+    ),
+}

@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import pathlib
 import sys
+import tokenize
 import traceback
 
 import gin
@@ -50,8 +51,9 @@ def main(argv, default_job=train.train):
     ]
     try:
         with train.setup_errors():
-            gin.parse_config_files_and_bindings(files, _BINDINGS.value)
-            job = run() or resnet.configured(default_job)
+            _parse(files, _BINDINGS.value)
+            job = run()
+            job = resnet.configured(default_job) if job is None else job
             if not callable(job):
                 raise ValueError(
                     'run.job must be a function, such as @train.compare. '
@@ -61,6 +63,36 @@ def main(argv, default_job=train.train):
             job()
     except (train.SetupError, checkpoints.WriteError) as error:
         sys.exit(f'error: {checkpoints.first_line(error)}')
+
+
+def _parse(files, bindings):
+    """Parses gin; errors name the file, or the binding, and its line."""
+    bindings = '\n'.join(bindings)
+    for name in files:
+        with _naming(name):
+            gin.parse_config_file(name)
+    with _naming('--gin_bindings', bindings):
+        gin.parse_config(bindings)
+    gin.finalize()
+
+
+@contextlib.contextmanager
+def _naming(source, text=''):
+    try:
+        yield
+    except SyntaxError as error:
+        lines = error.text or text.splitlines()[error.lineno - 1]
+        raise ValueError(
+            f'{error.filename or source}, line {error.lineno}: '
+            f'{checkpoints.first_line(error.msg)} Received: {lines.strip()}'
+        ) from error
+    except tokenize.TokenError as error:
+        raise ValueError(
+            f'{source}: {error.args[0]}. Received: {text.splitlines()[-1:]}'
+        ) from error
+    except Exception as error:
+        words = ' '.join(str(error).split()).removesuffix(' ^')
+        raise ValueError(f'{source}: {words}') from error
 
 
 @contextlib.contextmanager

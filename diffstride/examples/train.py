@@ -1,11 +1,13 @@
 """Training of an image classifier, set by gin and resumed after a kill."""
 
 import contextlib
+import errno
 import functools
-import json
 import os
 import pathlib
 import platform
+import re
+import tempfile
 import time
 
 import gin
@@ -87,9 +89,14 @@ def train(
     with contextlib.ExitStack() as stack:
         with setup_errors():
             workdir = checked_workdir(workdir)
-            _check_arguments(
-                num_epochs, steps_per_epoch, seed, jit_compile, deterministic
-            )
+            data.check_arguments(
+                _RULES, 'train.', load_data_fn=load_data_fn,
+                model_cls=model_cls, optimizer_cls=optimizer_cls,
+                loss_cls=loss_cls, num_epochs=num_epochs,
+                steps_per_epoch=steps_per_epoch, data_format=data_format,
+                dtype_policy=dtype_policy, jit_compile=jit_compile,
+                callbacks=callbacks, seed=seed, deterministic=deterministic,
+            )  # fmt: skip
             channels_first = _channels_first(data_format)
             distributed = _distributed(distribution)
             keras.utils.clear_session()  # Names of layers are keys of the logs.
@@ -97,21 +104,27 @@ def train(
             if deterministic:
                 _make_deterministic()
             keras.config.set_dtype_policy(dtype_policy)
-            datasets = resnet.configured(load_data_fn, 'load_data_fn')(
-                seed=seed
+            datasets = _returned(
+                'load_data_fn', load_data_fn, data.Datasets, seed=seed
             )
+            callbacks = [_made(callback) for callback in callbacks]
             with distributed:
-                model = resnet.configured(model_cls, 'model_cls')(
+                optimizer = _returned(
+                    'optimizer_cls', optimizer_cls, keras.optimizers.Optimizer
+                )
+                loss = _returned('loss_cls', loss_cls, keras.losses.Loss)
+                model = _returned(
+                    'model_cls',
+                    model_cls,
+                    keras.Model,
                     num_output_classes=datasets.num_classes,
                     channels_first=channels_first,
                 )
                 model.build((None, *datasets.image_shape))
-                loss = resnet.configured(loss_cls, 'loss_cls')()
                 _check_outputs(model, loss, datasets)
                 if jit_compile is True:
                     for layer in pooling.diffstride_layers(model):
                         layer.pin()
-                optimizer = resnet.configured(optimizer_cls, 'optimizer_cls')()
                 _exclude_strides_from_weight_decay(optimizer, model)
                 model.compile(
                     optimizer=optimizer,
@@ -120,14 +133,11 @@ def train(
                     jit_compile=jit_compile,
                 )
             steps_per_epoch = steps_per_epoch or datasets.steps_per_epoch
-            if not isinstance(callbacks, (list, tuple)):
-                raise ValueError(
-                    f'train.callbacks must be a list. Received: {callbacks!r}'
-                )
-            callbacks = [_made(callback) for callback in callbacks]
             _make(workdir)
             stack.enter_context(checkpoints.locked(workdir))
             history = checkpoints.restore(model, workdir, steps_per_epoch)
+            _make(workdir / 'logs')
+        results_path = workdir / 'results.json'
         if len(history) < num_epochs:
             checkpoints.write(
                 workdir / 'config.gin', gin.operative_config_str()
@@ -155,7 +165,11 @@ def train(
                     RepinStrides(),  # After what saves what was validated.
                 ],
             )
-    return json.loads((workdir / 'results.json').read_text())
+        elif not _are_of(checkpoints.read(results_path), history):
+            checkpoints.write_results(
+                workdir, history, _results(model, history, seed)
+            )
+    return checkpoints.read(results_path)
 
 
 @gin.configurable(module='train')
@@ -219,46 +233,56 @@ class _Recorder(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         seconds = time.monotonic() - self.start
-        self.history.append({'epoch': epoch + 1, **logs, 'seconds': seconds})
-        checkpoints.save(
-            self.model, self.workdir, self.history, self._results()
+        steps = int(self.model.optimizer.iterations)
+        self.history.append(
+            {'epoch': epoch + 1, 'steps': steps, **logs, 'seconds': seconds}
         )
         layers = pooling.diffstride_layers(self.model)
         initial = {x.name: x.get_config()['strides'] for x in layers}
         _plot_strides(initial, self.history, self.workdir / 'strides.png')
+        checkpoints.save(
+            self.model,
+            self.workdir,
+            self.history,
+            _results(self.model, self.history, self.seed),
+        )
 
-    def _results(self):
-        last = self.history[-1]
-        return {
-            'test_accuracy': last['val_accuracy'],
-            'best_test_accuracy': max(
-                row['val_accuracy'] for row in self.history
-            ),
-            'epochs': len(self.history),
-            'steps': int(self.model.optimizer.iterations),
-            'seconds': sum(row['seconds'] for row in self.history),
-            'seed': self.seed,
-            'macs': last.get('macs'),
-            'layers': {
-                layer.name: {
-                    'initial_strides': layer.get_config()['strides'],
-                    'strides': layer.stride_values,
-                    'sizes': [
-                        value
-                        for key, value in last.items()
-                        if key.startswith(f'size/{layer.name}/')
-                    ],
-                }
-                for layer in pooling.diffstride_layers(self.model)
-            },
-            'versions': {
-                'diffstride': diffstride.__version__,
-                'keras': keras.__version__,
-                'backend': keras.backend.backend(),
-                'tensorflow': tf.__version__,
-                'python': platform.python_version(),
-            },
-        }
+
+def _are_of(results, history):
+    """Whether these results are whole, and not of an epoch that was cut."""
+    return isinstance(results, dict) and results.get('epochs') == len(history)
+
+
+def _results(model, history, seed):
+    last = history[-1]
+    return {
+        'test_accuracy': last['val_accuracy'],
+        'best_test_accuracy': max(row['val_accuracy'] for row in history),
+        'epochs': len(history),
+        'steps': int(model.optimizer.iterations),
+        'seconds': sum(row['seconds'] for row in history),
+        'seed': seed,
+        'macs': last.get('macs'),
+        'layers': {
+            layer.name: {
+                'initial_strides': layer.get_config()['strides'],
+                'strides': layer.stride_values,
+                'sizes': [
+                    value
+                    for key, value in last.items()
+                    if key.startswith(f'size/{layer.name}/')
+                ],
+            }
+            for layer in pooling.diffstride_layers(model)
+        },
+        'versions': {
+            'diffstride': diffstride.__version__,
+            'keras': keras.__version__,
+            'backend': keras.backend.backend(),
+            'tensorflow': tf.__version__,
+            'python': platform.python_version(),
+        },
+    }
 
 
 def _make_deterministic():
@@ -276,6 +300,17 @@ def _exclude_strides_from_weight_decay(optimizer, model):
             strides,  # And what it excludes already:
             getattr(optimizer, '_exclude_from_weight_decay_names', None),
         )
+
+
+def _returned(name, function, kind, **kwargs):
+    """What an argument of `train` returns, which must be of this kind."""
+    made = resnet.configured(function)(**kwargs)
+    if not isinstance(made, kind):
+        raise ValueError(
+            f'train.{name} must return an instance of {kind.__name__}. '
+            f'Received: {made!r}'
+        )
+    return made
 
 
 def _made(callback):
@@ -304,63 +339,84 @@ def _plot_strides(initial, history, path):
 
 def checked_workdir(workdir):
     """Returns the path of a folder that is or can be made and written."""
-    if not workdir or not isinstance(workdir, (str, os.PathLike)):
+    is_path = isinstance(workdir, (str, os.PathLike))
+    if not is_path or workdir == '' or '\0' in str(workdir):
         raise ValueError(
             'workdir must be a folder, set as in '
             '--gin_bindings="train.workdir = \'/tmp/run\'". '
             f'Received: {workdir!r}'
         )
-    path = pathlib.Path(workdir).expanduser()
-    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(
-            f'workdir must be a folder that can be written. Received: {workdir}'
-        )
+    with _refusals_of(workdir):
+        path = pathlib.Path(workdir).expanduser()
+        parents = (path, *path.absolute().parents)
+        existing = next(p for p in parents if p.exists())
+        if not existing.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f'{existing} is a file')
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     return path
 
 
-def _make(workdir):
+@contextlib.contextmanager
+def _refusals_of(workdir):
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+        yield
+    except (OSError, RuntimeError) as error:  # No home is a RuntimeError.
         raise ValueError(
-            f'workdir must be a folder that can be made. Received: {workdir} '
-            f'({error.strerror})'
+            'workdir must be a folder that can be made and written. Received: '
+            f'{str(workdir)!r} ({getattr(error, "strerror", error)})'
         ) from error
 
 
-def _check_arguments(
-    num_epochs, steps_per_epoch, seed, jit_compile, deterministic
-):
-    for name, value, allowed in (
-        ('jit_compile', jit_compile, (True, False, 'auto')),
-        ('deterministic', deterministic, (True, False)),
-    ):
-        if value not in allowed:
-            raise ValueError(
-                f'train.{name} must be one of {allowed}. Received: {value!r}'
-            )
-    for name, value, least in (
-        ('num_epochs', num_epochs, 1),
-        ('steps_per_epoch', steps_per_epoch or 1, 1),
-        ('seed', seed, 0),
-    ):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(
-                f'train.{name} must be an integer of at least {least}. '
-                f'Received: {value!r}'
-            )
+def _make(folder):
+    with _refusals_of(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+def _is_policy_of_floats(name):
+    try:
+        policy = keras.dtype_policies.get(name)
+    except (TypeError, ValueError):
+        return False
+    return keras.backend.is_float_dtype(policy.compute_dtype) and not getattr(
+        policy, 'quantization_mode', None
+    )
+
+
+_FUNCTION = callable, 'a class or another callable'
+_RULES = {
+    'load_data_fn': _FUNCTION,
+    'model_cls': _FUNCTION,
+    'optimizer_cls': _FUNCTION,
+    'loss_cls': _FUNCTION,
+    'num_epochs': (lambda x: data.is_int(x, 1, 2**31), 'an integer >= 1'),
+    'steps_per_epoch': (
+        lambda x: x is None or data.is_int(x, 1, 2**31),
+        'an integer >= 1 or None',
+    ),
+    'data_format': (
+        lambda x: x in ('channels_first', 'channels_last', 'auto'),
+        "'channels_first', 'channels_last' or 'auto'",
+    ),
+    'dtype_policy': (
+        lambda x: x and _is_policy_of_floats(x),
+        "the name of a policy of floats, such as 'mixed_bfloat16'",
+    ),
+    'jit_compile': (
+        lambda x: isinstance(x, bool) or x == 'auto',
+        "True, False or 'auto'",
+    ),
+    'callbacks': (lambda x: isinstance(x, (list, tuple)), 'a list'),
+    'seed': (lambda x: data.is_int(x, 0, 2**32), 'an integer in [0, 2**32)'),
+    'deterministic': (lambda x: isinstance(x, bool), 'True or False'),
+}
 
 
 def _channels_first(data_format):
     if data_format == 'auto':
         # XLA chooses layouts itself.
         return keras.backend.backend() != 'jax' and bool(_gpus())
-    if data_format not in ('channels_first', 'channels_last'):
-        raise ValueError(
-            "train.data_format must be 'channels_first', 'channels_last' or "
-            f"'auto'. Received: {data_format!r}"
-        )
     return data_format == 'channels_first'
 
 
@@ -426,6 +482,19 @@ def _check_outputs(model, loss, datasets):
             "resnet.Resnet.output_activation = 'softmax', or from_logits of "
             'the loss'
         )
+    labels = np.eye(datasets.num_classes, dtype='float32')[[0, 0]]
+    try:
+        value = float(keras.ops.convert_to_numpy(loss(labels, outputs)))
+    except Exception as error:
+        raise ValueError(
+            'train.loss_cls must return a loss of one-hot labels. Received: '
+            f'{type(loss).__name__} ({checkpoints.first_line(error)})'
+        ) from error
+    if not np.isfinite(value):
+        raise ValueError(
+            'The loss must be finite before training. Received: '
+            f'{type(loss).__name__} of {value}'
+        )
 
 
 @contextlib.contextmanager
@@ -435,4 +504,11 @@ def setup_errors():
         yield
     except Exception as error:
         logging.debug('Set up', exc_info=True)  # With --verbosity=1.
-        raise SetupError(checkpoints.first_line(error)) from error
+        raise SetupError(_with_origin(error)) from error
+
+
+def _with_origin(error):
+    """The first line of an error, and what gin says raised it."""
+    line = checkpoints.first_line(error)
+    origins = re.findall(r"In call to configurable '(\w+)'", str(error))
+    return f'{line} (in {origins[0]})' if origins else line
