@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from absl import app, flags
+from absl import flags
 from PIL import Image
 
 from diffstride import complexity, pooling, resnet
@@ -109,11 +109,7 @@ def test_a_run_leaves_all_its_outputs(run):
     for layer in results['layers'].values():
         assert len(layer['strides']) == len(layer['sizes']) == 2
     assert results['versions']['keras'] == keras.__version__
-    assert (
-        'data.load_datasets.mixup_alpha = 0.2'
-        in re.sub(r'load_datasets\.', 'data.load_datasets.', '')
-        or 'mixup_alpha = 0.2' in (workdir / 'config.gin').read_text()
-    )
+    assert 'mixup_alpha = 0.2' in (workdir / 'config.gin').read_text()
 
 
 def test_the_last_checkpoint_gives_the_reported_strides(run):
@@ -291,58 +287,6 @@ def test_compare_trains_the_three_poolings(run, tmp_path, capsys):
         assert (tmp_path / 'three' / name / 'results.json').exists()
 
 
-@pytest.mark.parametrize(
-    'bindings, message',
-    [
-        (['nonsense.parameter = 1'], "No configurable matching 'nonsense'"),
-        (['resnet.Resnet.nonsense = 1'], 'nonsense'),
-        (['train.num_epochs = '], 'Unable to parse'),
-        (["data.load_datasets.name = 'cifar11'"], 'cifar11'),
-        (['data.load_datasets.batch_size = 0'], 'batch_size'),
-        (["data.load_datasets.mixup_alpha = 'much'"], 'mixup_alpha'),
-        (["resnet.Resnet.strides = '1, 3, 2'"], '`strides` must be as many'),
-        (["resnet.Resnet.strides = '1, 0'"], '`strides` must be'),
-        (['resnet.Resnet.output_activation = None'], 'output_activation'),
-        (['pooling.DiffStride.smoothness_factor = 0'], '`smoothness_factor`'),
-        (['train.num_epochs = 0'], 'train.num_epochs must be'),
-        (['train.callbacks = [1]'], 'train.callbacks must be Keras callbacks'),
-        (['train.callbacks = 1'], 'train.callbacks must be a list'),
-        (['train.num_epochs = 1.5'], 'train.num_epochs must be'),
-        (['train.steps_per_epoch = -1'], 'train.steps_per_epoch must be'),
-        (["train.data_format = 'NHWC'"], 'train.data_format must be'),
-        (["train.distribution = 'all'"], 'train.distribution must be'),
-        (["train.distribution = 'data_parallel'"], 'on tensorflow'),
-        (["train.dtype_policy = 'float31'"], 'float31'),
-        (['train.seed = -1'], 'train.seed must be'),
-    ],
-)
-def test_what_is_wrong_ends_it_with_one_line(
-    run, tmp_path, capsys, bindings, message
-):
-    workdir = tmp_path / 'run'
-    with pytest.raises(SystemExit) as stop:
-        run(*bindings)
-    assert stop.value.code.startswith('error: ')
-    assert message in stop.value.code
-    assert '\n' not in stop.value.code
-    assert not workdir.exists()
-    assert 'Epoch' not in capsys.readouterr().out
-
-
-def test_a_missing_gin_file_ends_it_with_one_line(run):
-    with pytest.raises(SystemExit, match=r'error: .*nowhere\.gin'):
-        run(gin_config='nowhere.gin')
-
-
-def test_a_workdir_that_is_a_file_is_left_alone(run, tmp_path):
-    (tmp_path / 'file').write_text('mine')
-    with pytest.raises(SystemExit, match='workdir must be a folder'):
-        run(workdir='file')
-    with pytest.raises(SystemExit, match='workdir must be a folder'):
-        run(workdir='file/below')
-    assert (tmp_path / 'file').read_text() == 'mine'
-
-
 def test_a_workdir_of_another_model_is_left_alone(run):
     workdir = run('train.num_epochs = 1')
     before = {p: p.read_bytes() for p in workdir.rglob('*') if p.is_file()}
@@ -360,11 +304,6 @@ def test_a_damaged_checkpoint_is_named_and_left_alone(run):
     with pytest.raises(SystemExit, match=r'last\.keras cannot be continued'):
         run()
     assert len(checkpoint.read_bytes()) == 1000
-
-
-def test_unknown_arguments_are_refused():
-    with pytest.raises(app.UsageError, match='surplus'):
-        main.main(['main', 'surplus'])
 
 
 def test_two_replicas_train_as_one_device_does():
@@ -475,22 +414,6 @@ def test_the_documented_command_works_from_any_folder(images, tmp_path):
     assert 'label_smoothing = 0.2' in config
     results = read(tmp_path / 'exp/resnet18/results.json')
     assert results['steps'] == 2
-
-
-def test_an_error_ends_the_command_with_code_1(tmp_path):
-    done = subprocess.run(
-        [
-            *(sys.executable, '-m', 'diffstride.examples.main'),
-            '--gin_config=cifar10.gin',
-        ],
-        cwd=tmp_path,
-        env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert 'error: ' in done.stderr.splitlines()[-1]
-    assert 'workdir' in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
