@@ -446,6 +446,8 @@ def test_a_damaged_image_is_named(
 @pytest.mark.parametrize('proxy', [False, True])
 def test_no_network_is_told_at_once(error_of, tmp_path, monkeypatch, proxy):
     """TFDS tries for minutes; no host is asked for where a proxy is."""
+    (tmp_path / 'downloads' / 'mnist').mkdir(parents=True)
+    (tmp_path / 'downloads' / 'mnist' / 'archive.INFO').write_text('{}')
     asked = []
 
     def unknown(host, *unused):
@@ -480,8 +482,9 @@ def test_no_network_is_told_at_once(error_of, tmp_path, monkeypatch, proxy):
 def test_what_was_downloaded_before_needs_no_network(
     error_of, tmp_path, monkeypatch
 ):
-    (tmp_path / 'downloads').mkdir()
-    (tmp_path / 'downloads' / 'archive').write_bytes(b'')
+    folder = tmp_path / 'downloads' / 'cifar10'
+    folder.mkdir(parents=True)
+    (folder / 'archive.tar.gz.INFO').write_text('{}')
 
     def prepare(self, **unused):
         raise ValueError('it came to this')

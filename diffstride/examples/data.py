@@ -455,16 +455,19 @@ def _tfds_builder(name, data_dir):
 def _check_network(builder):
     """Raises a ConnectionError if no host of the dataset can be found.
 
-    TFDS itself goes on trying for minutes. What was downloaded before needs no
-    network, and a proxy finds hosts itself.
+    TFDS itself goes on trying for minutes. What was downloaded before, which
+    has an INFO beside it, needs no network, and a proxy finds hosts itself.
     """
     downloads = pathlib.Path(builder.data_dir_root, 'downloads')
     hosts = {
         urllib.parse.urlsplit(url).hostname for url in builder.url_infos or ()
     }
     hosts.discard(None)
-    if urllib.request.getproxies() or (
-        downloads.exists() and any(downloads.iterdir())
+    if (
+        builder.MANUAL_DOWNLOAD_INSTRUCTIONS
+        or urllib.request.getproxies()
+        or any(downloads.glob('*.INFO'))
+        or any(downloads.glob(f'{builder.name}/*.INFO'))
     ):
         return
     for host in hosts:
