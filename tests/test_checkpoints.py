@@ -1,13 +1,20 @@
 """Trainings that are killed, damaged, doubled or out of disk."""
 
+import functools
+import itertools
 import json
+import os
+import pathlib
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import time
 import zipfile
 
+import keras
+import numpy as np
 import pytest
 from test_train import SMALL, images, read, run  # noqa: F401
 
@@ -225,3 +232,211 @@ def check_files(workdir):
     for path in workdir.glob('*.json'):
         if not path.name.startswith('unfinished'):
             json.loads(path.read_text())
+
+
+# A kill at every single operation on files, without any training.
+
+STEPS = 5
+
+
+class Killed(BaseException):
+    """Which nothing catches, as nothing does SIGKILL."""
+
+
+class Killer:
+    """Ends all operations on files from the n-th on, or half-way in it."""
+
+    def __init__(self, monkeypatch):
+        self.count = self.fatal = 0
+        self.halfway = False
+        for owner, name in (
+            (os, 'replace'),
+            (os, 'fsync'),
+            (os, 'link'),
+            (os, 'unlink'),
+            (shutil, 'copyfile'),
+            (pathlib.Path, 'write_text'),
+            (pathlib.Path, 'unlink'),
+            (keras.Model, 'save'),
+        ):
+            monkeypatch.setattr(owner, name, self.guard(getattr(owner, name)))
+
+    def guard(self, function):
+        @functools.wraps(function)
+        def guarded(*args, **kwargs):
+            self.count += 1
+            if self.fatal and self.count >= self.fatal:
+                if self.halfway and self.count == self.fatal:
+                    self.write_half(function.__name__, args, function, kwargs)
+                raise Killed
+            return function(*args, **kwargs)
+
+        return guarded
+
+    def write_half(self, name, args, function, kwargs):
+        target = {'write_text': 0, 'save': 1, 'copyfile': 1}.get(name)
+        if target is None:
+            function(*args, **kwargs)  # Killed just after it.
+        else:
+            with open(args[target], 'wb') as file:
+                file.write(b'PK half')
+
+
+@functools.cache
+def only_model():
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile(keras.optimizers.SGD(momentum=0.9), 'mse')
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+def model_after(epoch):
+    """The model after some epochs, which its weights tell."""
+    model = only_model()
+    model.set_weights([np.full((1, 1), epoch), np.full(1, epoch)])
+    model.optimizer.iterations.assign(epoch * STEPS)
+    return model
+
+
+def epoch_of(model):
+    return int(model.get_weights()[0][0, 0])
+
+
+def save(workdir, history, accuracies):
+    epoch = len(history) + 1
+    row = {'epoch': epoch, 'steps': epoch * STEPS}
+    history.append({**row, 'val_accuracy': accuracies[epoch - 1]})
+    checkpoints.save(model_after(epoch), workdir, history, {'epochs': epoch})
+
+
+@pytest.mark.parametrize('epoch', [1, 2, 3])
+@pytest.mark.parametrize('halfway', [False, True])
+@pytest.mark.parametrize('accuracies', [(1, 2, 3), (3, 2, 1)], ids=str)
+def test_a_kill_at_any_operation_loses_no_finished_epoch(
+    tmp_path, monkeypatch, epoch, halfway, accuracies
+):
+    """The epoch that is repeated is worse the second time, as it may be."""
+    killer = Killer(monkeypatch)
+    for fatal in itertools.count(1):
+        workdir = tmp_path / str(fatal)
+        workdir.mkdir()
+        history = []
+        killer.fatal, killer.halfway = 0, halfway
+        while len(history) < epoch - 1:
+            save(workdir, history, accuracies)
+        killer.count, killer.fatal = 0, fatal
+        try:
+            save(workdir, history, accuracies)
+            killed = False
+        except Killed:
+            killed = True
+        killer.fatal = 0
+        check_files(workdir)
+
+        model = model_after(0)
+        history = checkpoints.restore(model, workdir, STEPS)
+        assert len(history) in (epoch - 1, epoch)
+        assert len(history) == epoch_of(model)
+        assert model.optimizer.iterations == len(history) * STEPS
+        assert [row['epoch'] for row in history] == [
+            *range(1, len(history) + 1)
+        ]
+        check_best(workdir, history)
+        repeated = [accuracy - 1.5 for accuracy in accuracies]
+        repeated[: len(history)] = accuracies[: len(history)]
+        while len(history) < 3:
+            save(workdir, history, repeated)
+        check_best(workdir, history)
+        check_files(workdir)
+        assert read(workdir / 'history.json') == history
+        assert read(workdir / 'results.json') == {'epochs': 3}
+        saved = {path.stem: epoch_in(path) for path in workdir.glob('*.keras')}
+        assert saved.keys() == {'best', 'last', 'previous'}
+        assert (saved['last'], saved['previous']) == (3, 2)
+        assert not list(workdir.glob('unfinished*'))
+        if not killed:
+            break
+    assert fatal >= 8
+
+
+def epoch_in(path):
+    model = model_after(0)
+    model.load_weights(path)
+    return epoch_of(model)
+
+
+def check_best(workdir, history):
+    """The best checkpoint is of an epoch that is in the history."""
+    path = workdir / 'best.keras'
+    if not history:
+        assert not path.exists()
+        return
+    best = max(history, key=lambda row: row['val_accuracy'])
+    assert epoch_in(path) == best['epoch']
+
+
+@pytest.mark.parametrize(
+    'content', [None, '', '[{"epoch": 1', 'null', '3', '{}', '[3]', '[{}]']
+)
+def test_a_damaged_history_is_named_and_all_left_alone(tmp_path, content):
+    save(tmp_path, [], (1,))
+    path = tmp_path / 'history.json'
+    path.unlink() if content is None else path.write_text(content)
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match=r'history\.json is damaged or miss'):
+        checkpoints.restore(model_after(0), tmp_path, STEPS)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize('steps', [1, STEPS - 1, 2 * STEPS, 3 * STEPS])
+def test_epochs_of_another_length_are_not_continued(tmp_path, steps):
+    """Not even where they end at a step at which an epoch ended before."""
+    history = []
+    for _ in range(2):
+        save(tmp_path, history, (1, 2))
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match='ends at step 10, which is not an'):
+        checkpoints.restore(model_after(0), tmp_path, steps)
+    assert files(tmp_path) == before
+
+
+def test_a_history_without_steps_is_continued(tmp_path):
+    """As it was written before rows had steps."""
+    history = []
+    for _ in range(2):
+        save(tmp_path, history, (1, 2))
+    rows = [{k: v for k, v in row.items() if k != 'steps'} for row in history]
+    extra = {'epoch': 3, 'val_accuracy': 0}  # Of no checkpoint.
+    checkpoints.write(
+        tmp_path / 'history.json', checkpoints.to_json([*rows, extra])
+    )
+    assert checkpoints.restore(model_after(0), tmp_path, STEPS) == rows
+
+
+def test_results_that_are_lost_are_made_again(run):  # noqa: F811
+    workdir = run()
+    path = workdir / 'results.json'
+    before = path.read_text()
+    for content in '{"epochs": 2, "ste', '[]', None:
+        path.unlink() if content is None else path.write_text(content)
+        run()
+        assert path.read_text() == before
+
+
+def test_results_of_an_epoch_that_was_cut_are_cut_too(run):  # noqa: F811
+    """As a kill leaves them before the checkpoint, if no epoch follows."""
+    workdir = run()
+    before = [
+        (workdir / name).read_text()
+        for name in ('history.json', 'results.json')
+    ]
+    history, results = map(json.loads, before)
+    row = {**history[-1], 'epoch': 3, 'steps': history[-1]['steps'] * 3 // 2}
+    checkpoints.write_results(
+        workdir, [*history, row], {**results, 'epochs': 3}
+    )
+    run()
+    assert before == [
+        (workdir / name).read_text()
+        for name in ('history.json', 'results.json')
+    ]
