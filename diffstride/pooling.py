@@ -476,6 +476,62 @@ class DiffStride(SpectralPooling):
             mask = mask[..., None] * self.response(size, index)[frequencies]
         return mask
 
+    def least_strides(self, sizes, output_sizes):
+        """The least strides whose output sizes are at most these.
+
+        Or, where no stride is large enough, the largest that has an effect.
+
+        Args:
+            sizes: N of each spatial axis of the input.
+            output_sizes: M of each spatial axis.
+
+        Returns:
+            A list of numbers, one for each value of `strides`.
+        """
+
+        def least(size, output_size):
+            too_low, enough = 1.0, float(size)
+            if self._output_size(size, too_low) <= output_size:
+                return too_low
+            for _ in range(40):
+                middle = (too_low + enough) / 2
+                if self._output_size(size, middle) <= output_size:
+                    enough = middle
+                else:
+                    too_low = middle
+            # Not the very stride at which the size jumps.
+            return enough * (1 + 2**-14)
+
+        strides = [least(*pair) for pair in zip(sizes, output_sizes)]
+        return [max(strides)] if self.shared_stride else strides
+
+    def larger_sizes(self, sizes):
+        """The output sizes after a step of one stride down, for each that can.
+
+        Args:
+            sizes: N of each spatial axis of the input.
+
+        Returns:
+            A list of tuples, M of each spatial axis.
+        """
+
+        def at(strides):
+            return tuple(
+                self._output_size(size, stride)
+                for size, stride in zip(sizes, self._per_axis(strides))
+            )
+
+        strides = self.stride_values[: 1 if self.shared_stride else None]
+        now = at(strides)
+        least = self.least_strides(sizes, now)
+        found = []
+        for index in range(len(strides)):
+            lowered = list(strides)
+            lowered[index] = least[index] * (1 - 2**-12)
+            if at(lowered) != now:
+                found.append(at(lowered))
+        return found
+
     def settle(self):
         """Ends the learning of the strides: they and all sizes stay.
 

@@ -16,6 +16,7 @@ from keras import ops
 from diffstride import backend, spectral, validation
 from diffstride.complexity import measure
 from diffstride.pooling import (
+    DiffStride,
     SpectralPooling,
     SpectralResampling,
     diffstride_layers,
@@ -206,15 +207,17 @@ class MacsCost(_Weighted):
                 'known',
                 input_shape=self.input_shape,
             )
-        return differentiable_macs(model, shape)
+        return DifferentiableMacs(model, shape)
 
     def meet_budget(self, model):
-        """Scales learned strides to the least that are within the budget.
+        """Sets learned strides to use up the budget, near what was learned.
 
-        By one factor, from 1/16 to 16, as far as that goes; then a stride
-        whose next output size would exceed the budget stays, and the others go
-        on. Limits of strides hold all the same. If there are none within the
-        budget the strides stay as they are.
+        All are scaled by one factor, from 1/16 to 16, to the least within the
+        budget. Then single maps grow by a step, those after them keeping their
+        sizes, as long as one can: each time the one that grows by the least
+        factor. The strides are the least that give these sizes. Limits of
+        strides hold all the same. If no strides are within the budget they stay
+        as they are.
 
         Args:
             model: A model with DiffStride layers.
@@ -223,102 +226,114 @@ class MacsCost(_Weighted):
             Whether the MACs are now within the budget.
         """
         macs = self._macs(model)
-        variables = [
-            layer.strides
-            for layer in diffstride_layers(model)
-            if layer.trainable
-        ]
-        before = [ops.convert_to_numpy(variable) for variable in variables]
-        ends = np.cumsum([len(values) for values in before])[:-1]
+        layers = [x for x in diffstride_layers(model) if x.trainable]
+        learned = [ops.convert_to_numpy(layer.strides) for layer in layers]
 
-        def is_within(factors):
-            for variable, values, factor in zip(
-                variables, before, np.split(factors, ends)
-            ):
-                scaled = (values * factor).astype('float32')
-                variable.assign(variable.constraint(scaled))
+        def is_within():
             return float(ops.convert_to_numpy(macs())) <= self.budget
 
-        most = 16.0
-        factors = np.full(sum(map(len, before)), most)
-        free = np.ones(len(factors), bool)
-        if not is_within(factors):
-            is_within(np.ones(len(factors)))
+        def scale(factor):
+            for layer, strides in zip(layers, learned):
+                _assign(layer, factor * strides)
+            return is_within()
+
+        least, most = 1 / 16, 16.0
+        if not scale(most):
+            scale(1.0)
             return False
-        while free.any():
-            least = 1 / 16
-            if is_within(np.where(free, least, factors)):
-                return True
-            for _ in range(30):
-                middle = math.sqrt(least * most)
-                if is_within(np.where(free, middle, factors)):
-                    most = middle
-                else:
-                    least = middle
-            # Not at the very stride at which a size jumps.
-            most *= 1 + 2**-14
-            factors[free] = most
-            lowered = factors.copy()
-            for index in np.flatnonzero(free):
-                lowered[index] = least
-                if not is_within(lowered):
-                    lowered[index] = most
-                    free[index] = False
-        return is_within(factors)
+        if scale(least):
+            return True
+        for _ in range(30):
+            middle = math.sqrt(least * most)
+            if scale(middle):
+                most = middle
+            else:
+                least = middle
+        scale(most)
+        sizes = macs.output_sizes()
+        is_growing = True
+        while is_growing:
+            is_growing = False
+            for larger in macs.larger_sizes(sizes):
+                macs.assign_sizes(larger)
+                if is_within():
+                    sizes, is_growing = larger, True
+                    break
+        macs.assign_sizes(sizes)
+        return is_within()
 
 
-def differentiable_macs(model, input_shape):
-    """Returns MACs for one image as a function of the strides' present values.
+def _assign(layer, strides):
+    strides = np.array(strides, 'float32')
+    layer.strides.assign(layer.strides.constraint(strides))
 
-    See `MacsCost` for what it counts and for its gradient.
+
+class DifferentiableMacs:
+    """MACs for one image, as a function of the strides' present values.
+
+    Called without arguments it returns a float32 scalar. See `MacsCost` for
+    what it counts and for its gradient.
 
     Args:
         model: A model with DiffStride layers; it is built if it is not yet.
         input_shape: [height, width, channels] of the image.
 
-    Returns:
-        A function without arguments that returns a float32 scalar.
-
     Raises:
         ValueError: As `MacsCost.of`.
     """
-    rows, calls = measure(model, input_shape)
-    stages, constant = [], 0
-    for layer, row in rows.items():
-        if not row.calls:
-            continue
-        is_pooling = isinstance(layer, SpectralPooling)
-        validation.require(
-            is_pooling or not isinstance(layer, SpectralResampling),
-            'A network that resizes its maps has no MACs with a gradient',
-            layer=row.name,
-        )
-        # What follows the last map, such as a classifier, has no size.
-        is_on_maps = all(
-            stages and len(shape) == stages[0].layer.rank + 2
-            for shape in calls[layer][0].outputs
-        )
-        validation.require(
-            row.macs is not None
-            and (
-                row.calls == 1 or not (is_pooling or (is_on_maps and row.macs))
-            ),
-            'A layer of maps must be called once and have known MACs for these '
-            'to have a gradient',
-            layer=row.name,
-            calls=row.calls,
-            macs=row.macs,
-        )
-        if is_pooling:
-            stages.append(_Stage(layer, *calls[layer]))
-        elif is_on_maps:
-            stages[-1].macs += row.macs
-        else:
-            constant += row.macs
 
-    def macs():
-        total, sizes, then = _float(constant), None, None
-        for stage in stages:
+    def __init__(self, model, input_shape):
+        rows, calls = measure(model, input_shape)
+        self._stages, self._constant = [], 0
+        for layer, row in rows.items():
+            if not row.calls:
+                continue
+            is_pooling = isinstance(layer, SpectralPooling)
+            validation.require(
+                is_pooling or not isinstance(layer, SpectralResampling),
+                'A network that resizes its maps has no MACs with a gradient',
+                layer=row.name,
+            )
+            # What follows the last map, such as a classifier, has no size.
+            is_on_maps = all(
+                self._stages and len(shape) == self._stages[0].layer.rank + 2
+                for shape in calls[layer][0].outputs
+            )
+            validation.require(
+                row.macs is not None
+                and (
+                    row.calls == 1
+                    or not (is_pooling or (is_on_maps and row.macs))
+                ),
+                'A layer of maps must be called once and have known MACs for '
+                'these to have a gradient',
+                layer=row.name,
+                calls=row.calls,
+                macs=row.macs,
+            )
+            if is_pooling:
+                self._stages.append(_Stage(layer, *calls[layer]))
+            elif is_on_maps:
+                self._stages[-1].macs += row.macs
+            else:
+                self._constant += row.macs
+
+    def __call__(self):
+        total = _float(self._constant)
+        for stage, before, sizes in self._walk():
+            total += stage.pooling_macs(before, sizes)
+            total += stage.macs * math.prod(
+                size / then for size, then in zip(sizes, stage.after)
+            )
+        return total
+
+    def _walk(self, visit=lambda stage, before: None):
+        """Yields each stage and the sizes before and after it, as tensors.
+
+        `visit` is called before the sizes after it are computed.
+        """
+        sizes, then = None, None
+        for stage in self._stages:
             # What lies between two pooling layers keeps its ratio of sizes.
             before = [
                 _rounded(_float(size) * (after / before))
@@ -326,18 +341,42 @@ def differentiable_macs(model, input_shape):
                     sizes or stage.before, then or stage.before, stage.before
                 )
             ]
+            visit(stage, before)
             sizes = [
                 stage.layer.size_with_gradient(index, size)
                 for index, size in enumerate(before)
             ]
             then = stage.after
-            total += stage.pooling_macs(before, sizes)
-            total += stage.macs * math.prod(
-                size / then for size, then in zip(sizes, stage.after)
-            )
-        return total
+            yield stage, before, sizes
 
-    return macs
+    def output_sizes(self):
+        """The sizes after each pooling layer, a list of tuples of integers."""
+        return [_integers(sizes) for _, _, sizes in self._walk()]
+
+    def assign_sizes(self, sizes):
+        """Gives learned strides the least values with at most these sizes."""
+        targets = iter(sizes)
+
+        def assign(stage, before):
+            target = next(targets)
+            if stage.is_learned:
+                strides = stage.layer.least_strides(_integers(before), target)
+                _assign(stage.layer, strides)
+
+        for _ in self._walk(assign):
+            pass
+
+    def larger_sizes(self, sizes):
+        """Sizes of which one map is larger by a step, least growth first."""
+        self.assign_sizes(sizes)
+        found = []
+        for index, (stage, before, after) in enumerate(self._walk()):
+            if stage.is_learned:
+                for larger in stage.layer.larger_sizes(_integers(before)):
+                    growth = math.prod(larger) / math.prod(_integers(after))
+                    others = sizes[:index], sizes[index + 1 :]
+                    found.append((growth, [*others[0], larger, *others[1]]))
+        return [sizes for _, sizes in sorted(found)]
 
 
 class _Stage:
@@ -346,6 +385,7 @@ class _Stage:
     def __init__(self, layer, call):
         axes = layer.spatial_axes
         self.layer = layer
+        self.is_learned = isinstance(layer, DiffStride) and layer.trainable
         self.macs = 0  # Of what is called after it.
         self.before = [call.inputs[0][axis] for axis in axes]
         self.after = [call.outputs[0][axis] for axis in axes]
@@ -367,6 +407,10 @@ class _Stage:
 
 def _float(value):
     return ops.cast(value, 'float32')
+
+
+def _integers(sizes):
+    return tuple(int(ops.convert_to_numpy(size)) for size in sizes)
 
 
 def _rounded(size):

@@ -20,10 +20,10 @@ from diffstride.callbacks import RepinStrides, SettleStrides
 from diffstride.pooling import diffstride_layers
 from diffstride.regularizers import (
     ActivationCost,
+    DifferentiableMacs,
     MacsCost,
     StrideCost,
     StrideCostModel,
-    differentiable_macs,
 )
 
 SHAPE = (32, 24, 3)
@@ -137,7 +137,7 @@ STRIDES = [
 @pytest.mark.parametrize('strides', STRIDES)
 def test_macs_are_those_of_complexity(kwargs, strides):
     model = network(**kwargs)
-    macs = differentiable_macs(model, SHAPE)
+    macs = DifferentiableMacs(model, SHAPE)
     assign(model, strides)
     assert float(macs()) == pytest.approx(complexity(model, SHAPE).macs)
 
@@ -152,7 +152,7 @@ def test_macs_with_fixed_strides_among_them():
             layers.Conv2D(4, 3, padding='same'),
         ]
     )
-    macs = differentiable_macs(model, SHAPE)
+    macs = DifferentiableMacs(model, SHAPE)
     assert float(macs()) == complexity(model, SHAPE).macs
     assign(model, [(3.0, 1.2)])
     assert float(macs()) == pytest.approx(complexity(model, SHAPE).macs)
@@ -166,7 +166,7 @@ def test_gradient_of_macs_is_that_of_sizes_in_proportion():
             layers.Conv2D(5, 3, padding='same'),
         ]
     )
-    macs = differentiable_macs(model, (32, 24, 3))
+    macs = DifferentiableMacs(model, (32, 24, 3))
     (layer,) = diffstride_layers(model)
     (gradient,) = gradients(macs, variables=[layer.strides])
 
@@ -196,7 +196,7 @@ def test_gradient_of_macs_reaches_earlier_strides():
             layers.Conv2D(7, 3, padding='same'),
         ]
     )
-    macs = differentiable_macs(model, (32, 32, 1))
+    macs = DifferentiableMacs(model, (32, 32, 1))
     first, second = diffstride_layers(model)
     found = gradients(macs, variables=[first.strides, second.strides])
 
@@ -226,7 +226,7 @@ def test_macs_of_a_fixed_layer_that_leaves_an_axis():
             layers.Conv2D(4, 3, padding='same'),
         ]
     )
-    macs = differentiable_macs(model, (32, 32, 1))
+    macs = DifferentiableMacs(model, (32, 32, 1))
     for strides in ((2.0, 2.0), (4.0, 1.0), (3.0, 16.0)):
         assign(model, [strides])
         assert float(macs()) == complexity(model, (32, 32, 1)).macs
@@ -266,25 +266,60 @@ def test_macs_cost_is_free_within_the_budget():
     assert float(within()) == 0
 
 
-@pytest.mark.parametrize('share', [0.5, 0.9, 1.3])
-def test_meeting_a_budget(share):
-    model = network(ramp='inside')
-    before = np.array([x.stride_values for x in diffstride_layers(model)])
+def sizes_of(model):
+    """After each pooling layer, of one image."""
+    shapes = [
+        x.output_shape
+        for x in complexity(model, SHAPE).layers
+        if x.class_name == 'DiffStride'
+    ]
+    # Of two branches, whose channels differ.
+    shapes = [x[0] if isinstance(x[0], tuple) else x for x in shapes]
+    return [shape[:2] for shape in shapes]
+
+
+@pytest.mark.parametrize('share', [0.5, 1.3])
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        {'ramp': 'inside'},
+        {'ramp': 'outside', 'smoothness_factor': 1.0},
+        {'ramp': 'straight_through', 'lower_limit_stride': 1.2},
+    ],
+)
+def test_meeting_a_budget(kwargs, share):
+    """No stride can be lowered, nor any map enlarged with the others' sizes."""
+    model = network(**kwargs)
     cost = MacsCost(share * complexity(model, SHAPE).macs, input_shape=SHAPE)
     assert cost.meet_budget(model)
-    assert complexity(model, SHAPE).macs <= cost.budget
+    assert 0.9 * cost.budget < complexity(model, SHAPE).macs <= cost.budget
     after = np.array([x.stride_values for x in diffstride_layers(model)])
-    # Those that stay first have the one factor of all.
-    factor = (after / before).max()
-    assert (factor > 1) == (share < 1)
-    assign(model, np.maximum(1, 0.999 * factor * before))
-    assert complexity(model, SHAPE).macs > cost.budget
+    sizes = sizes_of(model)
     for index in np.ndindex(after.shape):
         lowered = after.copy()
         lowered[index] *= 0.999
-        if lowered[index] >= 1:
+        if lowered[index] >= kwargs.get('lower_limit_stride', 1):
             assign(model, lowered)
             assert complexity(model, SHAPE).macs > cost.budget
+    macs = DifferentiableMacs(model, SHAPE)
+    larger = macs.larger_sizes(sizes)
+    assert len(larger) >= 4
+    for others in larger:
+        macs.assign_sizes(others)
+        assert sizes_of(model) == macs.output_sizes() == others
+        assert complexity(model, SHAPE).macs > cost.budget
+
+
+def test_a_budget_is_met_by_the_sizes_that_just_fit():
+    """Where 32 becomes 14, 8 and 4 by common scaling, 16, 8 and 4 fit too."""
+    model = network(
+        strides='2, 1, 2, 2', ramp='straight_through', shared_stride=True
+    )
+    budget = complexity(model, SHAPE).macs
+    assign(model, [[2.4], [1.8], [2.1]])
+    assert MacsCost(budget, input_shape=SHAPE).meet_budget(model)
+    assert sizes_of(model) == [(16, 12), (8, 6), (4, 4)]
+    assert complexity(model, SHAPE).macs == budget
 
 
 def test_a_budget_that_cannot_be_met():
@@ -347,7 +382,7 @@ def test_strides_that_settle_beyond_their_budget_are_told():
 def test_a_layer_called_twice_has_no_macs_with_a_gradient(shared):
     model = keras.Sequential([DiffStride(2.0), shared, DiffStride(1.5), shared])
     with pytest.raises(ValueError, match='called once'):
-        differentiable_macs(model, SHAPE)
+        DifferentiableMacs(model, SHAPE)
 
 
 def test_a_network_that_resizes_has_no_macs_with_a_gradient():
@@ -364,7 +399,7 @@ def test_a_layer_of_unknown_macs_has_none_with_a_gradient():
     x = DiffStride(1.5)(inputs)
     model = keras.Model(inputs, layers.MultiHeadAttention(1, 2)(x, x))
     with pytest.raises(ValueError, match='known MACs'):
-        differentiable_macs(model, (4, 4, 3))
+        DifferentiableMacs(model, (4, 4, 3))
 
 
 @pytest.mark.parametrize(
