@@ -5,6 +5,7 @@ it stays as previous.keras until then, and is used should the last be damaged.
 """
 
 import contextlib
+import filecmp
 import itertools
 import json
 import os
@@ -135,9 +136,13 @@ def write_results(workdir, history, results):
 
 def _keep_if_best(path, history):
     accuracies = [row['val_accuracy'] for row in history]
-    if accuracies[-1] == max(accuracies):
-        with unfinished(path.with_stem('best')) as best:
-            shutil.copyfile(path, best)
+    best = path.with_stem('best')
+    if accuracies[-1] < max(accuracies) or (
+        best.exists() and filecmp.cmp(path, best, shallow=False)
+    ):
+        return
+    with unfinished(best) as temporary:
+        shutil.copyfile(path, temporary)
 
 
 def restore(model, workdir, steps_per_epoch):

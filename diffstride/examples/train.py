@@ -165,10 +165,12 @@ def train(
                     RepinStrides(),  # After what saves what was validated.
                 ],
             )
-        elif not _are_of(checkpoints.read(results_path), history):
-            checkpoints.write_results(
-                workdir, history, _results(model, history, seed)
-            )
+        else:  # A kill may have come before these.
+            if not _are_of(checkpoints.read(results_path), history):
+                checkpoints.write_results(
+                    workdir, history, _results(model, history, seed)
+                )
+            _plot_strides(model, history, workdir / 'strides.png')
     return checkpoints.read(results_path)
 
 
@@ -237,15 +239,13 @@ class _Recorder(keras.callbacks.Callback):
         self.history.append(
             {'epoch': epoch + 1, 'steps': steps, **logs, 'seconds': seconds}
         )
-        layers = pooling.diffstride_layers(self.model)
-        initial = {x.name: x.get_config()['strides'] for x in layers}
-        _plot_strides(initial, self.history, self.workdir / 'strides.png')
         checkpoints.save(
             self.model,
             self.workdir,
             self.history,
             _results(self.model, self.history, self.seed),
         )
+        _plot_strides(self.model, self.history, self.workdir / 'strides.png')
 
 
 def _are_of(results, history):
@@ -323,7 +323,9 @@ def _made(callback):
     return made
 
 
-def _plot_strides(initial, history, path):
+def _plot_strides(model, history, path):
+    layers = pooling.diffstride_layers(model)
+    initial = {x.name: x.get_config()['strides'] for x in layers}
     keys = [key for key in history[0] if key.startswith('stride/')]
     if not keys:
         return
