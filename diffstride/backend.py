@@ -86,12 +86,19 @@ def known_values(variable):
 
 
 def have_values(variables):
-    """Whether they have: not while shapes of a new model are inferred."""
+    """Whether they have.
+
+    Not while shapes of a new model are inferred, nor on JAX while a function
+    is traced to which Keras gave the values away.
+    """
     values = [variable._value for variable in variables]
     if keras.backend.backend() == 'tensorflow':
         with eager_scope():
             return all(value.is_initialized() for value in values)
-    return all(value is not None for value in values)
+    return not any(
+        value is None or getattr(value, 'is_deleted', bool)()
+        for value in values
+    )
 
 
 def value_of(variable):

@@ -63,7 +63,10 @@ class SpectralResampling(keras.layers.Layer):
 
     def load_own_variables(self, store):
         if 'frozen_method' in store.keys():
-            self.method = spectral.METHODS[int(store['frozen_method'][()])]
+            known = tuple(range(len(spectral.METHODS)))
+            method = store['frozen_method'][()].item()
+            validation.one_of('frozen_method', method, known)
+            self.method = spectral.METHODS[int(method)]
             self.frozen = True
 
     def get_config(self):
@@ -315,6 +318,8 @@ class DiffStride(SpectralPooling):
             smoothness_factor=self.smoothness_factor,
         )
         self.smoothness_factor = float(self.smoothness_factor)
+        for name in ('cropping', 'shared_stride'):
+            validation.one_of(name, getattr(self, name), (True, False))
         for name in ('lower_limit_stride', 'upper_limit_stride'):
             limit = getattr(self, name)
             if limit is not None:
@@ -661,15 +666,28 @@ class DiffStride(SpectralPooling):
         self.strides.assign(store['0'])
         was_frozen, self.frozen_strides = self.frozen_strides is not None, None
         is_pinned = 'pinned_strides' in store.keys()
-        self._pin_at(map(float, store['pinned_strides']) if is_pinned else None)
+        self._pin_at(self._saved(store, 'pinned_strides'))
         self.unsettle()
         if is_pinned and 'settled' in store.keys() and store['settled'][()]:
             self.settle()
         if 'frozen_strides' in store.keys():
-            self._freeze_at(map(float, store['frozen_strides']))
+            self._freeze_at(self._saved(store, 'frozen_strides'))
         elif was_frozen:
             self._freeze_at(self.stride_values)
         super().load_own_variables(store)
+
+    def _saved(self, saved, name):
+        """Strides of a file, which may be NaN, as the variable may."""
+        if name not in saved.keys():
+            return None
+        strides = tuple(map(float, saved[name]))
+        validation.require(
+            len(strides) == self.rank and not any(s < 1 for s in strides),
+            f'`{name}` of a saved layer must be {self.rank} numbers, each at '
+            'least 1',
+            **{name: strides},
+        )
+        return strides
 
     def get_config(self):
         config = {
@@ -695,11 +713,12 @@ class DiffStride(SpectralPooling):
     @classmethod
     def from_config(cls, config):
         config = dict(config)
-        pinned_strides = config.pop('pinned_strides', None)
-        settled = config.pop('settled', False)
-        frozen_strides = config.pop('frozen_strides', None)
+        names = 'pinned_strides', 'settled', 'frozen_strides'
+        saved = {name: config.pop(name) for name in names if name in config}
         layer = super().from_config(config)
-        if settled:
+        pinned_strides = layer._saved(saved, 'pinned_strides')
+        frozen_strides = layer._saved(saved, 'frozen_strides')
+        if pinned_strides is not None and saved.get('settled'):
             layer.strides.assign(pinned_strides[: layer.strides.shape[0]])
             layer.settle()
         layer._pin_at(pinned_strides)

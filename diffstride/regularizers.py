@@ -446,6 +446,11 @@ class StrideCostModel(keras.Model):
             stride_cost=stride_cost,
         )
         validation.require(
+            isinstance(model, keras.Model),
+            '`model` must be a Keras model',
+            model=model,
+        )
+        validation.require(
             diffstride_layers(model),
             '`model` must have DiffStride layers',
             model=model.name,

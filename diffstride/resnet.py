@@ -18,6 +18,7 @@ from diffstride.regularizers import ActivationCost, StrideCostModel
 from diffstride.validation import (
     is_finite,
     is_integer,
+    one_of,
     require,
     standardize_strides,
 )
@@ -95,7 +96,7 @@ class ResidualLayer(keras.layers.Layer):
         self.filters = filters
         self.kernel_size = kernel_size
         self.strides = standardize_strides(strides, 2)
-        self.project = project
+        self.project = one_of('project', project, (True, False))
         self.channels_first = _is_channels_first(channels_first)
         self.weight_decay = weight_decay
         self.batch_norm_args = dict(batch_norm_args or batch_norm())
@@ -304,7 +305,7 @@ def Resnet(
                 f'Received: strides={strides}, id_only={id_only}'
             )
     channels_first = _is_channels_first(channels_first)
-    decay = keras.regularizers.L2(weight_decay)
+    decay = _l2(weight_decay)
     conv_strides, pool = _downsampling(strides[0], pooling_cls, channels_first)
     layers = [
         keras.layers.Permute((3, 1, 2)) if channels_first else None,
@@ -346,7 +347,7 @@ def Resnet(
             stride_cost=stride_cost,
         )
         stride_cost = stride_cost and ActivationCost(stride_cost)
-    if not stride_cost or not diffstride_layers(model):
+    if stride_cost is None or stride_cost == 0 or not diffstride_layers(model):
         return model
     return StrideCostModel(model, stride_cost)
 
@@ -425,7 +426,11 @@ def _downsampling(strides, pooling_cls, channels_first):
         parameters['pool_size'].default is inspect.Parameter.empty
     ):
         arguments['pool_size'] = whole  # As Keras's average pooling needs.
-    return (1, 1), pooling_cls(**arguments)
+    pool = pooling_cls(**arguments)
+    require(
+        callable(pool), '`pooling_cls` must return a layer', pooling_cls=pool
+    )
+    return (1, 1), pool
 
 
 def configured(function, name=None):
@@ -456,9 +461,18 @@ def _conv(
         data_format=_format(channels_first),
         use_bias=False,
         kernel_initializer='he_normal',
-        kernel_regularizer=keras.regularizers.L2(weight_decay),
+        kernel_regularizer=_l2(weight_decay),
         **kwargs,
     )
+
+
+def _l2(weight_decay):
+    require(
+        is_finite(weight_decay, least=0),
+        '`weight_decay` must be a finite number, at least 0',
+        weight_decay=weight_decay,
+    )
+    return keras.regularizers.L2(weight_decay)
 
 
 def _batch_norm(channels_first, **kwargs):

@@ -100,6 +100,27 @@ test_backends.save(folder)
 """
 
 
+def test_single_batches_are_trained_on_tested_and_predicted():
+    """On JAX these give the values of variables away while they trace."""
+    model = keras.Sequential(
+        [
+            keras.Input((12, 16, 3)),
+            DiffStride(2.0, ramp='inside'),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(2),
+        ]
+    )
+    model.compile('sgd', 'mse')
+    x, y = image(), np.eye(2)
+    before = model.predict_on_batch(x)
+    expected = np.mean((before - y) ** 2)
+    assert float(model.test_on_batch(x, y)) == pytest.approx(expected)
+    assert float(model.train_on_batch(x, y)) == pytest.approx(expected)
+    after = model.predict_on_batch(x)
+    assert not np.array_equal(before, after)
+    np.testing.assert_allclose(after, model.predict(x, verbose=0), atol=1e-6)
+
+
 def test_saved_models_are_the_same_on_every_backend(tmp_path):
     """On all that are installed here, and on those that saved before.
 

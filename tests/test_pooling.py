@@ -1403,6 +1403,31 @@ def test_loading_weights_without_pinned_sizes_unpins(tmp_path):
     assert_same_model(other, following)
 
 
+@pytest.mark.parametrize(
+    'name, value',
+    [
+        ('pinned_strides', [2.0]),
+        ('pinned_strides', [2.0, 0.5]),
+        ('frozen_strides', [2.0, 2.0, 2.0]),
+        ('frozen_method', -1),
+        ('frozen_method', 3),
+        ('frozen_method', 0.5),
+    ],
+)
+def test_what_was_saved_is_checked(name, value):
+    layer = DiffStride(2.0)
+    layer.freeze()
+    store = {}
+    layer.save_own_variables(store)
+    store[name] = np.array(value)
+    with pytest.raises(ValueError, match=f'`{name}`.*Received: {name}='):
+        DiffStride(2.0).load_own_variables(store)
+    if name != 'frozen_method':
+        config = {**layer.get_config(), name: value}
+        with pytest.raises(ValueError, match=f'`{name}`.*Received: {name}='):
+            DiffStride.from_config(config)
+
+
 def test_a_trained_model_is_loaded_and_trained_further(tmp_path):
     model = changed(sequential, False)
     model.compile('adam', 'sparse_categorical_crossentropy', run_eagerly=True)
@@ -1491,6 +1516,8 @@ def test_bad_strides_are_refused(cls, strides):
             {'ramp': 'straight_through', 'cropping': False},
             '`cropping` must be True',
         ),
+        (DiffStride, {'cropping': 'no'}, 'must be one of'),
+        (DiffStride, {'shared_stride': None}, 'must be one of'),
         (DiffStride, {'method': 'dct'}, 'must be one of'),
         (DiffStride, {'norm': 'mean'}, 'must be one of'),
         (FixedSpectralPooling, {'data_format': 'NHWC'}, 'must be one of'),

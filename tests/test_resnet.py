@@ -452,6 +452,23 @@ def test_bad_strides_are_refused(make, rule, received):
     assert received in message.split('Received')[1]
 
 
+@pytest.mark.parametrize(
+    'make, message',
+    [
+        (lambda: small_resnet(weight_decay=None), '`weight_decay` .*=None'),
+        (lambda: small_resnet(weight_decay=-1), '`weight_decay` .*=-1'),
+        (lambda: resnet.ResidualLayer(4, project='no'), "`project` .*='no'"),
+        (lambda: small_resnet(pooling_cls=DiffStride, stride_cost={}),
+         '`stride_cost` .*={}'),
+        (lambda: small_resnet(pooling_cls=lambda **unused: 'pool'),
+         "`pooling_cls` .*='pool'"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 def test_a_change_of_channels_without_projection_is_refused():
     layer = resnet.ResidualLayer(5)
     with pytest.raises(ValueError, match=r'`filters`.*4.*filters=5'):
