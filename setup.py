@@ -37,7 +37,8 @@ setuptools.setup(
         'export': _EXPORT,
         'plot': ['matplotlib'],
         'test': [
-            *('hypothesis', 'matplotlib', 'pytest', 'pytest-xdist', 'ruff'),
+            *('hypothesis', 'matplotlib', 'ruff'),
+            *('pytest', 'pytest-cov', 'pytest-xdist'),
             *_EXPORT,
         ],
     },
