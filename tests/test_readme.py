@@ -43,7 +43,7 @@ def test_bindings_are_understood():
     for bindings in blocks('gin'):
         gin.parse_config(bindings)
     assert gin.query_parameter('data.load_datasets.name') == 'cifar100'
-    assert gin.query_parameter('callbacks.SettleStrides.epoch') == 2
+    assert gin.query_parameter('callbacks.SettleStrides.epoch') == 1
 
 
 @pytest.mark.slow
