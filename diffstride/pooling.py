@@ -212,7 +212,8 @@ class DiffStride(SpectralPooling):
             along the axis. 'inside': the ramp is the band's upper end, and the
             output has about N / S samples. 'straight_through': as 'inside', but
             the ramp is in the gradient alone; the output is that of spectral
-            pooling, all that its samples can hold.
+            pooling, all that its samples can hold. Several of these layers
+            share a budget well if R is the band of the smallest map, or more.
         method: 'fft', 'matmul' (multiplication by a small matrix per axis), or
             'auto' for the one that should be faster, for each axis by its
             sizes. They agree to rounding.
