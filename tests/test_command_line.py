@@ -227,7 +227,7 @@ NETWORK = table(
      '`pooling_cls` must be a class'),
     ('resnet.Resnet.pooling_cls', ('@train.train',), "'strides'"),
     ('resnet.Resnet.weight_decay', ("'x'", '-1', '[1]', '1e400'),
-     'a non-negative float', '(in Resnet)'),
+     '`weight_decay` must be a finite number', '(in Resnet)'),
     ('resnet.Resnet.stride_cost', ("'x'", '[1]', '@train.train',
                                    '@regularizers.StrideCost()'),
      '`stride_cost` must be a cost of a model'),

@@ -284,7 +284,7 @@ def test_gin_binds_every_parameter(load):
             data.load_datasets.mixup_alpha = 1.0
         """)
     try:
-        datasets = load()
+        datasets = load.__wrapped__()  # Not one that others loaded.
     finally:
         gin.clear_config()
     assert datasets.image_shape == (4, 4, 3)
