@@ -471,7 +471,7 @@ def test_no_network_is_told_at_once(error_of, tmp_path, monkeypatch, proxy):
         "data.load_datasets.name = 'cifar10'",
         f"data.load_datasets.data_dir = '{tmp_path}'",
     )
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30  # Retries of a download took 210 s.
     assert f"dataset 'cifar10' is not in {tmp_path}/cifar10/" in message
     assert 'copy a prepared one and set data.load_datasets.data_dir' in message
     assert ('the proxy is not there' in message) == proxy

@@ -140,10 +140,12 @@ def test_a_continued_run_equals_an_uninterrupted_one(run):
             np.testing.assert_allclose(a[key], b[key], rtol=1e-4, err_msg=key)
 
 
-def test_a_finished_run_is_not_repeated(run):
-    before = (run() / 'results.json').read_text()
-    after = (run() / 'results.json').read_text()
-    assert before == after
+def test_a_finished_run_is_not_repeated(run, capsys):
+    before = (run('train.num_epochs = 2') / 'results.json').read_text()
+    capsys.readouterr()
+    workdir = run('train.num_epochs = 2')
+    assert capsys.readouterr().out == f'2 epochs of 2 are done in {workdir}\n'
+    assert (workdir / 'results.json').read_text() == before
 
 
 def test_tensorboard_receives_losses_accuracies_strides_and_sizes(run):

@@ -165,7 +165,12 @@ def train(
                     RepinStrides(),  # After what saves what was validated.
                 ],
             )
-        else:  # A kill may have come before these.
+        else:
+            print(
+                f'{len(history)} epochs of {num_epochs} are done in {workdir}',
+                flush=True,
+            )
+            # A kill may have come before these.
             if not _are_of(checkpoints.read(results_path), history):
                 checkpoints.write_results(
                     workdir, history, _results(model, history, seed)

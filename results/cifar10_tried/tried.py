@@ -4,7 +4,7 @@ import gin
 import keras
 from keras import ops
 
-from diffstride import pooling
+from diffstride import pooling, resnet
 
 
 @keras.saving.register_keras_serializable(package='tried')
@@ -41,3 +41,20 @@ class Tried(pooling.DiffStride):
 
 
 gin.register(Tried, module='tried')
+
+
+@gin.configurable(module='tried')
+def scaled_shortcut(scale, **kwargs):
+    """A ResNet-18 whose shortcuts are multiplied where it downsamples.
+
+    Args:
+        scale: Factor, which norm='backward' makes N / M per axis.
+        **kwargs: Of `resnet.resnet18`.
+    """
+    model = resnet.configured(resnet.resnet18)(**kwargs)
+    for layer in model._flatten_layers():
+        if isinstance(layer, resnet.ResidualLayer) and layer.strides != (1, 1):
+            layer.shortcut = keras.Sequential(
+                [layer.shortcut, keras.layers.Rescaling(scale)]
+            )
+    return model
