@@ -35,6 +35,10 @@ class StrideLogger(keras.callbacks.Callback):
             need TensorFlow, and are left out where sizes are. None for no
             images.
 
+    Raises:
+        ValueError: If an argument is out of its range. Before training, if two
+            layers of the model have one name.
+
     Example:
 
     >>> model.fit(x, y, callbacks=[StrideLogger(), TensorBoard('logs')])
@@ -42,9 +46,32 @@ class StrideLogger(keras.callbacks.Callback):
 
     def __init__(self, input_shape=None, log_dir=None):
         super().__init__()
+        validation.require(
+            input_shape is None
+            or all(
+                size is None or validation.is_integer(size, least=1)
+                for size in tree.flatten(input_shape)
+            ),
+            '`input_shape` must be None or [height, width, channels]',
+            input_shape=input_shape,
+        )
+        validation.require(
+            log_dir is None or isinstance(log_dir, (str, os.PathLike)),
+            '`log_dir` must be the path of a folder, or None',
+            log_dir=log_dir,
+        )
         self.input_shape = input_shape
         self.log_dir = log_dir
         self._writer = None
+
+    def set_model(self, model):
+        super().set_model(model)
+        names = [layer.name for layer in diffstride_layers(model)]
+        validation.require(
+            len(set(names)) == len(names),
+            'Layers of a model must differ in `name` to be logged',
+            name=names,
+        )
 
     def on_epoch_end(self, epoch, logs=None):
         if logs is None:

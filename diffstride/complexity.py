@@ -116,8 +116,8 @@ def complexity(model, input_shape):
         A `Complexity`.
 
     Raises:
-        ValueError: If `input_shape` is not of integers >= 1, or if the model
-            does not take an input of this shape.
+        ValueError: If the model is none, if `input_shape` is not of integers
+            >= 1, or if the model does not take an input of this shape.
 
     Example:
 
@@ -144,6 +144,11 @@ def measure(model, input_shape):
         {layer: LayerComplexity} and {layer: list of Call}, both in the order of
         the layers' first calls.
     """
+    validation.require(
+        isinstance(model, keras.layers.Layer),
+        '`model` must be a Keras model or layer',
+        model=model,
+    )
     inputs = _zeros(input_shape, input_shape)
     _build(model, inputs)
     paths = _paths(model)

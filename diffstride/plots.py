@@ -4,14 +4,16 @@ Every function returns a `matplotlib.figure.Figure`, which belongs to no window:
 `plots.strides(history).savefig('strides.png')`.
 """
 
+import collections
 import contextlib
 import functools
 
 import numpy as np
 from keras import ops, tree
 
+from diffstride import validation
 from diffstride.complexity import recorded
-from diffstride.pooling import SpectralPooling
+from diffstride.pooling import DiffStride, SpectralPooling
 
 _LINES = ('-', '--', ':')
 
@@ -50,12 +52,14 @@ def draw_strides(axes, history, initial=None, **style):
             'The history must have strides, as callbacks.StrideLogger adds '
             f'them. Received: {list(history)}'
         )
-    names = list(dict.fromkeys(key.split('/')[1] for key in keys))
-    if initial and not set(names) <= set(initial):
-        raise ValueError(
-            f'`initial` must have strides of the layers {names}. '
-            f'Received: initial={initial}'
-        )
+    per_name = collections.Counter(key.split('/')[1] for key in keys)
+    validation.require(
+        not initial
+        or all(len(initial.get(x, ())) == n for x, n in per_name.items()),
+        f'`initial` must have as many strides of each layer: {dict(per_name)}',
+        initial=initial,
+    )
+    names = list(per_name)
     drawn = dict.fromkeys(names, 0)
     for key in keys:
         _, name, axis = key.split('/')
@@ -86,7 +90,13 @@ def strides_of_runs(groups):
 
     Returns:
         A figure.
+
+    Raises:
+        ValueError: If there is no group, and as `strides`.
     """
+    validation.require(
+        groups, '`groups` must have at least one group', groups=groups
+    )
     figure = _new_figure((5 * len(groups), 4))
     panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for axes, (name, runs) in zip(panels, groups.items()):
@@ -94,14 +104,18 @@ def strides_of_runs(groups):
             draw_strides(axes, history, initial, alpha=0.6, marker='')
         axes.set_title(name)
         axes.set_xlabel('epoch')
-    lines, labels = panels[0].get_legend_handles_labels()
+    lines = {
+        label: line
+        for axes in panels
+        for line, label in zip(*axes.get_legend_handles_labels())
+    }
     panels[0].set_ylabel('stride')
-    panels[0].legend(*zip(*dict(zip(labels, zip(lines, labels))).values()))
+    panels[0].legend(lines.values(), lines.keys())
     return figure
 
 
 def accuracy_macs(points):
-    """Accuracy against multiply-accumulates, a line for each group.
+    """Accuracy against multiply-accumulates, a marker for each group.
 
     Args:
         points: Dict from the name of a group to a list of (MACs, accuracy) or
@@ -110,10 +124,18 @@ def accuracy_macs(points):
     Returns:
         A figure.
 
+    Raises:
+        ValueError: If a group has no points.
+
     Example:
 
     >>> plots.accuracy_macs({'DiffStride': [(20e6, 0.69), (35e6, 0.72, 0.01)]})
     """
+    validation.require(
+        points and all(points.values()),
+        '`points` must have at least one of each group',
+        points=points,
+    )
     figure, axes = _figure('million multiply-accumulates per image', '')
     axes.set_ylabel('test accuracy (%)')
     for index, (name, group) in enumerate(points.items()):
@@ -122,6 +144,7 @@ def accuracy_macs(points):
             rows[:, 0] / 1e6,
             100 * rows[:, 1],
             100 * rows[:, 2],
+            linestyle='',
             marker='osD^vP*X<>'[index % 10],
             capsize=2,
             label=name,
@@ -144,10 +167,25 @@ def response(layer, size, index=0):
     Returns:
         A figure.
 
+    Raises:
+        ValueError: If the layer is no DiffStride, if the size is not an integer
+            of at least 1, or if there is no such axis.
+
     Example:
 
     >>> plots.response(DiffStride(2.0), 32).savefig('response.png')
     """
+    validation.require(
+        isinstance(layer, DiffStride),
+        '`layer` must be a DiffStride',
+        layer=layer,
+    )
+    validation.require(
+        validation.is_integer(size, least=1),
+        '`size` must be an integer, at least 1',
+        size=size,
+    )
+    validation.one_of('index', index, tuple(range(layer.rank)))
     figure, axes = _figure('frequency f (cycles per map)', 'response m(f)')
     values = layer.response(size, index)
     output_size = layer.present_size(index, size)

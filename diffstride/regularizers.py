@@ -106,9 +106,17 @@ class ActivationCost(_Weighted):
             model: A model whose DiffStride layers follow one another in the
                 order in which it holds them, or a list of such layers in the
                 order of depth.
+
+        Raises:
+            ValueError: If there is no such layer, or another one.
         """
         is_list = isinstance(model, (list, tuple))
         layers = list(model) if is_list else diffstride_layers(model)
+        validation.require(
+            layers and all(isinstance(x, DiffStride) for x in layers),
+            '`model` must be a model with DiffStride layers, or a list of them',
+            model=model,
+        )
 
         def cost():
             product, total = 1.0, 0.0
@@ -176,7 +184,8 @@ class MacsCost(_Weighted):
             input_shape is None
             or (
                 isinstance(input_shape, (list, tuple))
-                and all(validation.is_finite(x, least=1) for x in input_shape)
+                and len(input_shape) > 1
+                and all(validation.is_integer(x, least=1) for x in input_shape)
             ),
             '`input_shape` must be None or [height, width, channels]',
             input_shape=input_shape,
@@ -212,12 +221,11 @@ class MacsCost(_Weighted):
     def meet_budget(self, model):
         """Sets learned strides to use up the budget, near what was learned.
 
-        All are scaled by one factor, from 1/16 to 16, to the least within the
-        budget. Then single maps grow by a step, those after them keeping their
-        sizes, as long as one can: each time the one that grows by the least
-        factor. The strides are the least that give these sizes. Limits of
-        strides hold all the same. If no strides are within the budget they stay
-        as they are.
+        All are scaled by one factor to the least within the budget. Then single
+        maps grow by a step, those after them keeping their sizes, as long as
+        one can: each time the one that grows by the least factor. The strides
+        are the least that give these sizes. Limits of strides hold all the
+        same. If no strides are within the budget they stay as they are.
 
         Args:
             model: A model with DiffStride layers.
@@ -237,13 +245,11 @@ class MacsCost(_Weighted):
                 _assign(layer, factor * strides)
             return is_within()
 
-        least, most = 1 / 16, 16.0
+        least, most = 2.0**-12, 2.0**12  # Beyond any map; limits hold.
         if not scale(most):
             scale(1.0)
             return False
-        if scale(least):
-            return True
-        for _ in range(30):
+        for _ in range(36):
             middle = math.sqrt(least * most)
             if scale(middle):
                 most = middle
@@ -441,8 +447,8 @@ class StrideCostModel(keras.Model):
     def __init__(self, model, stride_cost, **kwargs):
         super().__init__(**kwargs)
         validation.require(
-            hasattr(stride_cost, 'of'),
-            '`stride_cost` must be a cost of a model, such as MacsCost',
+            hasattr(stride_cost, 'of') and not isinstance(stride_cost, type),
+            '`stride_cost` must be a cost of a model, such as MacsCost(25e6)',
             stride_cost=stride_cost,
         )
         validation.require(

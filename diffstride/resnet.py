@@ -343,7 +343,7 @@ def Resnet(
     if isinstance(stride_cost, numbers.Real):
         require(
             is_finite(stride_cost, least=0),
-            '`stride_cost` must be at least 0',
+            '`stride_cost` must be a finite number, at least 0',
             stride_cost=stride_cost,
         )
         stride_cost = stride_cost and ActivationCost(stride_cost)

@@ -426,3 +426,25 @@ def test_who_trains_constant_sizes_is_told_once(untold):
 def test_settling_at_no_epoch(epoch):
     with pytest.raises(ValueError, match='`epoch` must be an integer'):
         SettleStrides(epoch)
+
+
+@pytest.mark.parametrize(
+    'kwargs',
+    [{'input_shape': (32.5, 32)}, {'input_shape': 'a'}, {'log_dir': 3}],
+)
+def test_wrong_arguments_of_the_stride_logger(kwargs):
+    with pytest.raises(ValueError, match=f'`{next(iter(kwargs))}` must be'):
+        StrideLogger(**kwargs)
+
+
+def test_layers_of_one_name_are_refused_before_training():
+    model = keras.Sequential(
+        [
+            keras.Sequential([DiffStride(2.0, name='pool')]),
+            DiffStride(2.0, name='pool'),
+        ]
+    )
+    model.compile('sgd', 'mse')
+    x = np.zeros((1, 8, 8, 1))
+    with pytest.raises(ValueError, match=r"must differ in `name` .*'pool', 'p"):
+        model.fit(x, model(x), callbacks=[StrideLogger()], verbose=0)

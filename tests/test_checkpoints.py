@@ -183,41 +183,78 @@ def test_a_full_disk_ends_the_training_with_its_checkpoint_whole(
 
 
 @pytest.mark.slow
+def test_a_disk_that_is_full_for_tensorboard_ends_the_training_clearly(
+    config, tmp_path
+):
+    """Its files are not ours, and the first that an epoch writes."""
+    (tmp_path / 'limited.py').write_text(
+        'import resource, gin, keras\n'
+        '@gin.register\n'
+        'class Disk(keras.callbacks.Callback):\n'
+        '    def on_epoch_begin(self, epoch, logs=None):\n'
+        '        resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n'
+    )
+    limited = tmp_path / 'limited.gin'
+    limited.write_text(f'import limited\n{config.read_text()}')
+    workdir = tmp_path / 'run'
+    assert ended(config, workdir, 'train.num_epochs = 1').returncode == 0
+    before = files(workdir)
+    done = ended(
+        limited,
+        workdir,
+        'train.num_epochs = 2',
+        'train.callbacks = [@limited.Disk()]',
+        env={**os.environ, 'PYTHONPATH': str(tmp_path)},
+    )
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert 'Traceback' not in done.stderr
+    last_line = done.stderr.splitlines()[-1]
+    assert 'events.out.tfevents' in last_line
+    assert 'cannot be written (File too large)' in last_line
+    after = files(workdir)
+    for name in ('last.keras', 'history.json', 'results.json'):
+        assert after[workdir / name] == before[workdir / name]
+
+
+@pytest.mark.slow
 def test_a_training_killed_at_random_moments_ends_as_an_uninterrupted_one(
     config, tmp_path
 ):
     """SIGKILL in an epoch, in a checkpoint's writing, before the first one."""
-    # Ten kills, each within some three epochs, must leave some for the end.
-    bindings = ('train.num_epochs = 40', 'train.deterministic = True')
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
-    assert ended(config, whole, *bindings).returncode == 0
-    epoch = min(row['seconds'] for row in read(whole / 'history.json'))
     moments = random.Random(0)
     epochs_at_kills = []
     for _ in range(10):
         target = epochs_of(killed) + moments.randint(0, 1)
         with subprocess.Popen(
-            command(config, killed, *bindings),
+            command(config, killed, *training_of(10**6)),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
         ) as process:
             assert process.stdout.readline().startswith('Epochs ')
             while epochs_of(killed) < target:
+                assert process.poll() is None
                 time.sleep(0.01)
-            time.sleep(moments.uniform(0, 2 * epoch))
+            time.sleep(moments.uniform(0, 0.5))
             assert process.poll() is None
             process.kill()
         check_files(killed)
         epochs_at_kills.append(epochs_of(killed))
-    assert ended(config, killed, *bindings).returncode == 0
     assert len(set(epochs_at_kills)) > 1, epochs_at_kills
+    end = training_of(epochs_at_kills[-1] + 1)
+    for folder in (whole, killed):
+        assert ended(config, folder, *end).returncode == 0
     assert without_seconds(read(killed / 'history.json')) == without_seconds(
         read(whole / 'history.json')
     )
     results = [read(folder / 'results.json') for folder in (whole, killed)]
     for key in ('epochs', 'steps', 'layers', 'test_accuracy'):
         assert results[0][key] == results[1][key]
+
+
+def training_of(epochs):
+    return f'train.num_epochs = {epochs}', 'train.deterministic = True'
 
 
 def epochs_of(workdir):
@@ -306,7 +343,7 @@ def epoch_of(model):
 
 def save(workdir, history, accuracies):
     epoch = len(history) + 1
-    row = {'epoch': epoch, 'steps': epoch * STEPS}
+    row = {'epoch': epoch, 'steps_per_epoch': STEPS}
     history.append({**row, 'val_accuracy': accuracies[epoch - 1]})
     checkpoints.save(model_after(epoch), workdir, history, {'epochs': epoch})
 
@@ -392,27 +429,63 @@ def test_a_damaged_history_is_named_and_all_left_alone(tmp_path, content):
 
 @pytest.mark.parametrize('steps', [1, STEPS - 1, 2 * STEPS, 3 * STEPS])
 def test_epochs_of_another_length_are_not_continued(tmp_path, steps):
-    """Not even where they end at a step at which an epoch ended before."""
     history = []
     for _ in range(2):
         save(tmp_path, history, (1, 2))
     before = files(tmp_path)
-    with pytest.raises(ValueError, match='ends at step 10, which is not an'):
+    with pytest.raises(ValueError, match=f'of 5 steps, and not of {steps}'):
         checkpoints.restore(model_after(0), tmp_path, steps)
     assert files(tmp_path) == before
 
 
-def test_a_history_without_steps_is_continued(tmp_path):
-    """As it was written before rows had steps."""
+def test_a_checkpoint_that_does_not_say_its_epoch_is_continued(tmp_path):
+    """As they were written before they did."""
     history = []
     for _ in range(2):
         save(tmp_path, history, (1, 2))
-    rows = [{k: v for k, v in row.items() if k != 'steps'} for row in history]
+    for row in history:
+        del row['steps_per_epoch']
     extra = {'epoch': 3, 'val_accuracy': 0}  # Of no checkpoint.
     checkpoints.write(
-        tmp_path / 'history.json', checkpoints.to_json([*rows, extra])
+        tmp_path / 'history.json', checkpoints.to_json([*history, extra])
     )
-    assert checkpoints.restore(model_after(0), tmp_path, STEPS) == rows
+    with zipfile.ZipFile(tmp_path / 'last.keras', 'a') as archive:
+        assert archive.comment == b'epoch 2'
+        archive.comment = b''
+    assert checkpoints.restore(model_after(0), tmp_path, STEPS) == history
+    with pytest.raises(ValueError, match=r'is of epoch 3\.33333, and history'):
+        checkpoints.restore(model_after(0), tmp_path, 3)
+
+
+@pytest.mark.parametrize(
+    'bindings',
+    [
+        ['tf.keras.optimizers.SGD.gradient_accumulation_steps = 3'],
+        ["train.dtype_policy = 'mixed_float16'"],
+    ],
+    ids=str,
+)
+def test_optimizers_that_count_fewer_steps_are_continued(
+    run,  # noqa: F811
+    monkeypatch,
+    bindings,
+):
+    """Some accumulate gradients over steps, some leave a step out."""
+    monkeypatch.setattr(  # So that all gradients overflow at first.
+        keras.optimizers.LossScaleOptimizer.__init__,
+        '__defaults__',
+        (
+            2.0**40,
+            *keras.optimizers.LossScaleOptimizer.__init__.__defaults__[1:],
+        ),
+    )
+    whole = run(*bindings, 'train.num_epochs = 3', workdir='whole')
+    assert read(whole / 'results.json')['steps'] < 12
+    for epochs in (1, 2, 3, 3):
+        workdir = run(*bindings, f'train.num_epochs = {epochs}')
+    assert len(read(workdir / 'history.json')) == 3
+    for a, b in zip(*(read(x / 'history.json') for x in (whole, workdir))):
+        np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-3)
 
 
 def test_results_that_are_lost_are_made_again(run):  # noqa: F811
@@ -433,7 +506,7 @@ def test_results_of_an_epoch_that_was_cut_are_cut_too(run):  # noqa: F811
         for name in ('history.json', 'results.json')
     ]
     history, results = map(json.loads, before)
-    row = {**history[-1], 'epoch': 3, 'steps': history[-1]['steps'] * 3 // 2}
+    row = {**history[-1], 'epoch': 3}
     checkpoints.write_results(
         workdir, [*history, row], {**results, 'epochs': 3}
     )

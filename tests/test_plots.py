@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from diffstride import DiffStride, plots, resnet
+from diffstride import DiffStride, FixedSpectralPooling, plots, resnet
 
 HISTORY = {
     'loss': [1.0, 0.5],
@@ -84,3 +84,30 @@ def test_pooled_needs_a_pooling_layer():
     model = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.ReLU()])
     with pytest.raises(ValueError, match='must have spectral pooling layers'):
         plots.pooled(model, np.zeros((8, 8, 1)))
+
+
+@pytest.mark.parametrize(
+    'draw, message',
+    [
+        (lambda: plots.accuracy_macs({}), '`points` must have at least one'),
+        (lambda: plots.accuracy_macs({'a': []}), '`points` must have at least'),
+        (lambda: plots.strides_of_runs({}), '`groups` must have at least one'),
+        (
+            lambda: plots.strides({'stride/a/height': [2.0]}, {'a': []}),
+            '`initial` must have as many strides',
+        ),
+        (
+            lambda: plots.strides({'stride/a/height': [2.0]}, {'b': [2.0]}),
+            '`initial` must have as many strides',
+        ),
+        (
+            lambda: plots.response(FixedSpectralPooling(2.0), 8),
+            '`layer` must be a DiffStride',
+        ),
+        (lambda: plots.response(DiffStride(2.0), 0), '`size` must be an int'),
+        (lambda: plots.response(DiffStride(2.0), 8, 2), '`index` must be one'),
+    ],
+)
+def test_wrong_arguments(draw, message):
+    with pytest.raises(ValueError, match=message):
+        draw()

@@ -1,5 +1,6 @@
 """Costs of strides: values by hand, gradients by differences, and training."""
 
+import functools
 import itertools
 import math
 
@@ -332,8 +333,20 @@ def test_a_budget_that_cannot_be_met():
 
 def test_a_budget_that_is_never_used_up():
     model = network(ramp='inside')
-    MacsCost(1e12, input_shape=SHAPE).meet_budget(model)
-    assert {s for x in diffstride_layers(model) for s in x.stride_values} == {1}
+    for strides in (2.0, 100.0):
+        assign(model, np.full((3, 2), strides))
+        MacsCost(1e12, input_shape=SHAPE).meet_budget(model)
+        assert {
+            s for x in diffstride_layers(model) for s in x.stride_values
+        } == {1}
+
+
+def test_a_budget_that_is_met_far_away():
+    model = keras.Sequential([DiffStride(1.0), layers.Conv2D(8, 1)])
+    shape = (512, 512, 1)
+    cost = MacsCost(0.01 * complexity(model, shape).macs, input_shape=shape)
+    assert cost.meet_budget(model)
+    assert 0.9 * cost.budget < complexity(model, shape).macs <= cost.budget
 
 
 def test_strides_that_settle_meet_the_budget():
@@ -410,12 +423,23 @@ def test_a_layer_of_unknown_macs_has_none_with_a_gradient():
         (lambda: MacsCost(0), '`budget` must be a finite number above 0'),
         (lambda: MacsCost(1e6, math.nan), '`weight` must be'),
         (lambda: MacsCost(1e6, 1, 32), '`input_shape` must be None or'),
+        (lambda: MacsCost(1e6, 1, ()), '`input_shape` must be None or'),
+        (lambda: MacsCost(1e6, 1, (32.5, 32, 3)), '`input_shape` must be None'),
+        (
+            lambda: ActivationCost().of(keras.Sequential([layers.ReLU()])),
+            '`model` must be a model with DiffStride layers',
+        ),
+        (
+            lambda: ActivationCost().of([layers.ReLU()]),
+            '`model` must be a model with DiffStride layers',
+        ),
         (
             lambda: StrideCostModel(keras.Sequential(), ActivationCost()),
             '`model` must have DiffStride layers',
         ),
         (lambda: network_with_cost('x'), '`stride_cost` must be a cost'),
-        (lambda: network_with_cost(-1), '`stride_cost` must be at least 0'),
+        (lambda: network_with_cost(MacsCost), '`stride_cost` must be a cost'),
+        (lambda: network_with_cost(-1), '`stride_cost` must be a finite num'),
     ],
 )
 def test_wrong_arguments(make, message):
@@ -469,37 +493,39 @@ def test_resnet_with_a_cost():
     assert cost_of(0.5, pooling_cls=None) is None
 
 
-@pytest.mark.parametrize('stride_cost', [3.0, MacsCost(1e3, 3.0, (16, 16, 3))])
-def test_strides_grow_with_their_cost(stride_cost):
-    """With the same data and seed, a price makes larger strides, fewer MACs."""
+@functools.cache
+def macs_and_strides_of_training(stride_cost):
+    keras.utils.set_random_seed(0)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(64, 16, 16, 3)).astype('float32')
     y = rng.integers(0, 2, 64)
-    macs, strides = {}, {}
-    for cost in (0, stride_cost):
-        keras.utils.set_random_seed(0)
-        model = resnet.Resnet(
-            [4, 4, 8],
-            '2, 1, 2',
-            2,
-            num_layers=1,
-            stride_cost=cost,
-            pooling_cls=lambda **kwargs: DiffStride(
-                smoothness_factor=1.0, ramp='inside', **kwargs
-            ),
-        )
-        model.compile(
-            keras.optimizers.SGD(0.3),
-            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        )
-        repin = RepinStrides()  # On JAX.
-        model.fit(x, y, 16, epochs=3, verbose=0, callbacks=[repin])
-        macs[cost] = complexity(model, (16, 16, 3)).macs
-        strides[cost] = [
-            s for x in diffstride_layers(model) for s in x.stride_values
-        ]
-    assert macs[stride_cost] < 0.8 * macs[0]
-    assert all(a > b for a, b in zip(strides[stride_cost], strides[0]))
+    model = resnet.Resnet(
+        [4, 4, 8],
+        '2, 1, 2',
+        2,
+        num_layers=1,
+        stride_cost=stride_cost,
+        pooling_cls=lambda **kwargs: DiffStride(
+            smoothness_factor=1.0, ramp='inside', **kwargs
+        ),
+    )
+    model.compile(
+        keras.optimizers.SGD(0.3),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    repin = RepinStrides()  # On JAX.
+    model.fit(x, y, 16, epochs=3, verbose=0, callbacks=[repin])
+    strides = [s for x in diffstride_layers(model) for s in x.stride_values]
+    return complexity(model, (16, 16, 3)).macs, strides
+
+
+@pytest.mark.parametrize('stride_cost', [3.0, MacsCost(1e3, 3.0, (16, 16, 3))])
+def test_strides_grow_with_their_cost(stride_cost):
+    """With the same data and seed, a price makes larger strides, fewer MACs."""
+    free_macs, free_strides = macs_and_strides_of_training(0)
+    macs, strides = macs_and_strides_of_training(stride_cost)
+    assert macs < 0.8 * free_macs
+    assert all(a > b for a, b in zip(strides, free_strides))
 
 
 def test_adamw_can_be_told_not_to_decay_strides():

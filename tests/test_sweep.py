@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 from test_train import SMALL, images  # noqa: F401
 
-from diffstride.examples import main, sweep
+from diffstride.examples import main, sweep, train
 
 SWEEP = """
 train.model_cls = @resnet.resnet18
@@ -143,11 +143,22 @@ def test_a_failed_run_is_told_and_the_others_are_made(config, tmp_path):
     'bindings, message',
     [
         (["sweep.only = ['no']"], "sweep.only must be names of ['learned'"),
-        (["sweep.strides = ['2', '2']"], 'have the same name'),
-        (['sweep.workdir = None'], 'workdir must be a folder'),
+        (["sweep.only = 'learned'"], 'sweep.only must be a list of names'),
+        (['sweep.only = 3'], 'sweep.only must be a list of names'),
+        (['sweep.only = []'], 'sweep.only must be a list of names'),
+        (["sweep.strides = ['2', '2']"], 'must be a list of strings, each onc'),
+        (["sweep.strides = ['2,', '2']"], 'have the same name'),
+        (['sweep.workdir = None'], '--gin_bindings="sweep.workdir = '),
         (['sweep.seeds = 3'], 'sweep.seeds must be a list'),
         (["sweep.seeds = ['0']"], 'sweep.seeds must be a list of int'),
+        (['sweep.seeds = [True]'], 'sweep.seeds must be a list of int'),
+        (['sweep.seeds = [-1]'], 'sweep.seeds must be a list of int'),
+        (['sweep.seeds = [0, 0]'], 'sweep.seeds must be a list of int'),
+        (['sweep.seeds = []'], 'sweep.seeds must be a list of int'),
         (['sweep.strides = [[1, 2]]'], 'sweep.strides must be a list of str'),
+        (['sweep.strides_parameter = 3'], 'strides_parameter must be the name'),
+        (['sweep.variants = {}'], 'sweep.variants must be a dict'),
+        (["sweep.variants = {'a': [3]}"], 'sweep.variants must be a dict'),
         (["sweep.strides = '1, 2'"], 'sweep.strides must be a list'),
         (["sweep.variants = ['a']"], 'sweep.variants must be a dict'),
         (["sweep.variants = {'a': 'b = 1'}"], 'sweep.variants must be a dict'),
@@ -208,8 +219,40 @@ def test_report_is_of_all_runs_in_the_workdir(tmp_path, capsys):
     table = (tmp_path / 'table.md').read_text()
     assert table.index('| B |') < table.index('| A |')
     assert table in capsys.readouterr().out
+    # What another process is writing, or left at its end, is no run yet.
+    half = tmp_path / 'runs' / 'unfinished_C.json'
+    for content in ('{"varia', json.dumps(result('A', '2', 0, 1, 1e6, []))):
+        half.write_text(content)
+        sweep._report(tmp_path, [tmp_path / 'runs' / 'B.json'])
+        assert (tmp_path / 'table.md').read_text() == table
     sweep._report(tmp_path / 'nowhere', [])
+    (tmp_path / 'runs' / 'D.json').write_text('')
+    with pytest.raises(train.SetupError, match=r'D\.json is damaged: move it'):
+        sweep._report(tmp_path, [])
     assert (tmp_path / 'table.md').read_text() == table
+
+
+def test_table_tells_of_several_settings():
+    results = [result('A', '2', seed, 0.7, 2e6, []) for seed in (0, 1)]
+    for run, config in zip(results, ('x = 1', 'x = 2')):
+        run['config'] = config
+    table = sweep.table(sweep.grouped(results))
+    assert table.endswith('Of 2 settings: see `config` of each run.')
+    assert 'settings' not in sweep.table(sweep.grouped(results[:1]))
+
+
+def test_settings_that_trained_nothing_bind_nothing(tmp_path):
+    """As those of a misspelled variant, which failed."""
+    labels = {'variant': 'A', 'strides': '2', 'seed': 0}
+    run = sweep._Run(tmp_path, labels, ['x = 1'], 'config')
+    other = sweep._Run(tmp_path, labels, ['y = 1'], 'config')
+    run.folder.mkdir(parents=True)
+    (run.folder / 'settings.json').write_text(json.dumps(other.settings))
+    run.check()
+    (run.folder / 'last.keras').touch()
+    with pytest.raises(train.SetupError, match=r'of other settings \(bindings'):
+        run.check()
+    other.check()
 
 
 def test_config_of_a_run_leaves_out_the_sweep(config):

@@ -23,6 +23,12 @@ except ImportError:  # On Windows.
 class WriteError(Exception):
     """A file could not be written; those before it are whole."""
 
+    def __init__(self, path, reason):
+        super().__init__(
+            f'{path} cannot be written ({reason}). What was written before is '
+            'whole: make room, and the same command continues'
+        )
+
 
 @contextlib.contextmanager
 def locked(folder):
@@ -77,10 +83,7 @@ def unfinished(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise WriteError(
-            f'{path} cannot be written ({error.strerror or error}). What was '
-            'written before is whole: make room, and the same command continues'
-        ) from error
+        raise WriteError(path, error.strerror or error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -116,12 +119,14 @@ def save(model, workdir, history, results):
 
     History and results come before the checkpoint: they may be of one epoch
     more, and are cut when the training is restored. The best checkpoint comes
-    after it, so that it is never of an epoch that is cut; restoring makes up
-    for it.
+    after it, so that no kill makes it one of an epoch that is cut; restoring
+    makes up for it.
     """
     last = workdir / 'last.keras'
     with unfinished(last) as temporary:
         model.save(temporary)
+        with zipfile.ZipFile(temporary, 'a') as archive:
+            archive.comment = b'epoch %d' % len(history)
         write_results(workdir, history, results)
         if last.exists():
             os.replace(last, workdir / 'previous.keras')
@@ -153,7 +158,7 @@ def restore(model, workdir, steps_per_epoch):
     Args:
         model: A compiled model; its weights and its optimizer's are loaded.
         workdir: Path of the folder.
-        steps_per_epoch: Steps of an epoch, those done before too.
+        steps_per_epoch: Batches of an epoch, those done before too.
 
     Returns:
         The history, a list of one dict per epoch.
@@ -179,7 +184,7 @@ def restore(model, workdir, steps_per_epoch):
     model.optimizer.build(model.trainable_variables)
     for path in found:
         try:
-            _load(model, path)
+            epoch = _load(model, path)
             break
         except Exception as error:
             errors.append(error)
@@ -189,17 +194,20 @@ def restore(model, workdir, steps_per_epoch):
             'model. Set train.workdir to another folder, or the model as it is '
             f'in {workdir / "config.gin"}. ({first_line(errors[0])})'
         ) from errors[0]
-    steps = int(model.optimizer.iterations)
-    history = [
-        row
-        for row in rows
-        if row.get('steps', row['epoch'] * steps_per_epoch) <= steps
-    ]
-    if not history or steps != len(history) * steps_per_epoch:
+    if epoch is None:  # It was written before checkpoints said it.
+        epoch = int(model.optimizer.iterations) / steps_per_epoch
+    history = rows[: int(epoch)]
+    if not history or len(history) != epoch:
         raise ValueError(
-            f'{path} ends at step {steps}, which is not an epoch of '
-            f'{steps_per_epoch} steps: set batch_size and '
-            'train.steps_per_epoch as before, or another train.workdir'
+            f'{path} is of epoch {epoch:g}, and history.json of {len(rows)} '
+            'epochs: set train.workdir to another folder'
+        )
+    before = history[-1].get('steps_per_epoch', steps_per_epoch)
+    if before != steps_per_epoch:
+        raise ValueError(
+            f'{path} is of epochs of {before} steps, and not of '
+            f'{steps_per_epoch}: set batch_size and train.steps_per_epoch as '
+            'before, or another train.workdir'
         )
     if errors:
         names = (workdir / f'damaged_{i}.keras' for i in itertools.count(1))
@@ -215,11 +223,14 @@ def restore(model, workdir, steps_per_epoch):
 
 
 def _load(model, path):
+    """Returns the epoch that the checkpoint says it is of, or None."""
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
         if damaged:
             raise ValueError(f'{damaged} in it is damaged')
+        epoch = re.fullmatch(rb'epoch (\d+)', archive.comment)
     model.load_weights(path)
+    return epoch and int(epoch[1])
 
 
 def first_line(error):

@@ -13,7 +13,6 @@ import contextlib
 import fcntl  # Not on Windows.
 import functools
 import itertools
-import json
 import re
 import statistics
 import subprocess
@@ -24,7 +23,7 @@ import gin
 from absl import app
 
 from diffstride import plots
-from diffstride.examples import checkpoints, main, train
+from diffstride.examples import checkpoints, data, main, train
 
 _POLL_SECONDS = 5
 
@@ -59,25 +58,16 @@ def sweep(
         strides_parameter: The gin parameter that takes initial strides.
 
     Raises:
-        train.SetupError: If something is set wrong, if the folder holds runs of
-            other settings, or, after all others, if a run failed.
+        train.SetupError: If something is set wrong, if the folder holds one of
+            these runs by other settings, or, after all others, if a run failed.
     """
     with train.setup_errors():
-        workdir = train.checked_workdir(workdir)
-        for name, value, kind in (
-            ('strides', strides, str),
-            ('seeds', seeds, int),
-        ):
-            if (
-                not isinstance(value, (list, tuple))
-                or not value
-                or not all(isinstance(x, kind) for x in value)
-            ):
-                raise ValueError(
-                    f'sweep.{name} must be a list of {kind.__name__}. '
-                    f'Received: {value!r}'
-                )
-        variants = _checked_variants(variants, only)
+        workdir = train.checked_workdir(workdir, 'sweep.workdir')
+        data.check_arguments(
+            _RULES, 'sweep.', strides=strides, seeds=seeds, only=only,
+            variants=variants, strides_parameter=strides_parameter,
+        )  # fmt: skip
+        variants = _chosen(variants or _POOLINGS, only)
         config = config_without_sweep()
         runs = [
             _Run(
@@ -105,22 +95,62 @@ def sweep(
         raise train.SetupError(f'{len(failed)} runs failed: {failed[0]}')
 
 
-def _checked_variants(variants, only):
-    if variants is None:
-        variants = {
-            'DiffStride': ['resnet.Resnet.pooling_cls = @pooling.DiffStride'],
-            'FixedSpectralPooling': [
-                'resnet.Resnet.pooling_cls = @pooling.FixedSpectralPooling'
-            ],
-            'strided convolution': ['resnet.Resnet.pooling_cls = None'],
-        }
-    if not isinstance(variants, dict) or not all(
-        isinstance(bindings, (list, tuple)) for bindings in variants.values()
-    ):
-        raise ValueError(
-            'sweep.variants must be a dict from a name to a list of bindings. '
-            f'Received: {variants!r}'
+_POOLINGS = {
+    'DiffStride': ['resnet.Resnet.pooling_cls = @pooling.DiffStride'],
+    'FixedSpectralPooling': [
+        'resnet.Resnet.pooling_cls = @pooling.FixedSpectralPooling'
+    ],
+    'strided convolution': ['resnet.Resnet.pooling_cls = None'],
+}
+
+
+def _is_list(value, is_allowed):
+    """Whether it is a list of what is allowed, not empty, each once."""
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) > 0
+        and all(map(is_allowed, value))
+        and len(set(value)) == len(value)
+    )
+
+
+def _is_text(value):
+    return isinstance(value, str) and value != ''
+
+
+def _is_dict_of_bindings(value):
+    return (
+        isinstance(value, dict)
+        and _is_list(list(value), _is_text)
+        and all(
+            isinstance(bindings, (list, tuple)) and all(map(_is_text, bindings))
+            for bindings in value.values()
         )
+    )
+
+
+_RULES = {
+    'strides': (
+        lambda x: _is_list(x, _is_text),
+        'a list of strings, each once',
+    ),
+    'seeds': (
+        lambda x: _is_list(x, lambda seed: data.is_int(seed, 0, 2**32)),
+        'a list of integers in [0, 2**32), each once',
+    ),
+    'only': (
+        lambda x: x is None or _is_list(x, _is_text),
+        'a list of names of variants, each once, or None',
+    ),
+    'variants': (
+        lambda x: x is None or _is_dict_of_bindings(x),
+        'a dict from a name to a list of bindings, strings, or None',
+    ),
+    'strides_parameter': (_is_text, 'the name of a gin parameter'),
+}
+
+
+def _chosen(variants, only):
     for name in only or ():
         if name not in variants:
             raise ValueError(
@@ -161,15 +191,18 @@ class _Run:
 
     @property
     def result(self):
-        return json.loads(self.path.read_text())
+        return _read(self.path)
 
     def check(self):
         """Raises SetupError if it was finished or begun by other settings."""
-        for path in (self.path, self.folder / 'settings.json'):
+        paths = [self.path]
+        if any(self.folder.glob('*.keras')):  # Else nothing was trained by it.
+            paths.append(self.folder / 'settings.json')
+        for path in paths:
             if path.exists():
-                found = json.loads(path.read_text())
+                found = _read(path)
                 for key, value in self.settings.items():
-                    if found[key] != value:
+                    if found.get(key) != value:
                         raise train.SetupError(
                             f'{path} is of other settings ({key}): set '
                             'sweep.workdir to another folder'
@@ -207,8 +240,8 @@ class _Run:
             return f'{self.name}: {_last_line(self.folder / "log.txt")}'
         if ended.returncode:
             return f'{self.name}: ended by code {ended.returncode}'
-        results = json.loads((self.folder / 'results.json').read_text())
-        history = json.loads((self.folder / 'history.json').read_text())
+        results = _read(self.folder / 'results.json')
+        history = checkpoints.read(self.folder / 'history.json')
         self.path.parent.mkdir(exist_ok=True)
         checkpoints.write(
             self.path,
@@ -217,6 +250,14 @@ class _Run:
             ),
         )
         return None
+
+
+def _read(path):
+    """The content of a file of JSON that was written as a whole."""
+    content = checkpoints.read(path)
+    if not isinstance(content, dict):
+        raise train.SetupError(f'{path} is damaged: move it away')
+    return content
 
 
 def _last_line(path):
@@ -279,10 +320,14 @@ def _progress(runs):
 def _report(workdir, paths):
     """Tells of the runs at these paths, then of others in the workdir."""
     others = sorted(set((workdir / 'runs').glob('*.json')) - set(paths))
-    found = [path for path in [*paths, *others] if path.exists()]
+    found = [
+        path
+        for path in [*paths, *others]
+        if path.exists() and not path.name.startswith('unfinished_')
+    ]
     if not found:
         return
-    groups = grouped(json.loads(path.read_text()) for path in found)
+    groups = grouped(map(_read, found))
     with (workdir / 'lock').open('w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         _write_report(workdir, groups)
@@ -349,6 +394,14 @@ def table(groups):
                 f'| {_spread(runs, "seconds", 1, 0)} '
                 f'| {_mean_strides(runs)} |'
             )
+    configs = {
+        run.get('config')
+        for group in groups.values()
+        for runs in group.values()
+        for run in runs
+    }
+    if len(configs) > 1:
+        lines += ['', f'Of {len(configs)} settings: see `config` of each run.']
     return '\n'.join(lines)
 
 

@@ -132,6 +132,8 @@ def train(
                     metrics=['accuracy'],
                     jit_compile=jit_compile,
                 )
+            stride_logger = StrideLogger(datasets.image_shape, workdir / 'logs')
+            stride_logger.set_model(model)  # Which checks the model.
             steps_per_epoch = steps_per_epoch or datasets.steps_per_epoch
             _make(workdir)
             stack.enter_context(checkpoints.locked(workdir))
@@ -146,25 +148,26 @@ def train(
                 f'Epochs {len(history) + 1} to {num_epochs} in {workdir}',
                 flush=True,
             )
-            model.fit(
-                datasets.train(len(history)),
-                epochs=num_epochs,
-                initial_epoch=len(history),
-                steps_per_epoch=steps_per_epoch,
-                shuffle=False,
-                validation_data=datasets.test,
-                callbacks=[
-                    # First, so that its line does not list every stride.
-                    keras.callbacks.ProgbarLogger(),
-                    StrideLogger(datasets.image_shape, workdir / 'logs'),
-                    *callbacks,
-                    _Recorder(workdir, history, seed),
-                    keras.callbacks.TensorBoard(
-                        workdir / 'logs', write_graph=False
-                    ),
-                    RepinStrides(),  # After what saves what was validated.
-                ],
-            )
+            with _errors_of_a_full_disk():
+                model.fit(
+                    datasets.train(len(history)),
+                    epochs=num_epochs,
+                    initial_epoch=len(history),
+                    steps_per_epoch=steps_per_epoch,
+                    shuffle=False,
+                    validation_data=datasets.test,
+                    callbacks=[
+                        # First, so that its line does not list every stride.
+                        keras.callbacks.ProgbarLogger(),
+                        stride_logger,
+                        *callbacks,
+                        _Recorder(workdir, history, seed),
+                        keras.callbacks.TensorBoard(
+                            workdir / 'logs', write_graph=False
+                        ),
+                        RepinStrides(),  # After what saves what was validated.
+                    ],
+                )
         else:
             print(
                 f'{len(history)} epochs of {num_epochs} are done in {workdir}',
@@ -191,7 +194,7 @@ def compare(workdir=None, model_cls=resnet.resnet18):
         A dict from the name of the pooling to its results.
     """
     with setup_errors():
-        workdir = checked_workdir(workdir)
+        workdir = checked_workdir(workdir, 'compare.workdir')
     results = {}
     for pooling_cls in (
         None,
@@ -240,9 +243,13 @@ class _Recorder(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         seconds = time.monotonic() - self.start
-        steps = int(self.model.optimizer.iterations)
         self.history.append(
-            {'epoch': epoch + 1, 'steps': steps, **logs, 'seconds': seconds}
+            {
+                'epoch': epoch + 1,
+                'steps_per_epoch': self.params['steps'],
+                **logs,
+                'seconds': seconds,
+            }
         )
         checkpoints.save(
             self.model,
@@ -251,6 +258,23 @@ class _Recorder(keras.callbacks.Callback):
             _results(self.model, self.history, self.seed),
         )
         _plot_strides(self.model, self.history, self.workdir / 'strides.png')
+
+
+@contextlib.contextmanager
+def _errors_of_a_full_disk():
+    """Turns those of TensorBoard's files and of callbacks into a WriteError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        path, reason = error.filename or 'A file', error.strerror
+        raise checkpoints.WriteError(path, reason) from error
+    except tf.errors.OpError as error:
+        found = re.search(r'(\S*events\.out\.tfevents\S*); (.+)', error.message)
+        if found is None:
+            raise
+        raise checkpoints.WriteError(*found.groups()) from error
 
 
 def _are_of(results, history):
@@ -300,6 +324,8 @@ def _make_deterministic():
 
 def _exclude_strides_from_weight_decay(optimizer, model):
     strides = [layer.strides for layer in pooling.diffstride_layers(model)]
+    while hasattr(optimizer, 'inner_optimizer'):  # Of a LossScaleOptimizer.
+        optimizer = optimizer.inner_optimizer
     if strides:
         optimizer.exclude_from_weight_decay(
             strides,  # And what it excludes already:
@@ -344,13 +370,13 @@ def _plot_strides(model, history, path):
     checkpoints.write_figure(path, figure)
 
 
-def checked_workdir(workdir):
+def checked_workdir(workdir, parameter='train.workdir'):
     """Returns the path of a folder that is or can be made and written."""
     is_path = isinstance(workdir, (str, os.PathLike))
     if not is_path or workdir == '' or '\0' in str(workdir):
         raise ValueError(
             'workdir must be a folder, set as in '
-            '--gin_bindings="train.workdir = \'/tmp/run\'". '
+            f'--gin_bindings="{parameter} = \'/tmp/run\'". '
             f'Received: {workdir!r}'
         )
     with _refusals_of(workdir):
