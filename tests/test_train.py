@@ -471,3 +471,36 @@ def test_bindings_of_the_2022_release_are_understood(text):
         (2.0, 2.0),
         (3.0, 3.0),
     ]
+
+
+EXAMPLES = pathlib.Path(main.__file__).parent
+
+
+@pytest.mark.parametrize('path', sorted(EXAMPLES.glob('*.gin')), ids=str)
+def test_every_packaged_gin_file_is_understood(path):
+    if path.stem == 'cifar10_sweep':
+        importlib.import_module('diffstride.examples.sweep')
+    main._parse([str(path)], [])
+    if path.stem == 'cifar10_sweep':
+        for bindings in gin.query_parameter('sweep.variants').values():
+            with gin.unlock_config():
+                gin.parse_config(bindings)
+
+
+def test_the_packaged_budget_is_that_of_the_usual_strides():
+    main._parse([str(EXAMPLES / 'cifar10_budget.gin')], [])
+    shape = (32, 32, 3)
+    network = resnet.configured(resnet.resnet18)(num_output_classes=10)
+    network.build((None, *shape))
+    usual = resnet.resnet18(
+        strides=(1, 1, 2, 2, 2),
+        width=16,
+        num_output_classes=10,
+        stride_cost=None,
+        pooling_cls=pooling.FixedSpectralPooling,
+    )
+    budget = network.stride_cost.budget
+    assert complexity(network, shape).macs < budget
+    assert network.stride_cost.meet_budget(network)
+    assert complexity(network, shape).macs == budget
+    assert complexity(usual, shape).macs == budget
