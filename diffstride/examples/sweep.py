@@ -339,7 +339,7 @@ def _write_report(workdir, groups):
     print(text)
     with contextlib.suppress(ImportError):  # Of matplotlib, an extra.
         for name, figure in (
-            ('accuracy_macs.png', _accuracy_macs(groups)),
+            ('accuracy_macs.png', accuracy_macs(groups)),
             ('strides.png', _strides(groups)),
         ):
             if figure is not None:
@@ -423,7 +423,8 @@ def _mean_strides(runs):
     return ', '.join(f'({h:.2f}, {w:.2f})' for h, w in means) or '-'
 
 
-def _accuracy_macs(groups):
+def accuracy_macs(groups):
+    """Returns a figure of the means of what `grouped` returns."""
     points = {}
     for name, group in groups.items():
         points[name] = []
