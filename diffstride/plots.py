@@ -152,6 +152,7 @@ def accuracy_macs(points):
     axes.set_xscale('log')
     axes.xaxis.set_major_formatter('{x:g}')
     axes.xaxis.set_minor_formatter('{x:g}')
+    axes.xaxis.get_minor_locator().set_params(subs=(2, 3, 5))
     rows = (len(points) + 1) // 2
     figure.set_size_inches(7, 4 + rows / 4)
     figure.legend(loc='outside lower center', ncols=2)
