@@ -4,7 +4,7 @@ import gin
 import keras
 from keras import ops
 
-from diffstride import spectral, validation
+from diffstride import resampling, validation
 from diffstride.pooling import SpectralResampling, spatial_axes
 
 
@@ -92,7 +92,7 @@ class SpectralResizing(SpectralResampling):
         x, like = self._inputs(inputs, isinstance(inputs, (list, tuple)))
         outputs, axes = [x], self.spatial_axes
         for axis, size in zip(axes, self._sizes(ops.shape(like), axes)):
-            outputs = spectral.resample(
+            outputs = resampling.resample(
                 outputs, axis, size, self.norm, self.method
             )
         return outputs[0]
