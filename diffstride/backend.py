@@ -97,6 +97,8 @@ def stored_values(variable: keras.Variable) -> tuple[float, ...] | None:
     if keras.backend.backend() == 'tensorflow':
         import tensorflow as tf
 
+        if tf.executing_eagerly():
+            return tuple(value.numpy().tolist())
         with tf.init_scope():
             if not value.is_initialized():
                 return None
