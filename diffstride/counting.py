@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import layers, ops, tree
 
-from diffstride import backend, pooling, validation
+from diffstride import backend, models, pooling, validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +134,8 @@ def complexity(model: keras.layers.Layer, input_shape: Any) -> Complexity:
     >>> print(counts)
     layer        class       output   parameters  activations     MACs
     conv2d       Conv2D      32x32x8         224        8,192  221,184
-    diff_stride  DiffStride  24x24x8           2        4,608  344,064
-    total                                    226       12,800  565,248
+    diff_stride  DiffStride  24x24x8           5        4,608  344,064
+    total                                    229       12,800  565,248
     """
     rows, _ = measure(model, input_shape)
     return Complexity(tuple(rows.values()), _count(model.weights))
@@ -244,7 +244,7 @@ def _paths(layer, path='', paths=None):
     if layer not in paths:
         paths[layer] = path or layer.name
         if not isinstance(layer, layers.RNN):
-            for inner in layer._layers:
+            for inner in models.inner_layers(layer):
                 _paths(inner, f'{path}/{inner.name}'.lstrip('/'), paths)
     return paths
 
