@@ -182,9 +182,12 @@ def measure(
             return call(*args, **kwargs)
         calls_of_layer = calls.setdefault(layer, [])
         if layer in (output_shapes or {}):
+            first, *_ = (*args, *kwargs.values())
             outputs = tree.map_structure(
-                lambda x: ops.zeros(output_shapes[layer](x.shape), x.dtype),
-                args[0],
+                lambda x: ops.zeros(
+                    output_shapes[layer](tuple(x.shape)), x.dtype
+                ),
+                first,
             )
         else:
             outputs = call(*args, **kwargs)
