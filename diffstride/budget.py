@@ -1,11 +1,12 @@
 """The MACs of a model as a function of its strides, and sizes within a budget.
 
 `MacsOfStrides` measures a model a few times and then knows its MACs for any
-strides, on numbers alone. The MACs of a layer are sums of products of sizes, so
-in the output sizes M of all pooling layers, relative to those at the start, the
-total is sum_j c_j prod_k M_k ^ E_jk. The exponents E are measured: one pooling
-layer after the other returns a map of twice the size along one axis, and the
-products that follow double or stay.
+strides, on numbers alone. The MACs of a layer are sums of products of sizes,
+and a size is linear in that of the map that the last pooling layer before it
+returned. Let r_k be the sizes that pooling layers return, divided by those at
+the start; then the total is sum_j c_j prod_k (1 + B_jk (r_k - 1)). The slopes B
+are measured: one pooling layer after the other returns a map of twice the size
+along one axis, and the products that follow grow or stay.
 """
 
 import contextlib
@@ -20,7 +21,11 @@ import numpy as np
 from keras import tree
 
 from diffstride import counting, models, validation
-from diffstride.pooling import DiffStride, diffstride_layers
+from diffstride.pooling import (
+    DiffStride,
+    SpectralPooling,
+    diffstride_layers,
+)
 
 # The relative distance that a stride keeps from one at which a size changes.
 _MARGIN = 2.0**-14
@@ -110,9 +115,9 @@ class MacsOfStrides:
 
     Between integers a size counts as N / S, or N / S + 2 R with the ramp
     'outside', and at most N. At integer sizes the MACs are those of
-    `complexity` if all other layers keep the sizes of maps or divide them. A
-    convolution that shortens maps by its window makes them approximate; `count`
-    and `fit` are exact in each case.
+    `complexity`, but for layers without learned strides that round sizes, such
+    as a strided convolution of a map of odd size. There they are approximate;
+    `count` and `fit` are exact in each case.
 
     Args:
         model: A model with DiffStride layers.
@@ -153,15 +158,8 @@ class MacsOfStrides:
                 macs=None,
             )
         self.layers = [layer for layer in calls if layer in layers]
-        # Sizes, before and after, belong to axes; an axis has one stride.
-        self._axes = [(x, i) for x in self.layers for i in range(x.rank)]
         counts = [x.strides.shape[0] for x in self.layers]
         starts = list(itertools.accumulate(counts, initial=0))
-        self._owner = [
-            start + index % count
-            for layer, start, count in zip(self.layers, starts, counts)
-            for index in range(layer.rank)
-        ]
         self._parts = list(itertools.pairwise(starts))
         self._lower, self._upper = (
             np.repeat(limits, counts)
@@ -172,17 +170,33 @@ class MacsOfStrides:
                 )
             )
         )
+        # Sizes belong to the axes of all pooling layers. The stride of an axis
+        # is one of those that vary, or else a constant behind them.
+        self._poolings = [
+            x for x in calls if isinstance(x, SpectralPooling) and x.cropping
+        ]
+        self._axes = [(x, i) for x in self._poolings for i in range(x.rank)]
+        self._owner, self._constants = [], []
+        for layer, index in self._axes:
+            if layer in self.layers:
+                start, stop = self._parts[self.layers.index(layer)]
+                self._owner.append(start + index % (stop - start))
+            else:
+                self._owner.append(starts[-1] + len(self._constants))
+                self._constants.append(layer.stride_values[index])
         self._extra = [
-            2 * x.smoothness_factor if x.ramp == 'outside' else 0.0
+            2 * x.smoothness_factor
+            if getattr(x, 'ramp', None) == 'outside'
+            else 0.0
             for x, _ in self._axes
         ]
         self._before, self._after = self._sizes_of(calls)
-        self._measure_exponents(rows, calls)
+        self._measure_slopes(rows, calls)
 
     def _sizes_of(self, calls):
         """Returns the sizes of all pooled axes, before and after."""
         sizes = [], []
-        for layer in self.layers:
+        for layer in self._poolings:
             for side, found in enumerate(sizes):
                 shapes = {
                     tuple(shape[axis] for axis in layer.spatial_axes)
@@ -198,7 +212,7 @@ class MacsOfStrides:
                 found.extend(*shapes)
         return sizes
 
-    def _measure_exponents(self, rows, calls):
+    def _measure_slopes(self, rows, calls):
         def products(calls):
             found = [
                 counting.products(layer, calls.get(layer, [])) for layer in rows
@@ -206,7 +220,7 @@ class MacsOfStrides:
             return np.array([x for terms in found for x in terms], float)
 
         first = products(calls)
-        exponents, upstream = [], []
+        slopes, upstream = [], []
         for axis, (layer, _) in enumerate(self._axes):
             sizes = list(self._after)
             sizes[axis] *= 2
@@ -219,19 +233,19 @@ class MacsOfStrides:
                     'size for a budget, and branches that meet must share '
                     f'their pooling layer. {error}'
                 ) from error
-            exponents.append(products(calls)[first > 0] / first[first > 0])
-            upstream.append(np.divide(before, self._before))
+            slopes.append(products(calls)[first > 0] / first[first > 0] - 1)
+            upstream.append(np.divide(before, self._before) - 1)
             validation.require(
                 before[: axis + 1] == self._before[: axis + 1],
                 f'Layer "{layer.name}" must not pool its own output again',
                 sizes=before,
             )
-        exponents = np.log2(exponents).round(9).T
-        self._exponents, group = np.unique(
-            exponents, axis=0, return_inverse=True
+        # Products with equal slopes are one.
+        self._slopes, group = np.unique(
+            np.transpose(slopes).round(12), axis=0, return_inverse=True
         )
         self._coefficients = np.bincount(group.ravel(), first[first > 0])
-        self._upstream = np.log2(upstream).round(9).T
+        self._upstream = np.transpose(upstream)
         self._parents = [
             [(other, float(row[other])) for other in np.flatnonzero(row)]
             for row in self._upstream
@@ -240,7 +254,7 @@ class MacsOfStrides:
     def _returning(self, sizes):
         """Makes the layers return maps of given sizes in `measure`."""
         shapes = {}
-        for layer in self.layers:
+        for layer in self._poolings:
             own = [size for size, x in zip(sizes, self._axes) if x[0] is layer]
             shapes[layer] = functools.partial(_with_sizes, layer, own)
         return shapes
@@ -305,53 +319,49 @@ class MacsOfStrides:
         stride is without a gradient.
         """
         before, after = self._smooth_sizes(strides)
+        ratios = np.divide(after, self._after)
+        axis_strides = np.concatenate([strides, self._constants])[self._owner]
         # The derivatives of log sizes in the logarithms of the axes' strides.
         jacobian = np.zeros((len(after), len(after)))
-        for axis, owner in enumerate(self._owner):
-            band = before[axis] / strides[owner]
-            row = self._upstream[axis] @ jacobian
+        for axis, slopes in enumerate(self._upstream):
+            row = _elasticity(slopes, ratios) @ jacobian
             row[axis] -= 1
+            band = before[axis] / axis_strides[axis]
             jacobian[axis] = row * band / (band + self._extra[axis])
-        products = self._coefficients * self._relative(after)
-        total = products @ self._exponents @ jacobian
-        return np.bincount(self._owner, total) / strides
+        products = self._coefficients * _products(self._slopes, ratios)
+        total = products @ _elasticity(self._slopes, ratios) @ jacobian
+        return np.bincount(self._owner, total)[: len(strides)] / strides
 
     def _smooth_sizes(self, strides):
-        strides = [float(strides[owner]) for owner in self._owner]
+        def size(axis, before, stride):
+            return min(before, max(before / stride, 2.0) + self._extra[axis])
 
-        def size(axis, before):
-            band = max(before / strides[axis], 2.0)
-            return min(before, band + self._extra[axis])
-
-        return self._sizes(size)
+        return self._sizes(strides, size)
 
     def _integer_sizes(self, strides):
-        strides = [float(strides[owner]) for owner in self._owner]
-
-        def size(axis, before):
+        def size(axis, before, stride):
             layer, index = self._axes[axis]
-            return layer.output_size(round(before), index, strides[axis])
+            return layer.output_size(round(before), index, stride)
 
-        return self._sizes(size)
+        return self._sizes(strides, size)
 
-    def _sizes(self, size):
-        """Returns all sizes before and after, from `size(axis, before)`."""
+    def _sizes(self, strides, size):
+        """Returns the sizes before and after, by size(axis, before, stride)."""
+        strides = [*map(float, strides), *self._constants]
         befores, afters, ratios = [], [], []
         for axis, before in enumerate(self._before):
-            for other, exponent in self._parents[axis]:
-                before *= ratios[other] ** exponent
-            after = size(axis, before)
+            for other, slope in self._parents[axis]:
+                before *= 1 + slope * (ratios[other] - 1)
+            before = max(before, 1.0)
+            after = size(axis, before, strides[self._owner[axis]])
             befores.append(before)
             afters.append(after)
             ratios.append(after / self._after[axis])
         return befores, afters
 
-    def _relative(self, after):
-        ratios = np.log(np.divide(after, self._after))
-        return np.exp(self._exponents @ ratios)
-
     def _total(self, after):
-        return float(self._coefficients @ self._relative(after))
+        ratios = np.divide(after, self._after)
+        return float(self._coefficients @ _products(self._slopes, ratios))
 
     def project(
         self,
@@ -361,7 +371,8 @@ class MacsOfStrides:
     ) -> np.ndarray:
         """Moves strides to where the smooth MACs are the budget.
 
-        They move along the gradient of the MACs, within their limits.
+        They move to the nearest such point within their limits, along the
+        gradient that the MACs have there.
 
         Args:
             strides: The strides, [n].
@@ -372,17 +383,18 @@ class MacsOfStrides:
         Returns:
             The new strides, or all at a limit if the budget lies beyond.
         """
-        line = self._line(strides, metric)
+        strides = nearest = np.asarray(strides, float)
+        for _ in range(6):
+            before = nearest
+            line = self._line(strides, nearest, metric)
+            nearest = _crossing(line, self, budget)
+            if np.allclose(nearest, before, rtol=0.01):
+                break
+        return nearest
 
-        def excess(step):
-            return math.log(self(line(step)) / budget)
-
-        return line(_root(excess))
-
-    def _line(self, strides, metric=1.0):
-        """Returns the strides as a function of a step along the gradient."""
-        strides = np.asarray(strides, float)
-        direction = -metric * self.gradient(strides)
+    def _line(self, strides, nearest, metric=1.0):
+        """Returns strides as a function of a step, along the gradient there."""
+        direction = -metric * self.gradient(nearest)
         direction = direction / np.max(direction / strides)
 
         def line(step):
@@ -422,7 +434,7 @@ class MacsOfStrides:
 
     def _fit(self, strides, target):
         strides = np.asarray(strides, float)
-        line = self._line(strides)
+        line = self._line(strides, self.project(strides, target))
 
         def total(found):
             return self._total(self._integer_sizes(found)[1])
@@ -430,9 +442,7 @@ class MacsOfStrides:
         def is_within(found):
             return total(found) < target + 0.5
 
-        found = line(
-            _root(lambda step: math.log(total(line(step)) / (target + 0.5)))
-        )
+        found = _crossing(line, total, target + 0.5)
         sizes = self._integer_sizes(found)[1]
         while True:
             for _, larger in sorted(self._larger_sizes(sizes, strides)):
@@ -465,10 +475,8 @@ class MacsOfStrides:
         the nearest stride with a smaller size, or the limit.
         """
         strides = np.array(preferred)
-        for axis, owner in enumerate(self._owner):
+        for owner in range(len(strides)):
             axes = [i for i, x in enumerate(self._owner) if x == owner]
-            if axis != axes[0]:
-                continue
             before = self._integer_sizes(strides)[0]
             low = max(self._least_stride(i, before[i], sizes[i]) for i in axes)
             high = min(
@@ -518,6 +526,26 @@ def _with_strides(layer, strides, shape):
     return _with_sizes(layer, sizes, shape)
 
 
+def _factors(slopes, ratios):
+    """Returns 1 + B (r - 1), above 0: [..., axes]."""
+    return np.maximum(1 + slopes * (ratios - 1), 1e-9)
+
+
+def _products(slopes, ratios):
+    """Returns prod_k (1 + B_k (r_k - 1)): [...]."""
+    return _factors(slopes, ratios).prod(axis=-1)
+
+
+def _elasticity(slopes, ratios):
+    """Returns the derivatives of log 1 + B (r - 1) in log r: [..., axes]."""
+    return slopes * ratios / _factors(slopes, ratios)
+
+
+def _crossing(line, macs, budget):
+    """Returns the strides on a line with MACs of a budget, or just below."""
+    return line(_root(lambda step: math.log(macs(line(step)) / budget)))
+
+
 def _root(excess: Callable[[float], float]) -> float:
     """Returns a step at which a falling function is 0 or just below.
 
@@ -543,7 +571,7 @@ def _root(excess: Callable[[float], float]) -> float:
         other = ends[value <= 0]
         ends[value <= 0] = other[0], other[1] / 2
         ends[value > 0] = step, value
-    return step if abs(value) < 1e-9 else high
+    return step if abs(value) < 1e-9 else ends[False][0]
 
 
 def recalibrate(model: keras.Model, batches: Iterable) -> None:
