@@ -37,7 +37,7 @@ def finite(
 
 
 def integer(name: str, value: Any, least: int) -> int:
-    """Returns the argument `name` as an int if it is one of at least `least`."""
+    """Returns the argument `name` as an int if it is at least `least`."""
     rule = f'`{name}` must be an integer, at least {least}'
     require(is_integer(value, least), rule, **{name: value})
     return int(value)
