@@ -71,15 +71,15 @@ def sync(model: keras.Model) -> None:
 
 
 @contextlib.contextmanager
-def recorded(
-    layer: keras.layers.Layer, begin: Callable[[], Callable]
+def intercepted(
+    layer: keras.layers.Layer, function: Callable[..., Any]
 ) -> Iterator[None]:
-    """Tells of each call of a layer within the context.
+    """A context within which a function runs in the place of a layer's call.
 
     Args:
         layer: Any layer.
-        begin: Called at the beginning of each call. It returns the function
-            that is called at its end, with its arguments and its outputs.
+        function: Takes the layer's own `call`, then the arguments of the call;
+            it returns the outputs.
     """
     is_quantized = getattr(layer, 'quantization_mode', None) is not None
     name = 'quantized_call' if is_quantized else 'call'
@@ -88,13 +88,10 @@ def recorded(
     call = getattr(layer, name)
 
     @functools.wraps(call)
-    def recording_call(*args: Any, **kwargs: Any) -> Any:
-        end = begin()
-        outputs = call(*args, **kwargs)
-        end((args, kwargs), outputs)
-        return outputs
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(call, *args, **kwargs)
 
-    attributes[name] = recording_call
+    attributes[name] = wrapper
     try:
         yield
     finally:
