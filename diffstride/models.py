@@ -114,3 +114,66 @@ def model_of(layer: keras.layers.Layer) -> keras.layers.Layer:
         if issubclass(type(x), keras.Model) and layer in flatten(x)
     ]
     return min(holders, key=lambda x: len(flatten(x)), default=outermost)
+
+
+def is_graph(layer: keras.layers.Layer) -> bool:
+    """Tells whether a layer is a Sequential or Functional model."""
+    return isinstance(layer, keras.Sequential) or (
+        isinstance(layer, keras.Model) and hasattr(layer, '_run_through_graph')
+    )
+
+
+def run_graph(model: keras.Model, inputs: Any, call: Callable[..., Any]) -> Any:
+    """Runs a Sequential or Functional model with another way to call layers.
+
+    Args:
+        model: The model.
+        inputs: Its inputs, in its structure: tensors or any other objects.
+        call: Called as call(layer, *args, **kwargs) in place of each layer.
+
+    Returns:
+        The outputs, in the structure of the model's.
+    """
+    inputs = flat_inputs(model, inputs)
+    if isinstance(model, keras.Sequential):
+        (x,) = inputs
+        for layer in model.layers:
+            x = call(layer, x)
+        return x
+    return model._run_through_graph(
+        inputs, operation_fn=lambda layer: functools.partial(call, layer)
+    )
+
+
+def flat_inputs(model: keras.Model, inputs: Any) -> list:
+    """Returns the inputs of a model in the order of `model.inputs`."""
+    if isinstance(inputs, dict) and not isinstance(model.input, dict):
+        inputs = [inputs[x.name] for x in model.inputs]
+    return keras.tree.flatten(inputs)
+
+
+def source(tensor: keras.KerasTensor) -> keras.layers.Layer:
+    """Returns the layer that a symbolic tensor is an output of."""
+    return tensor._keras_history.operation
+
+
+def copy_layer(layer: keras.layers.Layer) -> keras.layers.Layer:
+    """Returns a layer made from the config of another, without its weights."""
+    if isinstance(layer, keras.layers.Lambda):
+        # The copy shares the functions: Keras refuses to restore a Python
+        # lambda from a config, and would not know the names that it uses.
+        return type(layer)(
+            layer.function,
+            output_shape=layer._output_shape,
+            mask=layer.mask,
+            arguments=layer.arguments,
+            name=layer.name,
+            dtype=layer.dtype_policy,
+            trainable=layer.trainable,
+        )
+    return type(layer).from_config(layer.get_config())
+
+
+def set_trainable(model: keras.Model, value: bool) -> None:
+    """Sets whether a model is trainable, without a change to its layers."""
+    model._trainable = value
