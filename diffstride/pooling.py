@@ -452,8 +452,9 @@ class DiffStride(SpectralPooling):
             else self.output_size(key[1], key[0])
             for key in self._compiled
         }
-        # What XLA compiled must not go on with sizes that are static no more.
-        is_stale = self._compiled and not self.supports_jit
+        # XLA must not go on with constant sizes that are static no more.
+        has_sizes = len(self._compiled) > 1
+        is_stale = has_sizes and not self.supports_jit
         if now != self._compiled or is_stale:
             self._compiled = {}
             models.recompile_models_with(self)
