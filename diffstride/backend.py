@@ -97,6 +97,8 @@ def stored_values(variable: keras.Variable) -> tuple[float, ...] | None:
     if keras.backend.backend() == 'tensorflow':
         import tensorflow as tf
 
+        if tf.executing_eagerly():
+            return tuple(value.numpy().tolist())
         with tf.init_scope():
             if not value.is_initialized():
                 return None
@@ -156,15 +158,15 @@ def custom_gradient(function: Callable, gradients: Callable) -> Callable:
         import jax
 
         def forward(x, *others):
-            # `apply` has this gradient too, so second derivatives exist.
-            return apply(x, *others), (function(x, *others)[1], others)
+            # `vjp` has this gradient too, so second derivatives exist.
+            return vjp(x, *others), (function(x, *others)[1], others)
 
         def backward(residuals, upstream):
             return gradients(*residuals, upstream)
 
-        apply = jax.custom_vjp(lambda *args: function(*args)[0])
-        apply.defvjp(forward, backward)
-        return apply
+        vjp = jax.custom_vjp(lambda *args: function(*args)[0])
+        vjp.defvjp(forward, backward)
+        return vjp
 
     @ops.custom_gradient
     def apply(x, *others):

@@ -100,3 +100,20 @@ def recorded(
     finally:
         del attributes[name]
         attributes.update(before)
+
+
+def model_of(layer: keras.layers.Layer) -> keras.layers.Layer:
+    """Returns the innermost model that holds a layer, within the layer's call.
+
+    A layer does not know the models that hold it. Keras knows the outermost
+    layer that was called, but not while it trains on JAX; there this looks
+    through all objects.
+    """
+    outermost = layer._get_call_context().entry_layer
+    found = flatten(outermost) if outermost is not layer else gc.get_objects()
+    holders = [
+        x
+        for x in found
+        if issubclass(type(x), keras.Model) and layer in flatten(x)
+    ]
+    return min(holders, key=lambda x: len(flatten(x)), default=outermost)

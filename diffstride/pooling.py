@@ -273,7 +273,7 @@ class DiffStride(SpectralPooling):
         lower, upper = self.lower_limit_stride or 1.0, self.upper_limit_stride
         self._check_strides(lower, upper)
         self._ramp = Ramp(ramp, self.smoothness_factor, lower, upper)
-        self._compiled = {}
+        self._compiled: dict = {}
         with keras.name_scope(self.name):
             self.state = StrideState(
                 self.initial_strides[: 1 if shared_stride else None],
@@ -673,15 +673,15 @@ class SpatialPooling(keras.layers.AveragePooling2D):
         strides: int | Sequence[int] = (2, 2),
         **kwargs: Any,
     ):
-        strides = validation.standardize_strides(strides, 2)
+        per_axis = validation.standardize_strides(strides, 2)
         validation.require(
-            all(stride == int(stride) for stride in strides),
+            all(stride == int(stride) for stride in per_axis),
             '`strides` of SpatialPooling must be integers',
             strides=strides,
         )
         super().__init__(
             pool_size,
-            strides=tuple(map(int, strides)),
+            strides=tuple(map(int, per_axis)),
             padding='same',
             **kwargs,
         )

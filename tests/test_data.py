@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import os
 
 import gin
 import numpy as np
@@ -19,7 +18,7 @@ TRAIN = np.random.default_rng(0).integers(
 TEST = np.random.default_rng(1).integers(
     0, 256, (13, HEIGHT, WIDTH, 3), np.uint8
 )
-PLAIN = dict(flip=False, crop_padding=0, normalization=None)
+PLAIN = dict(crop_padding=0, normalization=None)
 
 
 class _LocalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -86,7 +85,11 @@ def load(data_dir):
     """A function that loads `TinyNoise`, once for the same arguments."""
     return functools.cache(
         functools.partial(
-            data.load_datasets, 'tiny_noise', data_dir, batch_size=8
+            data.load_datasets,
+            'tiny_noise',
+            data_dir,
+            batch_size=8,
+            validation_split=None,
         )
     )
 
@@ -96,26 +99,6 @@ def take(dataset, count=None):
     batches = dataset if count is None else dataset.take(count)
     images, labels = zip(*batches.as_numpy_iterator(), strict=True)
     return np.concatenate(images), np.concatenate(labels)
-
-
-def write_image(path, shape=(HEIGHT, WIDTH, 3), level=100):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = np.full(shape, level, np.uint8)
-    path.write_bytes(tf.io.encode_png(image).numpy())
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A folder of images: 3 of cats and 3 of dogs in each split."""
-    root = tmp_path / 'photos'
-    for split, animal, index in itertools.product(
-        ('train', 'test'), ('cat', 'dog'), range(3)
-    ):
-        level = 200 if animal == 'dog' else 50
-        # Grey images become RGB and the alpha channel is dropped.
-        shape = (HEIGHT, WIDTH, (1, 3, 4)[index])
-        write_image(root / split / animal / f'{index}.png', shape, level)
-    return root
 
 
 # What the datasets hold.
@@ -129,6 +112,14 @@ def test_datasets_describe_their_batches(load):
     assert datasets.class_names == tuple(map(str, range(40)))
     assert datasets.train_examples == 40
     assert datasets.test_examples == 13
+    assert datasets.validation is None
+    assert datasets.validation_examples == 0
+    assert datasets.summary.splitlines() == [
+        'tiny_noise: 40 train (1 to 1 of a class), no validation, '
+        '13 test (0 to 1 of a class) examples of 6 x 8 x 3 in 40 classes',
+        'Classes without test examples: 13, 14, 15, 16, 17 and 22 more.',
+        'Splits that are not used: unlabelled.',
+    ]
     for dataset in datasets.train(), datasets.test:
         images, labels = next(iter(dataset))
         assert images.shape == (8, HEIGHT, WIDTH, 3)
@@ -194,9 +185,9 @@ def test_flip_mirrors_half_of_the_images(load):
 
 
 def test_crops_shift_by_at_most_the_padding(load):
-    datasets = load(flip=False, crop_padding=2, normalization='dataset')
+    datasets = load(crop_padding=2, normalization='dataset')
     images, labels = take(datasets.train(), 50)
-    plain, plain_labels = take(load(flip=False, crop_padding=0).train(), 5)
+    plain, plain_labels = take(load(crop_padding=0).train(), 5)
     originals = plain[np.argsort(plain_labels.argmax(-1))]
     padded = np.pad(originals, [(0, 0), (2, 2), (2, 2), (0, 0)])
     padded = padded[labels.argmax(-1)]
@@ -234,7 +225,7 @@ def test_mixup_weights_follow_the_beta_distribution(alpha):
 
 
 def test_dataset_normalization_standardizes_each_channel(load):
-    datasets = load(flip=False, crop_padding=0)
+    datasets = load(crop_padding=0)
     images, labels = take(datasets.train(), 5)
     np.testing.assert_allclose(images.mean((0, 1, 2)), 0, atol=1e-5)
     np.testing.assert_allclose(images.std((0, 1, 2)), 1, atol=1e-5)
@@ -242,14 +233,9 @@ def test_dataset_normalization_standardizes_each_channel(load):
     mean, deviation = TRAIN.mean((0, 1, 2)), TRAIN.std((0, 1, 2))
     expected = (TEST[labels.argmax(-1)] - mean) / deviation
     np.testing.assert_allclose(images, expected, atol=1e-5)
-
-
-def test_constant_channel_is_not_scaled(folder):
-    for path in folder.rglob('*.png'):
-        write_image(path, level=7)
-    datasets = data.load_datasets(str(folder), batch_size=6)
-    images, _ = take(datasets.test)
-    np.testing.assert_allclose(images, 0, atol=1e-5)
+    # Others rebuild the preprocessing from these.
+    np.testing.assert_allclose(datasets.mean, mean, rtol=1e-5)
+    np.testing.assert_allclose(datasets.scale, deviation, rtol=1e-5)
 
 
 @pytest.mark.parametrize('normalization, scale', [('unit', 255), (None, 1)])
@@ -269,12 +255,53 @@ def test_image_size_resizes_with_antialiasing(load, cache):
     np.testing.assert_allclose(images, expected, atol=0.51)
 
 
-def test_splits_may_be_slices(load):
-    datasets = load(train_split='train[:50%]', test_split='train[50%:]')
-    assert datasets.train_examples == datasets.test_examples == 20
-    _, train_labels = take(datasets.train(), 2)
-    _, test_labels = take(datasets.test)
-    assert not (train_labels.any(0) & test_labels.any(0)).any()
+def classes_of(dataset):
+    return set(take(dataset)[1].argmax(-1).tolist())
+
+
+@pytest.mark.parametrize(
+    'splits, train, validation, test',
+    [
+        (('train[:50%]', None, 'train[50%:]'), (0, 20), (0, 0), (20, 40)),
+        (('train[:20]', 0.1, 'train[-5:]'), (0, 18), (18, 20), (35, 40)),
+        (('train', 0.25, 0.5), (0, 15), (15, 20), (20, 40)),
+        (('train', 'auto', 'test'), (0, 36), (36, 40), (0, 13)),
+        (('train', 'test', 'test'), (0, 40), (0, 13), (0, 13)),
+    ],
+)
+def test_splits_are_names_slices_and_shares(
+    load, data_dir, splits, train, validation, test
+):
+    names = 'train_split', 'validation_split', 'test_split'
+    datasets = load(**dict(zip(names, splits)), **PLAIN)
+    builder = tfds.builder('tiny_noise', data_dir=data_dir)
+    # TFDS stores examples in an order of its own.
+    stored = {
+        split: [int(x['label']) for x in builder.as_dataset(split)]
+        for split in ('train', 'test')
+    }
+    order = stored['train']
+    assert datasets.train_examples == train[1]
+    assert datasets.validation_examples == validation[1] - validation[0]
+    seen = classes_of(datasets.train().take(2 * datasets.steps_per_epoch))
+    assert seen <= set(order[slice(*train)])
+    if validation[1]:
+        source = stored['test'] if splits[1] == 'test' else order
+        assert classes_of(datasets.validation) == set(
+            source[slice(*validation)]
+        )
+    source = stored['test'] if splits[2] == 'test' else order
+    assert classes_of(datasets.test) == set(source[slice(*test)])
+
+
+def test_examples_that_two_splits_share_are_told(load):
+    datasets = load(train_split='train', test_split='train[75%:]')
+    assert '10 examples belong both to train and to test.' in datasets.summary
+
+
+def test_class_weights_of_a_dataset_on_disk(load):
+    datasets = load(class_weights='balanced', cache=False)
+    assert datasets.class_weights == (1.0,) * 40
 
 
 def test_gin_binds_every_parameter(load):
@@ -291,49 +318,6 @@ def test_gin_binds_every_parameter(load):
     assert take(datasets.train(), 1)[1].max() < 1
 
 
-# Folders of images.
-
-
-def test_folder_of_images(folder):
-    datasets = data.load_datasets(str(folder), batch_size=6, **PLAIN)
-    assert datasets.class_names == ('cat', 'dog')
-    assert datasets.image_shape == (HEIGHT, WIDTH, 3)
-    for batches in datasets.train().take(1), datasets.test:
-        images, labels = take(batches)
-        assert labels.sum(0).tolist() == [3, 3]
-        levels = 50 * labels[:, 0] + 200 * labels[:, 1]
-        assert (images == levels[:, None, None, None]).all()
-
-
-def test_folder_beside_is_found_by_its_name(folder, monkeypatch):
-    monkeypatch.chdir(folder.parent)
-    assert data.load_datasets('photos', batch_size=6).train_examples == 6
-
-
-def test_folder_of_different_sizes_needs_image_size(folder):
-    write_image(folder / 'test' / 'dog' / '3.png', (HEIGHT + 1, WIDTH, 3))
-    load = functools.partial(data.load_datasets, str(folder), batch_size=6)
-    with pytest.raises(ValueError, match=r'6 x 8 and 7 x 8: set .*image_size'):
-        load()
-    assert load(image_size=(4, 4)).image_shape == (4, 4, 3)
-
-
-@pytest.mark.parametrize('image_size', [None, (4, 4)])
-def test_file_that_is_no_image_is_named(folder, image_size):
-    path = folder / 'test' / 'cat' / 'broken.png'
-    path.write_bytes(b'no image')
-    with pytest.raises(ValueError, match=f'cannot decode the image {path}'):
-        data.load_datasets(str(folder), batch_size=6, image_size=image_size)
-
-
-@pytest.mark.parametrize('content', [None, 'train', 'train/cat'])
-def test_folder_must_hold_images(tmp_path, content):
-    os.makedirs(tmp_path / (content or ''), exist_ok=True)
-    rule = f'train_split must be a folder inside {tmp_path} that holds one'
-    with pytest.raises(ValueError, match=rule):
-        data.load_datasets(str(tmp_path))
-
-
 # Errors.
 
 
@@ -344,27 +328,33 @@ def test_folder_must_hold_images(tmp_path, content):
         ('name', 3, 'the name of a TFDS dataset'),
         ('name', '/no/such/folder', 'an existing folder'),
         ('data_dir', 3, 'a path or None'),
-        ('batch_size', 0, 'an int >= 1'),
-        ('batch_size', 32.0, 'an int >= 1'),
-        ('batch_size', True, 'an int >= 1'),
-        ('mixup_alpha', -0.1, 'a finite number >= 0'),
-        ('mixup_alpha', float('nan'), 'a finite number >= 0'),
-        ('mixup_alpha', float('inf'), 'a finite number >= 0'),
-        ('mixup_alpha', '0.2', 'a finite number >= 0'),
+        ('batch_size', 0, 'an integer, at least 1'),
+        ('batch_size', 32.0, 'an integer, at least 1'),
+        ('batch_size', True, 'an integer, at least 1'),
+        ('mixup_alpha', -0.1, 'a finite number, at least 0'),
+        ('mixup_alpha', float('nan'), 'a finite number, at least 0'),
+        ('mixup_alpha', float('inf'), 'a finite number, at least 0'),
+        ('mixup_alpha', '0.2', 'a finite number, at least 0'),
         ('flip', 'yes', 'True or False'),
-        ('crop_padding', -1, 'an int >= 0'),
-        ('crop_padding', 0.5, 'an int >= 0'),
-        ('normalization', 'imagenet', "'dataset', 'unit' or None"),
-        ('normalization', ['unit'], "'dataset', 'unit' or None"),
+        ('crop_padding', -1, 'an integer, at least 0'),
+        ('crop_padding', 0.5, 'an integer, at least 0'),
+        ('normalization', 'imagenet', "one of .*'dataset', 'unit', None"),
+        ('normalization', ['unit'], "one of .*'dataset', 'unit', None"),
         ('image_size', 32, r'\(height, width\)'),
         ('image_size', (32,), r'\(height, width\)'),
         ('image_size', (32, 0), r'\(height, width\)'),
         ('image_size', (32.0, 32.0), r'\(height, width\)'),
-        ('train_split', None, 'a split name'),
-        ('test_split', '', 'a split name'),
-        ('seed', -1, 'an int >= 0'),
-        ('seed', 2**63, 'an int >= 0'),
-        ('seed', None, 'an int >= 0'),
+        ('channels', 4, 'one of'),
+        ('train_split', None, 'the name of a split'),
+        ('train_split', 0.5, 'the name of a split'),
+        ('validation_split', '', 'the name of a split, .* or None'),
+        ('validation_split', 1.0, 'the name of a split, .* or None'),
+        ('test_split', '', 'the name of a split, .* a share'),
+        ('test_split', 0, 'the name of a split, .* a share'),
+        ('class_weights', 'equal', 'one of'),
+        ('seed', -1, r'an integer in \[0, 2\*\*63\)'),
+        ('seed', 2**63, r'an integer in \[0, 2\*\*63\)'),
+        ('seed', None, r'an integer in \[0, 2\*\*63\)'),
         ('cache', 'disk', "True, False or 'auto'"),
         ('cache', 1, "True, False or 'auto'"),
     ],
@@ -373,9 +363,11 @@ def test_wrong_argument_is_named_before_any_work(
     tmp_path, argument, value, rule
 ):
     arguments = {'name': 'gratings', 'data_dir': str(tmp_path)}
-    with pytest.raises(ValueError, match=f'^{argument} must be {rule}') as info:
+    with pytest.raises(
+        ValueError, match=f'^`{argument}` must be {rule}'
+    ) as info:
         data.load_datasets(**arguments | {argument: value})
-    assert f'Received: {value!r}' in str(info.value)
+    assert f'Received: {argument}={value!r}' in str(info.value)
     assert not any(tmp_path.iterdir())
 
 
@@ -386,13 +378,15 @@ def test_wrong_argument_is_named_before_any_work(
         ({'name': 'no name!'}, "cannot open the dataset 'no name!'"),
         ({'name': 'gratings/big'}, "cannot open the dataset 'gratings/big'"),
         ({'name': 'gratings:9.9.9'}, 'cannot be loaded at version 9.9.9'),
-        ({'name': 'tiny_pair'}, r'one 8-bit Image .*other \(Image\)'),
+        ({'name': 'tiny_pair'}, r'one Image and .*other \(Image\)'),
         ({'name': 'tiny_unlabelled'}, r'one ClassLabel .*: image \(Image\)'),
-        ({'train_split': 'validation'}, r"train_split .*'test', 'train', "),
-        ({'test_split': 'test[99:]'}, 'test_split must be one of'),
-        ({'test_split': 'test[:0]'}, 'test_split must be one of'),
+        ({'train_split': 'validation'}, r"train_split` .*'test', 'train', "),
+        ({'test_split': 'test[99:]'}, '`test_split` must be one of'),
+        ({'test_split': 'test[:0]'}, '`test_split` must be one of'),
+        ({'test_split': 'test[:x]'}, '`test_split` must be one of'),
+        ({'validation_split': 0.01}, '`validation_split` must be a share of'),
         ({'test_split': 'unlabelled'}, "split 'unlabelled' has no labels"),
-        ({'batch_size': 41}, 'batch_size must be at most 40,'),
+        ({'batch_size': 37}, '`batch_size` must be at most 36,'),
     ],
 )
 def test_wrong_dataset_is_explained(data_dir, arguments, message):

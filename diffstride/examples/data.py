@@ -9,103 +9,128 @@ seed, the epoch and the step. A run that was killed resumes from any epoch
 with the numbers that it would have seen.
 """
 
-import contextlib
 import dataclasses
-import difflib
-import functools
+import itertools
 import math
-import numbers
 import os
-import pathlib
-import socket
-import textwrap
-import urllib.parse
-import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import gin
 import numpy as np
 import tensorflow as tf
-import tensorflow_datasets as tfds
 
-from diffstride.examples import gratings  # noqa: F401, registers 'gratings'
+from diffstride.examples import folders, sources
+from diffstride.validation import is_finite, is_integer, one_of, require
 
 # A split whose pixels take less is kept decoded in memory.
 CACHE_BYTES = 2**30
-# A split read from disk is shuffled over this many examples, still encoded:
-# about 1 GB of ImageNet's. That is enough, as TFDS stores them shuffled.
-SHUFFLE_BUFFER = 10_000
 # Enough for a mean and a standard deviation to within a level of 255.
 STATISTICS_EXAMPLES = 10_000
-
 AUTOTUNE = tf.data.AUTOTUNE
 
 
 @dataclasses.dataclass(frozen=True)
 class Datasets:
-    """Training and test batches, and what a model must know about them.
+    """Batches of each split, and what a model must know about them.
 
-    A batch is (images, labels): float32 [batch, height, width, channels] and
+    A batch is (inputs, labels): float32 [batch, height, width, channels] and
     one-hot float32 [batch, num_classes].
 
     Attributes:
         train: a function `train(initial_epoch=0)` that returns an endless
             tf.data.Dataset: the training batches from that epoch on.
+        validation: the tf.data.Dataset of the examples to choose a checkpoint
+            or settings by, in order; None if there are none.
         test: the tf.data.Dataset of all test examples, in order. Its last
-            batch may be smaller.
+            batch may be smaller. It is meant to be used once, at the end.
         steps_per_epoch: the number of training batches in an epoch. The
             examples that do not fill a batch are left out, others each time.
         num_classes: the number of classes.
-        image_shape: (height, width, channels).
+        image_shape: the shape of one input, (height, width, channels).
         class_names: one string per class.
         train_examples: the number of training examples.
+        validation_examples: the number of validation examples.
         test_examples: the number of test examples.
+        mean: what is subtracted from each channel, floats [channels], and
+        scale: what is then divided by, floats [channels]. Pixels have the
+            range 0..255; 16-bit values are divided by 257.
+        class_weights: the weight of each class in the loss, or None.
+        summary: lines for people: what was read, and what looks like a
+            mistake in it.
     """
 
     train: Callable[..., tf.data.Dataset]
+    validation: tf.data.Dataset | None
     test: tf.data.Dataset
     steps_per_epoch: int
     num_classes: int
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     class_names: tuple[str, ...]
     train_examples: int
+    validation_examples: int
     test_examples: int
+    mean: tuple[float, ...]
+    scale: tuple[float, ...]
+    class_weights: tuple[float, ...] | None
+    summary: str
 
 
 @gin.configurable(module='data', denylist=['seed'])  # It is train.seed.
 def load_datasets(
-    name='cifar10',
-    data_dir=None,
-    batch_size=128,
-    mixup_alpha=0.0,
-    flip=True,
-    crop_padding=4,
-    normalization='dataset',
-    image_size=None,
-    train_split='train',
-    test_split='test',
-    seed=0,
-    cache='auto',
-):
-    """Loads a training and a test split for image classification.
+    name: str = 'cifar10',
+    data_dir: str | os.PathLike | None = None,
+    batch_size: int = 128,
+    mixup_alpha: float = 0.0,
+    flip: bool = False,
+    crop_padding: int = 4,
+    normalization: str | None = 'dataset',
+    image_size: tuple[int, int] | None = None,
+    channels: int | None = None,
+    train_split: str = 'train',
+    validation_split: str | float | None = 'auto',
+    test_split: str | float = 'test',
+    class_weights: str | None = None,
+    seed: int = 0,
+    cache: bool | str = 'auto',
+) -> Datasets:
+    """Loads the splits of a dataset for image classification.
+
+    A split is a name, a TFDS slice such as 'train[:90%]' or a sum of slices.
+    A folder is sliced in the same way.
 
     Args:
         name: a TFDS dataset with an image and a class label, downloaded and
-            prepared if need be; 'gratings'; or a folder of .png and .jpg
-            images, one folder per class in each split: name/train/cat/1.png.
+            prepared if need be; 'gratings'; or a folder of images, one folder
+            per class in each split (name/train/cat/1.png) or without splits
+            (name/cat/1.png), see `folders.read_folder`.
         data_dir: where TFDS keeps its datasets; None for its default.
         batch_size: the number of examples in a batch.
         mixup_alpha: the alpha of `mixup`; 0 turns it off.
-        flip: whether to mirror half of the training images, at random.
+        flip: whether to mirror half of the training images, at random. This
+            helps with photographs and harms where left and right differ, as
+            in digits, letters and signs.
         crop_padding: pixels that `augment` shifts training images by, at
             most; 0 turns it off.
         normalization: 'dataset' subtracts the mean of each channel and
             divides by its standard deviation, both measured on the first
             10,000 training images; 'unit' divides by 255; None keeps 0..255.
+            16-bit images keep all their bits and are first divided by 257. If
+            they use a small part of their range, 'dataset' spreads it.
         image_size: (height, width) to resize all images to, whatever their
             aspect ratio; None if they all have the same size.
-        train_split: the split to train on, or a TFDS slice, 'train[:90%]'.
-        test_split: the split to test on, or a slice.
+        channels: 1 for grey images and 3 for colors; None for 1 if all images
+            are grey and 3 otherwise.
+        train_split: the split to train on.
+        validation_split: the split to choose a checkpoint by; or a number,
+            the share of the training split that is held out for it, at its
+            end; or None to hold out nothing and train on everything. 'auto'
+            is the split called 'validation', 'valid', 'val' or 'dev', if
+            there is one that is not the test split, and otherwise 0.1.
+        test_split: the split to test on; or a number, the share of the
+            training split that is held out for it, at its end.
+        class_weights: 'balanced' for weights in the loss that are inversely
+            proportional to the number of training examples of a class, with a
+            mean of 1 over the examples; None for none.
         seed: the seed of all random draws.
         cache: whether to keep the decoded images in memory; 'auto' does so
             for a split below 1 GiB.
@@ -117,75 +142,199 @@ def load_datasets(
         ValueError: an argument is wrong; or the dataset is unknown, cannot
             be prepared, or has no such split, no image or no class label.
     """
-    check_arguments(
-        _RULES, name=name, data_dir=data_dir, batch_size=batch_size,
-        mixup_alpha=mixup_alpha, flip=flip, crop_padding=crop_padding,
-        normalization=normalization, image_size=image_size,
-        train_split=train_split, test_split=test_split, seed=seed,
+    require(
+        isinstance(name, str) and name,
+        "`name` must be the name of a TFDS dataset, 'gratings' or the path of "
+        'a folder',
+        name=name,
+    )
+    require(
+        data_dir is None
+        or (isinstance(data_dir, str | os.PathLike) and data_dir),
+        '`data_dir` must be a path or None',
+        data_dir=data_dir,
+    )
+    check_batches(batch_size, seed, class_weights)
+    require(
+        is_finite(mixup_alpha, least=0),
+        '`mixup_alpha` must be a finite number, at least 0',
+        mixup_alpha=mixup_alpha,
+    )
+    require(isinstance(flip, bool), '`flip` must be True or False', flip=flip)
+    require(
+        is_integer(crop_padding, least=0),
+        '`crop_padding` must be an integer, at least 0',
+        crop_padding=crop_padding,
+    )
+    one_of('normalization', normalization, ('dataset', 'unit', None))
+    require(
+        image_size is None
+        or (
+            isinstance(image_size, list | tuple)
+            and len(image_size) == 2
+            and all(is_integer(size, least=1) for size in image_size)
+        ),
+        '`image_size` must be (height, width), two integers of at least 1, or '
+        'None',
+        image_size=image_size,
+    )
+    one_of('channels', channels, (1, 3, None))
+    sources.check_splits(train_split, validation_split, test_split)
+    require(
+        isinstance(cache, bool) or cache == 'auto',
+        "`cache` must be True, False or 'auto'",
         cache=cache,
-    )  # fmt: skip
-    if _is_folder(name, train_split):
-        builder = _folder_builder(name)
+    )
+    if sources.is_folder(name, train_split):
+        source = sources.FolderSource(name, train_split)
     else:
-        builder = _tfds_builder(name, data_dir)
-    _, label_key = _feature_keys(builder)
-    class_names = tuple(builder.info.features[label_key].names)
-    num_classes = len(class_names)
-    train_count = _count(builder, train_split=train_split)
-    test_count = _count(builder, test_split=test_split)
-    if batch_size > train_count:
-        raise ValueError(
-            f'batch_size must be at most {train_count}, the number of training '
-            f'examples. Received: {batch_size}'
+        source = sources.TfdsSource(name, data_dir)
+    pieces = sources.resolve_splits(
+        source.splits, train_split, validation_split, test_split
+    )
+    shape, dtype = source.shape(
+        list(itertools.chain(*pieces.values())), image_size, channels
+    )
+
+    def read(record, label):
+        image = folders.decode_image(source.contents(record), shape[-1], dtype)
+        if image_size is not None:
+            image = tf.image.resize(image, image_size, antialias=True)
+            image = tf.saturate_cast(tf.round(image), dtype)
+        return tf.ensure_shape(image, shape), label
+
+    splits = {
+        split: _load(source, parts, read, cache, class_weights is not None)
+        for split, parts in pieces.items()
+        if parts
+    }
+    mean, scale = np.zeros(shape[-1]), np.ones(shape[-1])
+    if normalization == 'unit':
+        scale = 255 * scale
+    elif normalization == 'dataset':
+        training = splits['train']
+        mean, scale = folders.cached(
+            f'statistics of {source.name} {pieces["train"]} {shape}',
+            source.files(pieces['train']),
+            0 if isinstance(training, ExamplesInMemory) else training.count,
+            lambda: statistics(training),
         )
-    with _naming_broken_files(builder, train_split, test_split):
-        if image_size is None:
-            image_shape = _common_shape(builder, train_split, test_split)
-            decode = _decode
-        else:
-            image_shape = *image_size, _channels(builder)
-            decode = _decode_and_resize
-        decode = functools.partial(decode, shape=image_shape)
-        train_examples = _Examples(builder, train_split, decode, cache)
-        test_examples = _Examples(builder, test_split, decode, cache)
-        offset, scale = _offset_and_scale(normalization, train_examples)
 
-    def standardize(images, labels):
-        images = (tf.cast(images, tf.float32) - offset) / scale
-        return images, tf.one_hot(labels, num_classes)
-
-    def epoch_batches(epoch):
-        batches = train_examples.shuffled(batch_size, tf.stack([seed, epoch]))
-        return batches.enumerate().map(lambda *batch: (epoch, *batch))
-
-    def prepare(epoch, step, examples):
-        key = tf.random.fold_in(tf.stack([seed, epoch]), step)
+    def prepare(images, labels, key):
         augment_key, mixup_key = tf.unstack(tf.random.split(key))
-        images, labels = standardize(*examples)
         images = augment(images, augment_key, flip, crop_padding)
         if mixup_alpha:
             images, labels = mixup(images, labels, mixup_key, mixup_alpha)
         return images, labels
 
+    return make_datasets(
+        name,
+        splits,
+        source.class_names,
+        mean,
+        scale,
+        prepare,
+        batch_size,
+        seed,
+        class_weights,
+        notes=(*source.notes, *sources.notes_on(source.splits, pieces)),
+    )
+
+
+def make_datasets(
+    name: str,
+    splits: dict,
+    class_names: Sequence[str],
+    mean: np.ndarray,
+    scale: np.ndarray,
+    prepare: Callable[..., tuple[tf.Tensor, tf.Tensor]],
+    batch_size: int,
+    seed: int,
+    class_weights: str | None = None,
+    notes: Sequence[str] = (),
+) -> Datasets:
+    """Makes batches of examples.
+
+    Args:
+        name: what the dataset is called.
+        splits: the examples of 'train', 'test' and possibly 'validation'.
+        class_names: the names of the classes.
+        mean: see `Datasets`, [channels].
+        scale: see `Datasets`, [channels].
+        prepare: a function of a training batch (inputs, labels) and a key, a
+            seed [2], that augments and returns it.
+        batch_size: the number of examples in a batch.
+        seed: the seed of all random draws.
+        class_weights: see `load_datasets`.
+        notes: further lines of the summary.
+
+    Returns:
+        The `Datasets`.
+    """
+    num_classes = len(class_names)
+    training = splits['train']
+    require(
+        batch_size <= training.count,
+        f'`batch_size` must be at most {training.count}, the number of '
+        'training examples',
+        batch_size=batch_size,
+    )
+
+    def standardize(inputs, labels):
+        levels = 257 if inputs.dtype == tf.uint16 else 1
+        inputs = (tf.cast(inputs, tf.float32) / levels - mean) / scale
+        return inputs, tf.one_hot(labels, num_classes)
+
+    def epoch_batches(epoch):
+        batches = training.shuffled(batch_size, tf.stack([seed, epoch]))
+        return batches.enumerate().map(lambda *batch: (epoch, *batch))
+
+    def prepare_step(epoch, step, examples):
+        key = tf.random.fold_in(tf.stack([seed, epoch]), step)
+        return prepare(*standardize(*examples), key)
+
     def train(initial_epoch=0):
         return (
             tf.data.Dataset.range(initial_epoch, tf.int64.max)
             .flat_map(epoch_batches)
-            .map(prepare, AUTOTUNE)
+            .map(prepare_step, AUTOTUNE)
             .prefetch(AUTOTUNE)
         )
 
+    def batches(split):
+        if split not in splits:
+            return None
+        return (
+            splits[split]
+            .ordered.batch(batch_size)
+            .map(standardize, AUTOTUNE)
+            .prefetch(AUTOTUNE)
+        )
+
+    shape = tuple(training.ordered.element_spec[0].shape)
+    sizes = {split: examples.count for split, examples in splits.items()}
+    weights = None
+    if class_weights == 'balanced':
+        counts = np.bincount(training.labels, minlength=num_classes)
+        present = np.count_nonzero(counts)
+        weights = tuple(
+            float(training.count / (present * n)) if n else 1.0 for n in counts
+        )
     return Datasets(
         train=train,
-        test=test_examples.ordered.batch(batch_size)
-        .map(standardize, AUTOTUNE)
-        .prefetch(AUTOTUNE),
-        steps_per_epoch=train_count // batch_size,
+        validation=batches('validation'),
+        test=batches('test'),
+        steps_per_epoch=training.count // batch_size,
         num_classes=num_classes,
-        image_shape=image_shape,
-        class_names=class_names,
-        train_examples=train_count,
-        test_examples=test_count,
+        image_shape=shape,
+        class_names=tuple(class_names),
+        train_examples=training.count,
+        validation_examples=sizes.get('validation', 0),
+        test_examples=sizes['test'],
+        mean=tuple(map(float, mean)),
+        scale=tuple(map(float, scale)),
+        class_weights=weights,
+        summary=_summary(name, splits, class_names, shape, notes),
     )
 
 
@@ -279,350 +428,171 @@ def _sample_beta(alpha, count, key):
     return tf.cast(tf.sigmoid(log_gamma[0] - log_gamma[1]), tf.float32)
 
 
-class _Examples:
-    """The examples of one split, in memory or read from disk.
+class ExamplesInMemory:
+    """The examples of a split, held in memory.
 
     Attributes:
         count: how many there are.
-        ordered: a tf.data.Dataset of (image, label), always in this order:
-            uint8 [height, width, channels] and an integer [].
+        ordered: a tf.data.Dataset of (input, label), always in this order.
+        labels: integers [count].
     """
 
-    def __init__(self, builder, split, decode, cache):
-        self.count = builder.info.splits[split].num_examples
-        self._encoded = _encoded(builder, split)
-        self._decode = decode
-        self._in_memory = None
-        self.ordered = self._encoded.map(decode, AUTOTUNE)
-        # TFDS marks so every example of a split that has no labels.
-        if any(label < 0 for _, label in self.ordered.take(1)):
-            raise ValueError(f'the split {split!r} has no labels')
-        if cache == 'auto':
-            shape = self.ordered.element_spec[0].shape
-            cache = self.count * math.prod(shape) < CACHE_BYTES
-        if cache:
-            with tf.device('CPU'):
-                arrays = self.ordered.batch(self.count).get_single_element()
-                self.ordered = tf.data.Dataset.from_tensor_slices(arrays)
-            self._in_memory = arrays
+    def __init__(self, inputs: np.ndarray, labels: np.ndarray):
+        self.count = len(labels)
+        self.labels = labels
+        with tf.device('CPU'):
+            self._arrays = tf.constant(inputs), tf.constant(labels)
+            self.ordered = tf.data.Dataset.from_tensor_slices(self._arrays)
 
-    def shuffled(self, batch_size, key):
-        """The full batches of one epoch, in the order of the seed `key` [2].
+    def shuffled(self, batch_size: int, key: tf.Tensor) -> tf.data.Dataset:
+        """Returns the full batches of an epoch, in the order of a seed.
 
         Call it inside the function of a tf.data.Dataset.
+
+        Args:
+            batch_size: the number of examples in a batch.
+            key: the seed of the stateless draws, [2].
         """
-        if self._in_memory is None:
-            # Dataset.shuffle also depends on the global seed. Here, in the
-            # graph of a function, this sets the seed of that graph alone.
-            tf.random.set_seed(1)
-            seed = tf.random.stateless_uniform(
-                [], key, 0, tf.int64.max, tf.int64
-            )
-            return (
-                self._encoded.shuffle(
-                    SHUFFLE_BUFFER, seed, reshuffle_each_iteration=False
-                )
-                .map(self._decode, AUTOTUNE)
-                .batch(batch_size, drop_remainder=True)
-            )
         steps = self.count // batch_size
         order = tf.random.experimental.stateless_shuffle(
             tf.range(self.count), key
         )
         order = tf.reshape(order[: steps * batch_size], [steps, batch_size])
-        images, labels = self._in_memory
+        inputs, labels = self._arrays
         return tf.data.Dataset.from_tensor_slices(order).map(
-            lambda batch: (tf.gather(images, batch), tf.gather(labels, batch))
+            lambda batch: (tf.gather(inputs, batch), tf.gather(labels, batch))
         )
 
 
-def _encoded(builder, split):
-    """The (encoded image, label) of a split, always in the same order."""
-    image_key, label_key = _feature_keys(builder)
-    dataset = builder.as_dataset(
-        split=split,
-        decoders={image_key: tfds.decode.SkipDecoding()},
-        read_config=tfds.ReadConfig(try_autocache=False, skip_prefetch=True),
-    )
-    return dataset.map(lambda example: (example[image_key], example[label_key]))
-
-
-def _decode(image, label, shape):
-    image = tf.io.decode_image(image, shape[-1], expand_animations=False)
-    return tf.ensure_shape(image, shape), label
-
-
-def _decode_and_resize(image, label, shape):
-    image, label = _decode(image, label, (None, None, shape[-1]))
-    image = tf.image.resize(image, shape[:-1], antialias=True)
-    return tf.saturate_cast(tf.round(image), tf.uint8), label
-
-
-def _channels(builder):
-    image_key, _ = _feature_keys(builder)
-    return builder.info.features[image_key].shape[-1] or 3
-
-
-def _common_shape(builder, *splits):
-    """The one shape that all images have, (height, width, channels)."""
-    image_key, _ = _feature_keys(builder)
-    shape = *builder.info.features[image_key].shape[:-1], _channels(builder)
-    if None not in shape:
-        return shape
-    decode = functools.partial(_decode, shape=shape)
-    found = set()
-    for split in splits:
-        images = _encoded(builder, split).map(decode, AUTOTUNE)
-        for size in images.map(lambda image, _: tf.shape(image)):
-            found.add(tuple(size.numpy().tolist()))
-            if len(found) > 1:
-                (a, b, _), (c, d, _) = sorted(found)
-                raise ValueError(
-                    f'images differ in size, {a} x {b} and {c} x {d}: set '
-                    'data.load_datasets.image_size = (height, width)'
-                )
-    return found.pop()
-
-
-def _offset_and_scale(normalization, examples):
-    """What to subtract from each channel and then divide by: [channels]."""
-    if normalization is None:
-        return 0.0, 1.0
-    if normalization == 'unit':
-        return 0.0, 255.0
-    count, total, squares = 0, 0.0, 0.0
-    for images, _ in examples.ordered.take(STATISTICS_EXAMPLES).batch(500):
-        pixels = images.numpy().astype(np.float64)
-        count += pixels[..., 0].size
-        total += pixels.sum((0, 1, 2))
-        squares += np.square(pixels).sum((0, 1, 2))
-    mean = total / count
-    deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
-    # A constant channel has nothing to scale.
-    deviation = np.where(deviation > 1e-3, deviation, 1)
-    return mean.astype(np.float32), deviation.astype(np.float32)
-
-
-def _is_folder(name, train_split):
-    """Whether `name` is a path, or a folder here that holds the split."""
-    return (
-        name.startswith(('/', '.', '~'))
-        or '://' in name
-        or os.path.isdir(os.path.join(name, train_split))
-    )
-
-
-def _folder_builder(name):
-    root = os.path.expanduser(name)
-    if not tf.io.gfile.isdir(root):
-        raise ValueError(f'name must be an existing folder. Received: {name!r}')
-    return tfds.ImageFolder(root, shape=(None, None, 3))
-
-
-def _tfds_builder(name, data_dir):
-    try:
-        builder = tfds.builder(name, data_dir=data_dir)
-    except tfds.core.DatasetNotFoundError as error:
-        known = tfds.list_builders(with_community_datasets=False)
-        close = difflib.get_close_matches(name, known)
-        hint = f' (did you mean {" or ".join(close)}?)' if close else ''
-        raise ValueError(
-            "name must be a TFDS dataset, 'gratings' or the path of a folder "
-            f'of images. Received: {name!r}{hint}'
-        ) from error
-    # A wrong config, version or namespace raises errors of many types.
-    except Exception as error:
-        raise ValueError(
-            f'cannot open the dataset {name!r}: {_one_line(error)}'
-        ) from error
-    _feature_keys(builder)
-    try:
-        if not builder.data_path.exists():
-            print(f'Preparing {name} in {builder.data_dir}', flush=True)
-            _check_network(builder)
-        builder.download_and_prepare()
-    # Each dataset fails in its own way without a network.
-    except Exception as error:
-        raise ValueError(
-            f'dataset {name!r} is not in {builder.data_dir} and could not be '
-            f'downloaded and prepared there ({_one_line(error)}); copy a '
-            'prepared one and set data.load_datasets.data_dir, or connect to '
-            'the network'
-        ) from error
-    return builder
-
-
-def _check_network(builder):
-    """Raises a ConnectionError if no host of the dataset can be found.
-
-    TFDS itself goes on trying for minutes. What was downloaded before, which
-    has an INFO beside it, needs no network, and a proxy finds hosts itself.
-    """
-    downloads = pathlib.Path(builder.data_dir_root, 'downloads')
-    hosts = {
-        urllib.parse.urlsplit(url).hostname for url in builder.url_infos or ()
-    }
-    hosts.discard(None)
-    if (
-        builder.MANUAL_DOWNLOAD_INSTRUCTIONS
-        or urllib.request.getproxies()
-        or any(downloads.glob('*.INFO'))
-        or any(downloads.glob(f'{builder.name}/*.INFO'))
-    ):
-        return
-    for host in hosts:
-        try:
-            socket.getaddrinfo(host, None)
-            return
-        except OSError as error:
-            reason = f'{host}: {error.strerror}'
-    if hosts:
-        raise ConnectionError(reason)
-
-
-def _feature_keys(builder):
-    """The names of the image and of the class label in an example.
-
-    These are the supervised keys, or else the only ones of their kind.
-    """
-    features = dict(builder.info.features)
-
-    def find(kind, keys):
-        return [
-            key
-            for key, feature in features.items()
-            if key in keys and isinstance(feature, kind)
-        ]
-
-    for keys in builder.info.supervised_keys or (), features:
-        images = find(tfds.features.Image, keys)
-        labels = find(tfds.features.ClassLabel, keys)
-        if len(images) == len(labels) == 1 and (
-            features[images[0]].np_dtype == np.uint8
-        ):
-            return images[0], labels[0]
-    kinds = ', '.join(f'{k} ({type(f).__name__})' for k, f in features.items())
-    raise ValueError(
-        f'dataset {builder.name!r} must have one 8-bit Image and one '
-        f'ClassLabel among its features. It has: {kinds}'
-    )
-
-
-def _count(builder, **split_argument):
-    """The number of examples in a split, of which there must be some."""
-    ((argument, split),) = split_argument.items()
-    known = sorted(builder.info.splits)
-    if isinstance(builder, tfds.ImageFolder):
-        rule = (
-            f'a folder inside {builder.data_dir} that holds one folder of '
-            '.png or .jpg images per class'
-        )
-        count = split in known and builder.info.splits[split].num_examples
-    else:
-        rule = f'one of {known} or a slice that holds examples'
-        try:
-            count = builder.info.splits[split].num_examples
-        except (KeyError, ValueError):
-            count = 0
-    if not count:
-        raise ValueError(f'{argument} must be {rule}. Received: {split!r}')
-    return count
-
-
-@contextlib.contextmanager
-def _naming_broken_files(builder, *splits):
-    """Turns the failure to decode an image into an error with its path."""
-    try:
-        yield
-    except tf.errors.InvalidArgumentError as error:
-        if isinstance(builder, tfds.ImageFolder):
-            for split in splits:
-                _check_files(builder, split)
-        raise ValueError(
-            f'cannot decode {builder.name!r}: {_one_line(error)}'
-        ) from error
-
-
-def _check_files(builder, split):
-    decoders = {'image': tfds.decode.SkipDecoding()}
-    for example in builder.as_dataset(split=split, decoders=decoders):
-        try:
-            tf.io.decode_image(example['image'], 3, expand_animations=False)
-        except tf.errors.InvalidArgumentError as error:
-            path = example['image/filename'].numpy().decode()
-            raise ValueError(f'cannot decode the image {path}') from error
-
-
-def _one_line(error):
-    return textwrap.shorten(str(error), 400) or type(error).__name__
-
-
-def is_int(value, least, below=2**63):
-    """Whether it is an integer in [least, below), and no bool."""
-    return (
-        isinstance(value, numbers.Integral)
-        and not isinstance(value, bool)
-        and least <= value < below
-    )
-
-
-def check_arguments(rules, prefix='', **arguments):
-    """Raises a ValueError at the first argument that breaks its rule.
+class ExamplesOnDisk:
+    """The examples of a split, read and decoded whenever they are used.
 
     Args:
-        rules: A dict from names to (whether a value holds, what it must be).
-        prefix: Of the names in the message.
-        **arguments: What is checked, in this order.
+        source: a source of images.
+        pieces: the pieces of the split.
+        read: a function of (record, label) that returns (image, label).
+        with_labels: whether `labels` are needed even if they must be read.
+
+    Attributes and methods: see `ExamplesInMemory`; `labels` may be None.
     """
-    for name, value in arguments.items():
-        holds, rule = rules[name]
-        if not holds(value):
-            raise ValueError(
-                f'{prefix}{name} must be {rule}. Received: {value!r}'
+
+    def __init__(
+        self,
+        source: sources.FolderSource | sources.TfdsSource,
+        pieces: Sequence[sources.Piece],
+        read: Callable[..., tuple[tf.Tensor, tf.Tensor]],
+        with_labels: bool = False,
+    ):
+        self.count = sources.count(pieces)
+        self.labels = None
+        if source.knows_labels or with_labels:
+            self.labels = source.labels(pieces)
+        self._records = source.records(pieces)
+        self._read = read
+        self._buffer = source.buffer or self.count
+        self.ordered = self._records.map(read, AUTOTUNE)
+
+    def shuffled(self, batch_size, key):
+        # Dataset.shuffle also depends on the global seed. Here, in the graph
+        # of a function, this sets the seed of that graph alone.
+        tf.random.set_seed(1)
+        seed = tf.random.stateless_uniform([], key, 0, tf.int64.max, tf.int64)
+        return (
+            self._records.shuffle(
+                self._buffer, seed, reshuffle_each_iteration=False
             )
+            .map(self._read, AUTOTUNE)
+            .batch(batch_size, drop_remainder=True)
+        )
 
 
-_RULES = {
-    'name': (
-        lambda x: isinstance(x, str) and x,
-        "the name of a TFDS dataset, 'gratings' or the path of a folder",
-    ),
-    'data_dir': (
-        lambda x: x is None or (isinstance(x, str | os.PathLike) and x != ''),
-        'a path or None',
-    ),
-    'batch_size': (lambda x: is_int(x, 1), 'an int >= 1'),
-    'mixup_alpha': (
-        lambda x: (
-            isinstance(x, numbers.Real)
-            and not isinstance(x, bool)
-            and math.isfinite(x)
-            and x >= 0
-        ),
-        'a finite number >= 0',
-    ),
-    'flip': (lambda x: isinstance(x, bool), 'True or False'),
-    'crop_padding': (lambda x: is_int(x, 0), 'an int >= 0'),
-    'normalization': (
-        lambda x: x is None or x in ('dataset', 'unit'),
-        "'dataset', 'unit' or None",
-    ),
-    'image_size': (
-        lambda x: (
-            x is None
-            or (
-                isinstance(x, list | tuple)
-                and len(x) == 2
-                and all(is_int(size, 1) for size in x)
-            )
-        ),
-        '(height, width), two ints >= 1, or None',
-    ),
-    'train_split': (lambda x: isinstance(x, str) and x, 'a split name'),
-    'test_split': (lambda x: isinstance(x, str) and x, 'a split name'),
-    'seed': (lambda x: is_int(x, 0), 'an int >= 0'),
-    'cache': (
-        lambda x: isinstance(x, bool) or x == 'auto',
-        "True, False or 'auto'",
-    ),
-}
+def _load(source, pieces, read, cache, with_labels):
+    """The examples of a split, in memory or on disk."""
+    examples = ExamplesOnDisk(source, pieces, read, with_labels)
+    # TFDS marks so every example of a split that has no labels.
+    if any(label < 0 for _, label in examples.ordered.take(1)):
+        raise ValueError(f'the split {pieces[0][0]!r} has no labels')
+    image, _ = examples.ordered.element_spec
+    if cache == 'auto':
+        size = examples.count * math.prod(image.shape) * image.dtype.size
+        cache = size < CACHE_BYTES
+    if not cache:
+        return examples
+
+    def read_all():
+        batch = examples.ordered.batch(examples.count)
+        return next(batch.as_numpy_iterator())
+
+    if not source.knows_labels:
+        return ExamplesInMemory(*read_all())
+    images = folders.cached(
+        f'pixels of {source.name} {pieces} {image}',
+        source.files(pieces),
+        examples.count,
+        lambda: read_all()[0],
+    )
+    return ExamplesInMemory(images, examples.labels)
+
+
+def statistics(examples) -> np.ndarray:
+    """Returns the mean and the standard deviation of each channel.
+
+    They are those of the first 10,000 examples; of a channel that is constant
+    the deviation is given as 1.
+
+    Returns:
+        float32 [2, channels].
+    """
+    count, total, squares = 0, 0.0, 0.0
+    batches = examples.ordered.take(STATISTICS_EXAMPLES).batch(500)
+    for inputs, _ in batches.as_numpy_iterator():
+        levels = 257 if inputs.dtype == np.uint16 else 1
+        values = inputs.reshape(-1, inputs.shape[-1]).astype(np.float64)
+        values /= levels
+        count += len(values)
+        total += values.sum(0)
+        squares += np.square(values).sum(0)
+    mean = total / count
+    deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    deviation = np.where(deviation > 1e-3, deviation, 1)
+    return np.stack([mean, deviation]).astype(np.float32)
+
+
+def _summary(name, splits, class_names, shape, notes):
+    """What was read, and what looks like a mistake in it."""
+    lines, described = [], []
+    for split in 'train', 'validation', 'test':
+        if split not in splits:
+            described.append(f'no {split}')
+            continue
+        examples = splits[split]
+        text = f'{examples.count:,} {split}'
+        if examples.labels is not None:
+            counts = np.bincount(examples.labels, minlength=len(class_names))
+            text += f' ({counts.min():,} to {counts.max():,} of a class)'
+            missing = [x for x, n in zip(class_names, counts) if not n]
+            if missing:
+                missing = folders.enumeration(missing)
+                lines.append(f'Classes without {split} examples: {missing}.')
+        described.append(text)
+    size = ' x '.join(map(str, shape))
+    first = (
+        f'{name}: {", ".join(described)} examples of {size} in '
+        f'{len(class_names):,} classes'
+    )
+    return '\n'.join([first, *lines, *notes])
+
+
+def check_batches(batch_size: int, seed: int, class_weights: str | None):
+    """Checks arguments that all loaders of datasets have."""
+    require(
+        is_integer(batch_size, least=1),
+        '`batch_size` must be an integer, at least 1',
+        batch_size=batch_size,
+    )
+    require(
+        is_integer(seed, least=0) and seed < 2**63,
+        '`seed` must be an integer in [0, 2**63)',
+        seed=seed,
+    )
+    one_of('class_weights', class_weights, ('balanced', None))

@@ -1,30 +1,33 @@
-"""What a model computes at its present strides, layer by layer."""
+"""Counts what a model computes, layer by layer, at its present strides."""
 
 import contextlib
 import dataclasses
 import functools
 import math
 import numbers
-import typing
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import keras
 from keras import layers, ops, tree
 
-from diffstride import backend, pooling, validation
+from diffstride import backend, models, pooling, validation
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerComplexity:
-    """A row of `Complexity`: what one layer computes for one image.
+    """What one layer computes for one image: a row of `Complexity`.
 
     Attributes:
-        name: The names of the layer and of what holds it, joined by '/'.
-        class_name: Of the layer.
-        output_shape: Without the batch axis; a tuple of the different shapes if
-            the layer returns several; None for a layer that was not called.
-        parameters: Number of weights, without those of rows of their own.
-        activations: Number of values that it returns, 0 if it holds other
-            layers that compute them; summed over its calls.
+        name: The name of the layer behind those of the layers that hold it,
+            joined by '/'.
+        class_name: The name of the layer's class.
+        output_shape: The shape without the batch axis; a tuple of the different
+            shapes if the layer returns several; None if it was not called.
+        parameters: Number of weights, without those of layers within it that
+            have their own rows.
+        activations: Number of values that it returns, summed over its calls; 0
+            if layers within it compute them.
         macs: Multiply-accumulates, summed over its calls; None if unknown.
         calls: Number of its calls.
     """
@@ -43,29 +46,29 @@ class Complexity:
     """What a model computes for one image; prints as a table.
 
     Attributes:
-        layers: A tuple of `LayerComplexity`, in the order of their first calls.
-        parameters: Number of weights of the model, shared ones counted once.
+        layers: The rows, in the order in which the layers are first called.
+        parameters: Number of weights of the model; shared ones count once.
     """
 
-    layers: tuple
+    layers: tuple[LayerComplexity, ...]
     parameters: int
 
     @property
-    def activations(self):
+    def activations(self) -> int:
         """The sum of the activations of all layers."""
         return sum(layer.activations for layer in self.layers)
 
     @property
-    def macs(self):
+    def macs(self) -> int:
         """The sum of all MACs that are known."""
         return sum(layer.macs or 0 for layer in self.layers)
 
     @property
-    def is_lower_bound(self):
-        """Whether `macs` lacks those of a layer for which they are unknown."""
+    def is_lower_bound(self) -> bool:
+        """True if the MACs of a layer are unknown and `macs` lacks them."""
         return any(layer.macs is None for layer in self.layers)
 
-    def __str__(self):
+    def __str__(self) -> str:
         rows = ['layer class output parameters activations MACs'.split()]
         for x in self.layers:
             macs = '?' if x.macs is None else f'{x.macs:,}'
@@ -83,31 +86,32 @@ class Complexity:
         return '\n'.join('  '.join(row) for row in aligned)
 
 
-def complexity(model, input_shape):
+def complexity(model: keras.layers.Layer, input_shape: Any) -> Complexity:
     """Counts what a model computes for one image at its present strides.
 
     The model is called once on zeros, in inference, and every layer within it,
     at any depth, is recorded. No variable changes; a model that is not built
     is first built by a call.
 
-    A row is a layer without others inside, or one with weights of its own. A
-    layer that is called more than once, or with several tensors, as is the
-    pooling of a `ResidualLayer`, has one row, with the sums over them. A layer
-    with weights that is not called in inference has one too.
+    A layer has a row if no layer within it is called, or if it has weights of
+    its own. A layer that is called several times or with several tensors, such
+    as the pooling of a `ResidualLayer`, has one row with the sums over them. A
+    layer with weights that inference does not call has a row, too.
 
     One MAC is one multiplication by a weight and one addition. Padding counts
     like pixels. Biases, activations, normalization, plain pooling, embedding
     and operations outside of layers count 0. DiffStride, FixedSpectralPooling
-    and SpectralResizing count the multiplications by their matrices, one per
-    spatial axis, M N for each line of N samples that becomes one of M; not the
-    making of the matrix, and no axis that the last two leave as it is. Where
-    they use the FFT they count as the matrices would. Where the MACs of a layer
-    are unknown (recurrent layers, the products of attention, other layers with
-    weights of rank 2 or more) they are None, printed as '?', and the total is a
-    lower bound, printed as '>= ...'.
+    and SpectralResizing count the multiplications by their matrices: M N per
+    line of N samples that becomes M samples, for each spatial axis in turn. The
+    matrix itself is not counted, and neither is an axis that
+    FixedSpectralPooling or SpectralResizing leaves as it is. A layer that uses
+    the FFT counts as its matrices would. Recurrent layers, the products of
+    attention and unknown layers with weights of rank 2 or more have unknown
+    MACs: None, printed as '?'. The total is then a lower bound, printed as
+    '>= ...'.
 
     Args:
-        model: A `keras.Model`, or another layer, built or not.
+        model: A Keras model or layer, built or not.
         input_shape: The shape of its input without the batch axis, such as
             [height, width, channels]; for several inputs a list, tuple or dict
             of shapes, in the structure that the model is called with.
@@ -116,33 +120,52 @@ def complexity(model, input_shape):
         A `Complexity`.
 
     Raises:
-        ValueError: If the model is none, if `input_shape` is not of integers
-            >= 1, or if the model does not take an input of this shape.
+        ValueError: If `model` is not a layer, if `input_shape` does not consist
+            of integers >= 1, or if the model does not take such an input.
 
     Example:
 
     >>> model = keras.Sequential(
     ...     [keras.layers.Conv2D(8, 3, padding='same'), DiffStride(2.0)]
     ... )
-    >>> costs = complexity(model, (32, 32, 3))
-    >>> costs.macs  # 32 32 (3 3 3) 8 + (24 32 32 + 24 24 32) 8
+    >>> counts = complexity(model, (32, 32, 3))
+    >>> counts.macs  # 32 32 (3 3 3) 8 + (24 32 32 + 24 24 32) 8
     565248
-    >>> print(costs)
+    >>> print(counts)
     layer        class       output   parameters  activations     MACs
     conv2d       Conv2D      32x32x8         224        8,192  221,184
-    diff_stride  DiffStride  24x24x8           2        4,608  344,064
-    total                                    226       12,800  565,248
+    diff_stride  DiffStride  24x24x8           5        4,608  344,064
+    total                                    229       12,800  565,248
     """
     rows, _ = measure(model, input_shape)
     return Complexity(tuple(rows.values()), _count(model.weights))
 
 
-def measure(model, input_shape):
-    """As `complexity`, but returns what it is made of.
+class Call(NamedTuple):
+    """The shapes of the tensors that a layer was called with and returned."""
+
+    inputs: list[tuple]
+    outputs: list[tuple]
+    is_symbolic: bool
+
+
+def measure(
+    model: keras.layers.Layer,
+    input_shape: Any,
+    output_shapes: dict[keras.layers.Layer, Callable] | None = None,
+) -> tuple[dict, dict]:
+    """Calls a model once on zeros and records every layer.
+
+    Args:
+        model: As in `complexity`.
+        input_shape: As in `complexity`.
+        output_shapes: From a layer to a function that takes the shape of an
+            input and returns that of the output, both with the batch axis. Such
+            a layer is not computed: it returns zeros of these shapes.
 
     Returns:
-        {layer: LayerComplexity} and {layer: list of Call}, both in the order of
-        the layers' first calls.
+        {layer: LayerComplexity} and {layer: list of `Call`}, both in the order
+        in which the layers are first called.
     """
     validation.require(
         isinstance(model, keras.layers.Layer),
@@ -153,12 +176,31 @@ def measure(model, input_shape):
     _build(model, inputs)
     paths = _paths(model)
     calls = {}
+
+    def record(layer, call, *args, **kwargs):
+        if calls is not _running[-1]:  # A measurement within this one runs.
+            return call(*args, **kwargs)
+        calls_of_layer = calls.setdefault(layer, [])
+        if layer in (output_shapes or {}):
+            first, *_ = (*args, *kwargs.values())
+            outputs = tree.map_structure(
+                lambda x: ops.zeros(
+                    output_shapes[layer](tuple(x.shape)), x.dtype
+                ),
+                first,
+            )
+        else:
+            outputs = call(*args, **kwargs)
+        shapes = _shapes((args, kwargs)), _shapes(outputs)
+        calls_of_layer.append(Call(*shapes, backend.is_symbolic()))
+        return outputs
+
     with contextlib.ExitStack() as stack:
         _running.append(calls)
         stack.callback(_running.pop)
         for layer in paths:
             stack.enter_context(
-                recorded(layer, functools.partial(_add_call, calls, layer))
+                intercepted(layer, functools.partial(record, layer))
             )
         with keras.StatelessScope():
             backend.call_for_shapes(lambda x: model(x, training=False), inputs)
@@ -168,7 +210,7 @@ def measure(model, input_shape):
     return {layer: rows[layer] for layer in found}, calls
 
 
-# The calls of each measurement that runs: of a cost, one within another.
+# One dict of calls per measurement under way; a cost may measure within one.
 _running = []
 
 
@@ -199,45 +241,25 @@ def _build(model, inputs):
 def _paths(layer, path='', paths=None):
     """Returns {layer: path} of a layer and of all within it, from outside in.
 
-    What an RNN holds is left out, as it is called in a loop.
+    The cells of an RNN are left out because they are called in a loop.
     """
     paths = {} if paths is None else paths
     if layer not in paths:
         paths[layer] = path or layer.name
         if not isinstance(layer, layers.RNN):
-            for inner in layer._layers:
+            for inner in models.inner_layers(layer):
                 _paths(inner, f'{path}/{inner.name}'.lstrip('/'), paths)
     return paths
 
 
-class Call(typing.NamedTuple):
-    """The shapes of what a layer was called with and of what it returned."""
-
-    inputs: list
-    outputs: list
-    is_symbolic: bool
-
-
-def _add_call(calls, layer):
-    if calls is not _running[-1]:
-        return lambda *unused: None
-    calls_of_layer = calls.setdefault(layer, [])
-
-    def add(inputs, outputs):
-        call = Call(_shapes(inputs), _shapes(outputs), backend.is_symbolic())
-        calls_of_layer.append(call)
-
-    return add
-
-
 @contextlib.contextmanager
-def recorded(layer, begin):
-    """Makes a layer tell each of its calls.
+def intercepted(layer: keras.layers.Layer, function: Callable):
+    """A context within which a function runs in the place of a layer's call.
 
     Args:
         layer: Any layer.
-        begin: Called at the beginning of each call; returns what is called at
-            its end, with its arguments and its outputs.
+        function: Takes the layer's own `call`, then the arguments of the call;
+            returns the outputs.
     """
     is_quantized = getattr(layer, 'quantization_mode', None) is not None
     name = 'quantized_call' if is_quantized else 'call'
@@ -246,13 +268,10 @@ def recorded(layer, begin):
     call = getattr(layer, name)
 
     @functools.wraps(call)
-    def recording_call(*args, **kwargs):
-        end = begin()
-        outputs = call(*args, **kwargs)
-        end((args, kwargs), outputs)
-        return outputs
+    def wrapper(*args, **kwargs):
+        return function(call, *args, **kwargs)
 
-    attributes[name] = recording_call
+    attributes[name] = wrapper
     try:
         yield
     finally:
@@ -296,17 +315,29 @@ def _rows(paths, calls):
 
 
 def _macs(layer, weights, calls_of_layer):
-    rule = _rule(layer)
-    if rule is None:
+    if _rule(layer) is None:
         has_kernel = any(len(weight.shape) > 1 for weight in weights)
         return None if has_kernel and calls_of_layer else 0
-    macs = [
-        # What is traced may run any number of times.
-        None if is_symbolic else rule(layer, x, y)
-        for inputs, outputs, is_symbolic in calls_of_layer
-        for x, y in zip(inputs, outputs)
-    ]
-    return None if None in macs else sum(macs)
+    found = products(layer, calls_of_layer)
+    return None if None in found else sum(found)
+
+
+def products(layer: keras.layers.Layer, calls: list[Call]) -> list:
+    """The MACs of a layer as terms, each a product of sizes; None if unknown.
+
+    A layer has no terms if it multiplies nothing, else as many for each pair of
+    tensors that it is called with and returns.
+    """
+    rule = _rule(layer)
+    if rule is None:
+        return []
+    found = []
+    for inputs, outputs, is_symbolic in calls:
+        for x, y in zip(inputs, outputs):
+            # A traced function may run any number of times.
+            macs = None if is_symbolic else rule(layer, x, y)
+            found += macs if isinstance(macs, list) else [macs]
+    return found
 
 
 def _rule(layer):
@@ -320,12 +351,12 @@ def _einsum_dense(layer, x, y):
 
 
 def _spectral_resampling(layer, x, y):
-    macs, shape = 0, list(x)
+    macs, shape = [], list(x)
     for axis in layer.spatial_axes:
         size, shape[axis] = shape[axis], y[axis]
-        # Without learned strides an axis that keeps its size is left as it is.
-        if size != y[axis] or layer.weights:
-            macs += size * _size(shape)
+        # A layer without learned strides returns an axis of the same size.
+        is_identity = size == y[axis] and not layer.weights
+        macs.append(0 if is_identity else size * _size(shape))
     return macs
 
 
@@ -333,8 +364,9 @@ def _rules(macs, *names):
     return dict.fromkeys((getattr(layers, name) for name in names), macs)
 
 
-# From class to a function of (layer, shape of input, shape of output), both
-# with the batch axis. Without a rule MACs are 0, or unknown if it has a kernel.
+# From a class to a function of (layer, shape of input, shape of output), both
+# with the batch axis, that returns MACs or a list of terms that add up to them.
+# A layer without a rule has no MACs, or unknown ones if it has a kernel.
 _RULES = {
     **_rules(
         lambda layer, x, y: _size(y) * math.prod(layer.kernel.shape[:-1]),
@@ -357,7 +389,7 @@ _RULES = {
     ),
     layers.EinsumDense: _einsum_dense,
     pooling.SpectralResampling: _spectral_resampling,
-    # Reversed, an embedding is a product.
+    # An embedding in reverse is a product.
     layers.Embedding: lambda layer, x, y: 0 if len(y) > len(x) else None,
     **_rules(
         lambda layer, x, y: 0, 'LayerNormalization', 'Normalization', 'PReLU'
@@ -370,11 +402,11 @@ _RULES = {
 }
 
 
-def _count(weights):
+def _count(weights: Iterable) -> int:
     return sum(math.prod(x.shape) for x in weights)
 
 
-def _size(shape):
+def _size(shape: Sequence) -> int:
     """Number of values, or 0 if the shape is not known."""
     return 0 if None in shape else math.prod(shape)
 

@@ -1,0 +1,290 @@
+"""Tests of folders of images."""
+
+import io
+import itertools
+import os
+
+import numpy as np
+import PIL.Image
+import pytest
+import tensorflow as tf
+
+from diffstride.examples import data, folders
+
+HEIGHT, WIDTH = 6, 8
+SHAPE = HEIGHT, WIDTH, 3
+
+
+def take(dataset):
+    """All batches as arrays (images, labels), in a row."""
+    images, labels = zip(*dataset.as_numpy_iterator(), strict=True)
+    return np.concatenate(images), np.concatenate(labels)
+
+
+def write_image(path, shape=SHAPE, level=100):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = np.full(shape, level, np.uint8)
+    path.write_bytes(tf.io.encode_png(image).numpy())
+
+
+def load_folder(root, **arguments):
+    plain = {
+        'batch_size': 2,
+        'crop_padding': 0,
+        'normalization': None,
+        'validation_split': None,
+    }
+    return data.load_datasets(str(root), **plain | arguments)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of images: 3 of cats and 3 of dogs in each split."""
+    root = tmp_path / 'photos'
+    for split, animal, index in itertools.product(
+        ('train', 'test'), ('cat', 'dog'), range(3)
+    ):
+        level = 200 if animal == 'dog' else 50
+        # Grey images become RGB and the alpha channel is dropped.
+        shape = (HEIGHT, WIDTH, (1, 3, 4)[index])
+        write_image(root / split / animal / f'{index}.png', shape, level)
+    return root
+
+
+def test_folder_of_images(folder):
+    datasets = load_folder(folder, batch_size=6)
+    assert datasets.class_names == ('cat', 'dog')
+    assert datasets.image_shape == SHAPE
+    assert datasets.summary == (
+        f'{folder}: 6 train (3 to 3 of a class), no validation, 6 test (3 to 3 '
+        'of a class) examples of 6 x 8 x 3 in 2 classes'
+    )
+    for batches in datasets.train().take(1), datasets.test:
+        images, labels = take(batches)
+        assert labels.sum(0).tolist() == [3, 3]
+        levels = 50 * labels[:, 0] + 200 * labels[:, 1]
+        assert (images == levels[:, None, None, None]).all()
+
+
+def test_folder_without_splits_is_sliced_evenly(tmp_path):
+    for name, index in itertools.product('ab', range(10)):
+        write_image(tmp_path / name / f'{index}.png', level=10 * index + 1)
+    datasets = load_folder(tmp_path, validation_split=0.25, test_split=0.2)
+    parts = [
+        take(datasets.train().take(datasets.steps_per_epoch)),
+        take(datasets.validation),
+        take(datasets.test),
+    ]
+    for (_, labels), count in zip(parts, (6, 2, 2), strict=True):
+        assert labels.sum(0).tolist() == [count, count]
+    levels = np.concatenate([images[:, 0, 0, 0] for images, _ in parts])
+    labels = np.concatenate([labels.argmax(-1) for _, labels in parts])
+    assert len(set(zip(levels, labels))) == 20
+    slices = {'train_split': 'train[:80%]', 'test_split': 'train[80%:]'}
+    sliced = take(load_folder(tmp_path, **slices).test)
+    np.testing.assert_array_equal(sliced[0], parts[2][0])
+
+
+def test_split_called_val_is_for_validation(folder):
+    write_image(folder / 'val' / 'dog' / '0.png', level=7)
+    datasets = load_folder(folder, validation_split='auto')
+    assert datasets.train_examples == 6
+    images, labels = take(datasets.validation)
+    assert labels.tolist() == [[0, 1]] and (images == 7).all()
+    assert 'Classes without validation examples: cat.' in datasets.summary
+
+
+def test_what_is_no_class_and_no_image_is_skipped_and_named(folder):
+    write_image(folder / '.git' / 'x' / '0.png')
+    write_image(folder / 'train' / '.ipynb_checkpoints' / '0.png')
+    write_image(folder / 'train' / '__MACOSX' / '0.png')
+    write_image(folder / 'train' / 'cat' / '._0.png')
+    write_image(folder / 'train' / 'outside.png')
+    (folder / 'train' / 'empty').mkdir()
+    (folder / 'docs' / 'api').mkdir(parents=True)
+    for name in 'labels.csv', 'train/cat/a.txt', 'docs/b.txt', 'docs/api/c.txt':
+        (folder / name).write_text('text')
+    datasets = load_folder(folder)
+    assert datasets.class_names == ('cat', 'dog')
+    assert (datasets.train_examples, datasets.test_examples) == (6, 6)
+    assert datasets.summary.splitlines()[1:] == [
+        'Skipped 1 images that are in no folder of a class.',
+        'Skipped 4 files: 3 .txt, 1 .csv.',
+        'Skipped folders without images: docs/api, train/empty.',
+    ]
+
+
+def test_classes_of_one_split_or_of_two_cases_are_named(folder):
+    write_image(folder / 'train' / 'B' / '0.png')
+    write_image(folder / 'test' / 'b' / '0.png')
+    datasets = load_folder(folder)
+    assert datasets.class_names == ('B', 'b', 'cat', 'dog')
+    assert datasets.summary.splitlines()[1:] == [
+        'Classes without train examples: b.',
+        'Classes without test examples: B.',
+        'Classes that differ in case alone: B and b.',
+    ]
+
+
+def test_images_in_inner_folders_are_read(folder):
+    write_image(folder / 'train' / 'cat' / 'black' / 'deep' / '0.png')
+    # A link that leads back is not followed for ever.
+    (folder / 'train' / 'cat' / 'black' / 'up').symlink_to('..')
+    assert load_folder(folder).train_examples == 7
+
+
+IMAGE = np.indices((HEIGHT, WIDTH)).sum(0)[..., None] * [[[3, 2, 1]]] + 100
+
+
+def encoded(suffix):
+    options = {'jpg': {'quality': 95, 'subsampling': 0}}.get(suffix, {})
+    options = {'lossless': True} if suffix == 'webp' else options
+    image = PIL.Image.fromarray(IMAGE.astype(np.uint8))
+    buffer = io.BytesIO()
+    image.save(
+        buffer, {'jpg': 'jpeg', 'tif': 'tiff'}.get(suffix, suffix), **options
+    )
+    return buffer.getvalue()
+
+
+FORMATS = {
+    'bmp': 0,
+    'gif': 4,
+    'jpg': 5,
+    'png': 0,
+    'PPM': 0,
+    'tif': 0,
+    'webp': 0,
+}
+
+
+@pytest.mark.parametrize('dtype', [tf.uint8, tf.uint16])
+@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize('suffix', FORMATS)
+def test_decode_image(suffix, channels, dtype):
+    image = folders.decode_image(encoded(suffix), channels, dtype)
+    expected = IMAGE if channels == 3 else IMAGE @ [[0.299], [0.587], [0.114]]
+    assert image.dtype == dtype
+    scale = 257 if dtype == tf.uint16 else 1
+    tolerance = FORMATS[suffix] + (0 if channels == 3 else 0.51)
+    np.testing.assert_allclose(image / scale, expected, atol=tolerance + 1e-3)
+
+
+def test_folder_of_all_formats(tmp_path):
+    for split, suffix in itertools.product(('train', 'test'), FORMATS):
+        path = tmp_path / split / suffix / f'0.{suffix}'
+        path.parent.mkdir(parents=True)
+        path.write_bytes(encoded(suffix))
+    images, labels = take(load_folder(tmp_path).test)
+    assert labels.sum(0).tolist() == [1] * len(FORMATS)
+    expected = np.broadcast_to(IMAGE, images.shape)
+    np.testing.assert_allclose(images, expected, atol=5)
+
+
+def test_grey_images_stay_grey(folder):
+    assert load_folder(folder).image_shape[-1] == 3
+    for path in folder.rglob('*.png'):
+        write_image(path, (HEIGHT, WIDTH, 1), level=9)
+    write_image(path, (HEIGHT, WIDTH, 2), level=9)  # With an alpha channel.
+    datasets = load_folder(folder)
+    assert datasets.image_shape == (HEIGHT, WIDTH, 1)
+    assert (take(datasets.test)[0] == 9).all()
+
+
+@pytest.mark.parametrize('suffix', ['png', 'tif', 'pgm'])
+def test_16_bits_keep_small_values(tmp_path, suffix):
+    values = np.arange(HEIGHT * WIDTH, dtype=np.uint16).reshape(HEIGHT, WIDTH)
+    for split in 'train', 'test':
+        write_image(tmp_path / split / 'bits' / '8.png', (HEIGHT, WIDTH, 1))
+        path = tmp_path / split / 'bits' / f'16.{suffix}'
+        if suffix == 'pgm':  # Pillow writes it with 8 bits.
+            header = f'P5 {WIDTH} {HEIGHT} 65535\n'.encode()
+            path.write_bytes(header + values.astype('>u2').tobytes())
+        else:
+            PIL.Image.fromarray(values).save(path)
+    images, _ = take(load_folder(tmp_path).test)
+    images = images[np.argsort(images.mean((1, 2, 3)))][..., 0]
+    np.testing.assert_allclose(images[0], values / 257, rtol=1e-6)
+    np.testing.assert_allclose(images[1], 100, rtol=1e-6)
+
+
+def test_small_values_of_16_bits_are_standardized(tmp_path):
+    values = np.arange(HEIGHT * WIDTH, dtype=np.uint16).reshape(HEIGHT, WIDTH)
+    for split in 'train', 'test':
+        (tmp_path / split / 'a').mkdir(parents=True)
+        PIL.Image.fromarray(values).save(tmp_path / split / 'a' / '0.png')
+    datasets = load_folder(tmp_path, batch_size=1, normalization='dataset')
+    images, _ = take(datasets.test)
+    expected = (values - values.mean()) / values.std()
+    np.testing.assert_allclose(images[0, ..., 0], expected, atol=1e-4)
+
+
+def test_folder_beside_is_found_by_its_name(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    assert load_folder('photos').train_examples == 6
+
+
+def test_folder_of_different_sizes_needs_image_size(folder):
+    write_image(folder / 'test' / 'dog' / '3.png', (HEIGHT + 1, WIDTH, 3))
+    with pytest.raises(ValueError, match=r'6 x 8 and 7 x 8: set .*image_size'):
+        load_folder(folder)
+    assert load_folder(folder, image_size=(4, 4)).image_shape == (4, 4, 3)
+
+
+@pytest.mark.parametrize('name', ['broken.png', 'broken.ppm'])
+def test_file_that_is_no_image_is_named(folder, name):
+    path = folder / 'test' / 'cat' / name
+    path.write_bytes(b'no image')
+    with pytest.raises(ValueError, match=f'cannot decode the image {path}'):
+        load_folder(folder, cache=False)
+
+
+@pytest.mark.parametrize('content', [None, 'train', 'train/cat'])
+def test_folder_must_hold_images(tmp_path, content):
+    os.makedirs(tmp_path / (content or ''), exist_ok=True)
+    rule = '`name` must be a folder that holds one folder of images per class'
+    with pytest.raises(ValueError, match=rule):
+        load_folder(tmp_path)
+
+
+def test_constant_channel_is_not_scaled(folder):
+    for path in folder.rglob('*.png'):
+        write_image(path, level=7)
+    images, _ = take(load_folder(folder, normalization='dataset').test)
+    np.testing.assert_allclose(images, 0, atol=1e-5)
+
+
+@pytest.mark.parametrize('cache', [True, False])
+def test_class_weights_balance_the_classes(folder, cache):
+    write_image(folder / 'train' / 'dog' / '3.png')
+    (folder / 'train' / 'cat' / '0.png').unlink()
+    datasets = load_folder(folder, class_weights='balanced', cache=cache)
+    # 6 examples in 2 classes: 2 cats and 4 dogs.
+    assert datasets.class_weights == (6 / (2 * 2), 6 / (2 * 4))
+    assert load_folder(folder).class_weights is None
+
+
+def test_what_was_read_is_kept_until_a_file_changes(folder, monkeypatch):
+    monkeypatch.setattr(folders, 'CACHED_EXAMPLES', 0)
+    kept = folder.parent / 'kept'
+    monkeypatch.setenv('XDG_CACHE_HOME', str(kept))
+    before = sorted(folder.rglob('*'))
+
+    def cats():
+        images, labels = take(load_folder(folder).test)
+        return sorted(images[labels[:, 0] == 1][:, 0, 0, 0].tolist())
+
+    assert cats() == [50, 50, 50]
+    assert sorted(folder.rglob('*')) == before
+    path = folder / 'test' / 'cat' / '1.png'
+    status = path.stat()
+    write_image(path, level=51)
+    assert path.stat().st_size == status.st_size
+    # A file of the same size and time is not read again.
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert cats() == [50, 50, 50]
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert cats() == [50, 50, 51]
+    for file in (kept / 'diffstride').iterdir():
+        file.write_bytes(file.read_bytes()[:50])
+    assert cats() == [50, 50, 51]
