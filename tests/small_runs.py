@@ -1,5 +1,6 @@
 """A small training for tests: its settings and its command."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import gin
 from absl import flags
 
-from diffstride.examples import main
+from diffstride.examples import main, settings, train
 
 SMALL = """
 import small_data
@@ -47,6 +48,20 @@ def run_here(*bindings, default_job='train.train', **kwargs):
     finally:
         for name in ('gin_config', 'gin_bindings', 'workdir'):
             flags.FLAGS[name].unparse()
+
+
+def prepared(*bindings, gin_config=()):
+    """Returns a `train.Training` that is prepared and not run."""
+    gin.clear_config()
+    settings.parse(
+        [str(path) for path in gin_config],
+        ["train.workdir = 'never_made'", *bindings],
+    )
+    return train.train()
+
+
+def read(path):
+    return json.loads(path.read_text())
 
 
 def environment(**variables):

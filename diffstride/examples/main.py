@@ -33,12 +33,6 @@ _WORKDIR = flags.DEFINE_string(
 _OF_SETTINGS = (ImportError, OSError, RuntimeError, TypeError, ValueError)
 
 
-@gin.configurable(module='main')
-def run(job=None):
-    """Returns what the gin file asks for, such as `@grid.grid`, or None."""
-    return job
-
-
 def main(argv: list[str], default_job: str = 'train.train'):
     """Prepares a job and runs it; says in one line what is wrong.
 
@@ -57,7 +51,7 @@ def main(argv: list[str], default_job: str = 'train.train'):
                     f'--gin_bindings="train.workdir = {_WORKDIR.value!r}"'
                 )
             settings.parse(_CONFIG.value, _BINDINGS.value)
-            job = run() or gin.get_configurable(default_job)
+            job = settings.run() or gin.get_configurable(default_job)
             if not callable(job):
                 raise ValueError(
                     'run.job must be a function, such as @grid.grid. '

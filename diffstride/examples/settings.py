@@ -42,6 +42,12 @@ _CONTINUABLE = (
 )
 
 
+@gin.configurable(module='main')
+def run(job=None):
+    """Returns what the gin file asks for, such as `@grid.grid`, or None."""
+    return job
+
+
 def parse(files: list[str], bindings: list[str]) -> None:
     """Parses gin files, then bindings, which override those of the files.
 

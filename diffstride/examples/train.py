@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import math
 import numbers
 import os
@@ -378,8 +379,6 @@ class _Recorder(keras.callbacks.Callback):
         self.swap = swap
 
     def on_train_begin(self, logs=None):
-        # These are set by arguments; what differs later is worth keeping.
-        self.constant = [_numbers(callback) for callback in self.callbacks]
         for callback, values in zip(self.callbacks, self.state.callbacks):
             vars(callback).update(values)
 
@@ -401,10 +400,7 @@ class _Recorder(keras.callbacks.Callback):
         }
         self.state.history.append(row)
         self.state.ended = self.model.stop_training
-        self.state.callbacks = [
-            {key: x for key, x in now.items() if before.get(key, self) != x}
-            for now, before in zip(map(_numbers, self.callbacks), self.constant)
-        ]
+        self.state.callbacks = [_remembered(x) for x in self.callbacks]
         checkpoints.save(
             self.model,
             self.workdir,
@@ -424,16 +420,23 @@ class _Recorder(keras.callbacks.Callback):
 
     @contextlib.contextmanager
     def _averaged(self):
+        variables = self.model.trainable_variables
+        variables = [*variables, *self.model.optimizer.variables]
+        values = [keras.ops.convert_to_numpy(x) for x in variables]
         self.swap.on_test_begin()
         yield
         self.swap.on_test_end()
+        for variable, value in zip(variables, values):
+            variable.assign(value)  # Swapping twice has rounded it.
 
 
-def _numbers(callback):
+def _remembered(callback):
+    """Returns the numbers that a callback keeps beside its arguments."""
+    arguments = inspect.signature(type(callback)).parameters
     return {
         key: value
         for key, value in vars(callback).items()
-        if isinstance(value, (bool, numbers.Number))
+        if isinstance(value, numbers.Number) and key not in arguments
     }
 
 
