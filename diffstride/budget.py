@@ -270,11 +270,9 @@ class MacsOfStrides:
         )
 
     def assign(self, strides: Sequence[float]) -> None:
-        """Sets the strides of the layers that have other ones."""
+        """Sets the strides of the layers."""
         for layer, (start, stop) in zip(self.layers, self._parts):
-            values = np.float32(strides[start:stop])
-            if tuple(values) != layer.stride_values[: stop - start]:
-                layer.strides.assign(values)
+            layer.strides.assign(np.float32(strides[start:stop]))
 
     def count(self, strides: Sequence[float]) -> int:
         """Returns the exact MACs, by a call of the model."""
