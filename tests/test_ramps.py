@@ -194,9 +194,7 @@ def test_response_and_its_gradient_by_hand(
 
 @every_kind
 def test_frequencies_hold_every_slope(kind):
-    for case in some(
-        itertools.product((1, 2, 8, 15), WIDTHS, STRIDES[::5])
-    ):
+    for case in some(itertools.product((1, 2, 8, 15), WIDTHS, STRIDES[::5])):
         size, width, stride = case
         ramp = Ramp(kind, width)
         edge = ramp.band_edge(size, stride)
