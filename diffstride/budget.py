@@ -270,11 +270,9 @@ class MacsOfStrides:
         )
 
     def assign(self, strides: Sequence[float]) -> None:
-        """Sets the strides of the layers that have other ones."""
+        """Sets the strides of the layers."""
         for layer, (start, stop) in zip(self.layers, self._parts):
-            values = np.float32(strides[start:stop])
-            if tuple(values) != layer.stride_values[: stop - start]:
-                layer.strides.assign(values)
+            layer.strides.assign(np.float32(strides[start:stop]))
 
     def count(self, strides: Sequence[float]) -> int:
         """Returns the exact MACs, by a call of the model."""
@@ -610,7 +608,7 @@ def recalibrate(model: keras.Model, batches: Iterable) -> None:
     with contextlib.ExitStack() as stack:
         for layer in norms:
             layer.trainable = True  # Else it takes no notice of `training`.
-            stack.enter_context(counting.intercepted(layer, call_in_training))
+            stack.enter_context(models.intercepted(layer, call_in_training))
         try:
             for batch in batches:
                 x, _, _ = keras.utils.unpack_x_y_sample_weight(batch)

@@ -248,7 +248,8 @@ class StrideBudget(StrideLogger):
             models.sync(self.model)
             before = self._macs_of.strides()
             after = self.within_budget(before, self._macs_of, self._budget)
-            self._macs_of.assign(after)
+            if not np.array_equal(after, before):
+                self._macs_of.assign(after)
 
     def within_budget(
         self, strides: np.ndarray, macs_of: MacsOfStrides, budget: float

@@ -137,7 +137,7 @@ def test_from_a_workdir_to_the_class_of_a_jpeg(
     files = sorted(path.name for path in output.iterdir())
     assert files == ['labels.txt', 'model.onnx']
     assert f'Wrote {output / "model.onnx"}' in text
-    assert 'uint8 [batch, 12, 16, 3]' in text
+    assert 'float32 [batch, 12, 16, 3]' in text
 
     import onnxruntime
 
@@ -147,7 +147,7 @@ def test_from_a_workdir_to_the_class_of_a_jpeg(
     assert tuple(labels) == tuple(json.loads(metadata['class_names'])) == NAMES
     for name in NAMES:
         image = Image.open(pictures / name / '0.jpg').resize((16, 12))
-        pixels = np.asarray(image)[None]
+        pixels = np.asarray(image, 'float32')[None]
         (probabilities,) = session.run(None, {'images': pixels})
         np.testing.assert_allclose(probabilities, reference(pixels), atol=1e-5)
         assert labels[probabilities[0].argmax()] == name
@@ -177,7 +177,7 @@ def test_other_formats_contain_the_preprocessing(workdir, run, name, load):
     (workdir / 'export/saved_model').mkdir(parents=True, exist_ok=True)
     code, _ = run(export.export, f'--workdir={workdir}', f'--format={name}')
     assert not code
-    pixels = np.stack([picture(channel, channel) for channel in range(3)])
+    pixels = np.stack([picture(i, i) for i in range(3)]).astype('float32')
     probabilities = load(workdir / 'export', pixels)
     np.testing.assert_allclose(probabilities, reference(pixels), atol=1e-5)
 

@@ -42,12 +42,12 @@ def classifier(run: checkpoints.Run) -> keras.Model:
         run: A training, as `checkpoints.load_run` returns it.
 
     Returns:
-        A `keras.Model` from the pixels of a picture to the probabilities of
-        the classes: uint8 [batch, height, width, channels] -> float32
+        A `keras.Model` from pixels in the range 0..255 to the probabilities of
+        the classes, float32 [batch, height, width, channels] -> float32
         [batch, classes].
     """
     model = _in_float32(run.model)
-    images = keras.Input(run.image_shape, dtype='uint8', name='images')
+    images = keras.Input(run.image_shape, dtype='float32', name='images')
     # With three axes they are per channel under any image_data_format.
     mean, scale = (
         np.broadcast_to(x, (1, 1, run.image_shape[-1])).astype(float)
@@ -95,20 +95,19 @@ def read_image(path: str, image_shape: tuple[int, int, int]) -> np.ndarray:
             resized to it, whatever their aspect ratio.
 
     Returns:
-        The pixels, uint8 [height, width, channels].
+        The pixels in the range 0..255, float32 [height, width, channels]. Those
+        of 16-bit files are divided by 257.
 
     Raises:
         ValueError: If the file cannot be read or is no picture.
     """
     *size, channels = image_shape
     try:
-        image = folders.decode_image(tf.io.read_file(path), channels)
+        contents = tf.io.read_file(path)
+        image = folders.decode_image(contents, channels, tf.uint16)
     except (tf.errors.OpError, OSError, ValueError) as error:
         raise ValueError(f'{path} cannot be read as a picture') from error
-    if tuple(image.shape) != tuple(image_shape):
-        image = tf.image.resize(image, size, antialias=True)
-        image = tf.saturate_cast(tf.round(image), tf.uint8)
-    return image.numpy()
+    return tf.image.resize(image, size, antialias=True).numpy() / 257
 
 
 def percent(share: float) -> str:

@@ -7,13 +7,14 @@ The folder of --output, WORKDIR/export unless it is set, receives
     model.onnx, model.tflite or saved_model/    by --format
     labels.txt                                  one class name per line
 
-The model takes the pixels of pictures, uint8 [batch, height, width, channels],
-and puts out the probabilities of the classes, float32 [batch, classes]. The
-batch size is free. The mean and the scale of the training are part of the
-model; resizing is not: pictures must come in the height and width of the
-training, as Pillow's `image.resize((width, height), Image.BILINEAR)` makes
-them. A model that was trained in bfloat16 is exported in float32. An ONNX file
-holds the class names in its metadata too, as JSON under `class_names`.
+The model takes the pixels of pictures in the range 0..255, float32 [batch,
+height, width, channels], and puts out the probabilities of the classes, float32
+[batch, classes]. The batch size is free. The mean and the scale of the training
+are part of the model; resizing is not: pictures must come in the height and
+width of the training, as Pillow's `image.resize((width, height),
+Image.BILINEAR)` makes them. A model that was trained in bfloat16 is exported in
+float32. An ONNX file holds the class names in its metadata too, as JSON under
+`class_names`.
 """
 
 import json
@@ -72,9 +73,9 @@ def export(arguments: Sequence[str]) -> None:
     print(f'Wrote {target}')
     with written(folder / 'labels.txt') as path:
         path.write_text('\n'.join(run.class_names) + '\n')
-    height, width, channels = run.image_shape
+    shape = ', '.join(map(str, run.image_shape))
     print(
-        f'It takes uint8 [batch, {height}, {width}, {channels}] and puts out '
+        f'It takes float32 [batch, {shape}] in the range 0..255 and puts out '
         f'the probabilities of {len(run.class_names)} classes.'
     )
 
