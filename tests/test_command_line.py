@@ -62,7 +62,7 @@ def error_of(tmp_path, capfd, monkeypatch):
 # Values out of their range.
 
 
-NO_COUNT = ('x', 0, -1, 1.5, 2.0, True, [1], math.inf, 2**31)
+NO_COUNT = ('x', 0, -1, 1.5, 2.0, True, [1], math.inf)
 NO_MAKER = ('x', None, 3, [], {}, True)
 
 
@@ -74,55 +74,55 @@ NO_MAKER = ('x', None, 3, [], {}, True)
         ('model_cls', NO_MAKER, 'must be a class or another callable'),
         ('optimizer_cls', NO_MAKER, 'must be a class or another callable'),
         ('loss_cls', NO_MAKER, 'must be a class or another callable'),
-        ('num_epochs', (*NO_COUNT, None), 'must be an integer >= 1'),
-        ('steps_per_epoch', NO_COUNT, 'must be an integer >= 1 or None'),
+        ('num_epochs', (*NO_COUNT, None), 'must be an integer, at least 1'),
+        ('steps_per_epoch', NO_COUNT, 'must be an integer, at least 1'),
         ('data_format', ('x', None, 3, True), 'must be one of'),
         (
             'dtype_policy',
             ('x', None, 3, '', 'int32', 'bool', 'complex64', {}),
-            'must be the name of a policy of floats',
+            'must be a policy of floats',
         ),
-        ('jit_compile', ('x', None, 0, 3, []), 'must be True, False or'),
-        ('distribution', ('x', None, 3, 'all'), "must be 'auto', 'none' or"),
+        ('jit_compile', ('x', None, 3, []), 'must be one of'),
+        ('distribution', ('x', None, 3, 'all'), 'must be one of'),
         (
             'callbacks',
             ('x', None, 3, {}, [3], [None], [keras.callbacks.History]),
             'must be a list of Keras callbacks',
         ),
-        ('seed', ('x', None, -1, 1.5, True, 2**32), 'must be an integer in'),
-        ('deterministic', ('x', None, 1, 0), 'must be True or False'),
-        ('on_changed_settings', ('x', None, 3), "must be 'refuse' or"),
+        ('seed', ('x', None, -1, 1.5, True), 'must be an integer'),
+        ('deterministic', ('x', None, 3), 'must be one of'),
+        ('on_changed_settings', ('x', None, 3), 'must be one of'),
         ('labels', ('x', 3, []), 'must be a dict or None'),
     ],
 )
 def test_wrong_values_of_training(name, values, rule):
     for value in values:
-        with pytest.raises(ValueError, match=f'train.{name} {rule}'):
+        with pytest.raises(ValueError, match=f'`{name}` {rule}'):
             train.train(**{'workdir': 'never_made', name: value})
 
 
 @pytest.mark.parametrize(
     'bindings, holds',
     [
-        (['train.num_epochs = 0'], 'train.num_epochs must be an integer'),
+        (['train.num_epochs = 0'], '`num_epochs` must be an integer'),
         (['train.train.workdir = None'], '--gin_bindings="train.workdir = '),
         (['train.load_data_fn = @resnet.Resnet'], 'in Resnet'),
         (['train.model_cls = @resnet.batch_norm'], 'batch_norm'),
         (
             ['train.optimizer_cls = @keras.losses.Poisson'],
-            'train.optimizer_cls must return an instance of Optimizer',
+            '`optimizer_cls` must return an instance of Optimizer',
         ),
         (
             ['train.loss_cls = @keras.optimizers.SGD'],
-            'train.loss_cls must return an instance of Loss',
+            '`loss_cls` must return an instance of Loss',
         ),
         (
             ['train.loss_cls = @keras.losses.SparseCategoricalCrossentropy'],
-            'train.loss_cls must return a loss of one-hot labels',
+            '`loss_cls` must return a loss of one-hot labels',
         ),
         (
             ['train.callbacks = [@callbacks.EarlyStopping]'],
-            'train.callbacks must be a list of Keras callbacks',
+            '`callbacks` must be a list of Keras callbacks',
         ),
         (
             [
@@ -364,7 +364,7 @@ def test_the_process_ends_with_code_1_and_the_line(tmp_path):
     )
     assert done.returncode == 1
     *others, last = done.stderr.splitlines()
-    assert last.startswith('error: train.num_epochs must be')
+    assert last.startswith('error: `num_epochs` must be')
     assert not [line for line in others if line.startswith('error: ')]
     assert 'Traceback' not in done.stderr
     assert not list(tmp_path.iterdir())

@@ -416,9 +416,9 @@ cpu = tf.config.list_physical_devices('CPU')[0]
 tf.config.set_logical_device_configuration(
     cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 from diffstride import DiffStride
-from diffstride.examples import train
+from diffstride.examples import devices
 keras.utils.set_random_seed(0)
-with train._distributed(sys.argv[1]):
+with devices.scope(sys.argv[1]):
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
     assert replicas == 1 + (sys.argv[1] == 'mirrored')
     # Without batch normalization, whose batch is that of a replica.
