@@ -32,6 +32,9 @@ from diffstride.validation import (
     standardize_strides,
 )
 
+# What is quieter than the loudest part of a recording by more is cut off.
+DYNAMIC_RANGE = 60.0  # dB
+
 AUTOTUNE = tf.data.AUTOTUNE
 
 
@@ -65,8 +68,9 @@ def load_datasets(
         name: a TFDS dataset with audio and a class label.
         data_dir: where TFDS keeps its datasets; None for its default.
         batch_size: the number of examples in a batch.
-        features: 'log_mel' for spectrograms in decibels, of Keras's
-            MelSpectrogram with windows of two steps between frames:
+        features: 'log_mel' for spectrograms of Keras's MelSpectrogram, in
+            decibels below the maximum of the recording and down to -60, with
+            windows of four steps between frames:
             [num_mel_bins, num_frames, 1]. 'waveform' for the samples
             themselves: [duration * sample rate, 1].
         duration: what is kept of each recording, in seconds.
@@ -372,30 +376,30 @@ def _conv(rank, filters, kernel_size, strides, data_format, **kwargs):
 
 
 def _log_mel(rate, samples, num_mel_bins, num_frames):
-    """A function from waveforms [batch, samples] to [batch, bins, frames, 1].
-
-    A full-scale tone has about 36 dB with windows of 256 samples; what lies
-    below -40 dB is cut off.
-    """
+    """A function from [batch, samples] to [batch, bins, frames, 1]."""
     step = samples // (num_frames - 1)
     require(
         step >= 1,
         f'`num_frames` must be at most {samples + 1} in {samples} samples',
         num_frames=num_frames,
     )
-    window = max(2, 2 * step)
+    window = 4 * step
     layer = keras.layers.MelSpectrogram(
         sampling_rate=rate,
         sequence_stride=step,
         sequence_length=window,
-        # Twice the window, or mel bins lie between the frequencies of the FFT.
-        fft_length=2 ** (2 * window - 1).bit_length(),
+        fft_length=2 ** (window - 1).bit_length(),
         num_mel_bins=num_mel_bins,
-        min_power=1e-4,
-        # Otherwise the loudest of a batch decides what the others lose.
+        # The layer cuts below the maximum of the batch, not of a recording.
         top_db=1e3,
     )
-    return lambda waveforms: layer(waveforms)[..., :num_frames, None]
+
+    def log_mel(waveforms):
+        decibels = layer(waveforms)[..., :num_frames, None]
+        decibels -= tf.reduce_max(decibels, axis=(1, 2, 3), keepdims=True)
+        return tf.maximum(decibels, -DYNAMIC_RANGE)
+
+    return log_mel
 
 
 def _read(builder, pieces, text_key, samples, extract):
