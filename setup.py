@@ -10,7 +10,7 @@ _VERSION = re.search(
     r"__version__ = '(.+)'", (_ROOT / 'diffstride/__init__.py').read_text()
 ).group(1)
 
-# What Keras exports ONNX with, and what runs ONNX and LiteRT files.
+# Keras exports ONNX with tf2onnx; the runtimes run ONNX and LiteRT files.
 _EXPORT = ['ai-edge-litert', 'onnxruntime', 'tf2onnx>=1.17']
 
 setuptools.setup(
@@ -21,12 +21,13 @@ setuptools.setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=['diffstride', 'diffstride.examples'],
-    package_data={'diffstride.examples': ['*.gin']},
+    package_data={'diffstride': ['py.typed'], 'diffstride.examples': ['*.gin']},
     python_requires='>=3.10',
     install_requires=[
         'absl-py',
         'gin-config>=0.5',
-        'importlib_resources',  # tensorflow-datasets 4.9.10 needs it unsaid.
+        # tensorflow-datasets 4.9.10 imports it without declaring it.
+        'importlib_resources',
         'keras>=3.5',
         'numpy',
         'tensorboard',
@@ -34,12 +35,14 @@ setuptools.setup(
         'tensorflow-datasets>=4.9',
     ],
     extras_require={
+        'docs': ['mkdocs-material', 'mkdocstrings[python]'],
         'export': _EXPORT,
         'plot': ['matplotlib'],
         'test': [
-            *('hypothesis', 'matplotlib', 'ruff'),
+            *('filelock', 'hypothesis', 'matplotlib', 'mypy', 'ruff'),
             *('pytest', 'pytest-cov', 'pytest-xdist'),
             *_EXPORT,
         ],
+        'train': ['filelock', 'pillow'],
     },
 )

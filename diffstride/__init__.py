@@ -1,7 +1,8 @@
 """Pooling layers whose strides are learned by gradient descent, for Keras 3."""
 
-from diffstride import callbacks, plots, regularizers, resnet
-from diffstride.complexity import complexity
+from diffstride import callbacks, costs, plots, resnet
+from diffstride.budget import recalibrate, set_budget
+from diffstride.counting import complexity
 from diffstride.freezing import freeze
 from diffstride.pooling import (
     DiffStride,
@@ -11,6 +12,7 @@ from diffstride.pooling import (
     FixedSpectralPooling1D,
     FixedSpectralPooling3D,
     SpatialPooling,
+    diffstride_layers,
 )
 from diffstride.replacing import replace_strides
 from diffstride.resizing import SpectralResizing
@@ -27,9 +29,12 @@ __all__ = [
     'SpectralResizing',
     'callbacks',
     'complexity',
+    'costs',
+    'diffstride_layers',
     'freeze',
     'plots',
-    'regularizers',
+    'recalibrate',
     'replace_strides',
     'resnet',
+    'set_budget',
 ]

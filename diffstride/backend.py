@@ -1,14 +1,16 @@
 """What differs between the backends: known values, FFTs, own gradients."""
 
 import contextlib
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
 
-def sizes_must_be_constant():
-    """Whether XLA compiles what is being traced."""
+def sizes_must_be_constant() -> bool:
+    """Tells whether XLA compiles what is traced now."""
     if keras.backend.backend() == 'tensorflow':
         import tensorflow as tf
         from tensorflow.python.ops import control_flow_util
@@ -18,37 +20,8 @@ def sizes_must_be_constant():
     return keras.backend.backend() == 'jax'
 
 
-def shape_of(tensor):
-    """Sizes of the axes: integers where they are known, else scalar tensors.
-
-    While PyTorch traces for an exporter all sizes are tensors there. Only that
-    of the batch is left one.
-    """
-    shape = tuple(ops.shape(tensor))
-    if keras.backend.backend() == 'torch':
-        return (*shape[:1], *map(int, shape[1:]))
-    return shape
-
-
-def static_sizes(tensor, axes):
-    """Sizes of some axes: integers, and None where they are not known."""
-    sizes = [tensor.shape[axis] for axis in axes]
-    if keras.backend.backend() == 'torch':
-        return [size if size is None else int(size) for size in sizes]
-    return sizes
-
-
-def eager_scope():
-    """A context within which values are computed, while tracing too."""
-    if keras.backend.backend() == 'tensorflow':
-        import tensorflow as tf
-
-        return tf.init_scope()
-    return contextlib.nullcontext()
-
-
-def is_symbolic():
-    """Whether values of tensors are not known now."""
+def is_symbolic() -> bool:
+    """Tells whether a graph of TensorFlow is traced, without values."""
     if keras.backend.backend() == 'tensorflow':
         import tensorflow as tf
 
@@ -56,20 +29,47 @@ def is_symbolic():
     return False
 
 
-def call_for_shapes(function, inputs):
-    """Calls a function of which only the shapes that it meets are wanted."""
-    if keras.backend.backend() == 'jax':
-        import jax
+def shape_of(tensor: Any) -> tuple:
+    """Returns the sizes of the axes: integers if known, else scalar tensors.
 
-        jax.eval_shape(lambda x: [None, function(x)][0], inputs)
-    else:
+    PyTorch's exporters trace with tensors for all sizes. Here only the size of
+    the batch stays a tensor.
+    """
+    shape = tuple(ops.shape(tensor))
+    if keras.backend.backend() == 'torch':
+        return (*shape[:1], *map(int, shape[1:]))
+    return shape
+
+
+def static_sizes(tensor: Any, axes: Iterable[int]) -> list[int | None]:
+    """Returns the sizes of some axes, None for those that are not known."""
+    sizes = [tensor.shape[axis] for axis in axes]
+    if keras.backend.backend() == 'torch':
+        return [size if size is None else int(size) for size in sizes]
+    return sizes
+
+
+def call_for_shapes(function: Callable[[Any], Any], inputs: Any) -> None:
+    """Calls a function only for the shapes that it meets on the way.
+
+    On JAX nothing is computed, and the function may return anything.
+    """
+    if keras.backend.backend() != 'jax':
         function(inputs)
+        return
+    import jax
+
+    def without_outputs(x):
+        function(x)
+
+    jax.eval_shape(without_outputs, inputs)
 
 
-def known_values(variable):
-    """The values of a variable as a list of numbers, None while traced.
+def known_values(variable: keras.Variable) -> tuple[float, ...] | None:
+    """Returns the values of a variable, or None where they are not known.
 
-    On JAX also within what is differentiated, unless it is compiled.
+    They are not known in a graph of TensorFlow and in what JAX compiles. What
+    JAX only differentiates knows them.
     """
     value = variable.value
     if keras.backend.backend() == 'jax':
@@ -78,52 +78,60 @@ def known_values(variable):
         if isinstance(value, jax.core.Tracer):
             value = jax.lax.stop_gradient(value)
         if isinstance(value, jax.core.Tracer):
-            return None  # Compiled, not differentiated alone.
-        return np.asarray(value).reshape(variable.shape).tolist()
+            return None
+        return tuple(np.asarray(value).reshape(variable.shape).tolist())
     if is_symbolic():
         return None
-    return ops.convert_to_numpy(value).tolist()
+    return tuple(ops.convert_to_numpy(value).tolist())
 
 
-def have_values(variables):
-    """Whether they have.
+def stored_values(variable: keras.Variable) -> tuple[float, ...] | None:
+    """Returns the values that a variable holds now, also while tracing.
 
-    Not while shapes of a new model are inferred, nor on JAX while a function
-    is traced to which Keras gave the values away.
+    They are None before a variable is initialized, and while `fit` on JAX has
+    taken the values away.
     """
-    values = [variable._value for variable in variables]
-    if keras.backend.backend() == 'tensorflow':
-        with eager_scope():
-            return all(value.is_initialized() for value in values)
-    return not any(
-        value is None or getattr(value, 'is_deleted', bool)()
-        for value in values
-    )
-
-
-def value_of(variable):
-    """The present value of a variable as NumPy, while tracing too."""
+    value = variable._value
+    if value is None:
+        return None
     if keras.backend.backend() == 'tensorflow':
         import tensorflow as tf
 
+        if tf.executing_eagerly():
+            return tuple(value.numpy().tolist())
         with tf.init_scope():
-            return variable.value.numpy()
+            if not value.is_initialized():
+                return None
+            return tuple(value.numpy().tolist())
     if keras.backend.backend() == 'jax':
-        return np.asarray(variable._value)
-    return ops.convert_to_numpy(variable.value)
+        import jax
+
+        if isinstance(value, jax.core.Tracer) or value.is_deleted():
+            return None
+        return tuple(np.asarray(value).tolist())
+    return tuple(ops.convert_to_numpy(value).tolist())
 
 
-def matmul(a, b):
-    """The product of tensors of one dtype, in that dtype."""
+def eager_scope() -> contextlib.AbstractContextManager:
+    """Returns a context that computes values also while a graph is traced."""
+    if keras.backend.backend() == 'tensorflow':
+        import tensorflow as tf
+
+        return tf.init_scope()
+    return contextlib.nullcontext()
+
+
+def matmul(a: Any, b: Any) -> Any:
+    """Returns the product of tensors of one dtype, in that dtype."""
     if keras.backend.backend() != 'torch':
         return ops.matmul(a, b)
     a, b = ops.convert_to_tensor(a), ops.convert_to_tensor(b)
     if a.dtype.itemsize < 8:
         return ops.matmul(a, b)
-    return a @ b  # Keras would make it float32.
+    return a @ b  # Keras would turn float64 into float32.
 
 
-def filter_spectrum(inputs, weights, output_size):
+def filter_spectrum(inputs: Any, weights: Any, output_size: Any) -> Any:
     """irfft(weights * rfft(x)[: len(weights)], n=M): [..., N] -> [..., M]."""
     if keras.backend.backend() == 'tensorflow':
         import tensorflow as tf
@@ -131,34 +139,34 @@ def filter_spectrum(inputs, weights, output_size):
         spectrum = tf.signal.rfft(inputs)[..., : tf.shape(weights)[0]]
         spectrum *= tf.cast(weights, spectrum.dtype)
         return tf.signal.irfft(spectrum, [output_size])
-    if 0 in inputs.shape:  # Which the FFT of PyTorch does not take.
+    if 0 in inputs.shape:  # PyTorch's FFT refuses an empty batch.
         return ops.zeros((*inputs.shape[:-1], output_size), inputs.dtype)
     spectrum = ops.rfft(inputs)
     spectrum = [part[..., : len(weights)] * weights for part in spectrum]
     return ops.irfft(spectrum, output_size)
 
 
-def custom_gradient(function, gradients):
-    """Returns a function of a gradient that is not derived from its code.
+def custom_gradient(function: Callable, gradients: Callable) -> Callable:
+    """Returns a function with a gradient of its own.
 
     Args:
-        function: Of (x, *others), returns y and what `gradients` needs of it.
-        gradients: Of (what it needs, others, gradient of y), returns the tuple
-            of the gradients of x and all others.
+        function: Takes (x, *others), returns y and whatever `gradients` needs.
+        gradients: Takes (what it needs, others, gradient of y), returns the
+            tuple of the gradients of x and all others.
     """
     if keras.backend.backend() == 'jax':
         import jax
 
         def forward(x, *others):
-            # Not function's y: this one has a gradient in turn.
-            return apply(x, *others), (function(x, *others)[1], others)
+            # `vjp` has this gradient too, so second derivatives exist.
+            return vjp(x, *others), (function(x, *others)[1], others)
 
         def backward(residuals, upstream):
             return gradients(*residuals, upstream)
 
-        apply = jax.custom_vjp(lambda *args: function(*args)[0])
-        apply.defvjp(forward, backward)
-        return apply
+        vjp = jax.custom_vjp(lambda *args: function(*args)[0])
+        vjp.defvjp(forward, backward)
+        return vjp
 
     @ops.custom_gradient
     def apply(x, *others):

@@ -1,16 +1,21 @@
-"""Keras callbacks that show what strides do while they learn, and end it."""
+"""Keras callbacks that log learned strides and keep them within a budget."""
 
+import math
 import os
-import warnings
+from typing import Any
 
 import gin
 import keras
 import numpy as np
-from keras import tree
+from keras import ops, tree
 
-from diffstride import validation
-from diffstride.complexity import measure
-from diffstride.pooling import diffstride_layers
+from diffstride import counting, models, validation
+from diffstride.budget import (
+    MacsOfStrides,
+    check_budget,
+    known_input_shape,
+)
+from diffstride.pooling import DiffStride, diffstride_layers
 
 _AXES = {
     1: ('time',),
@@ -19,32 +24,36 @@ _AXES = {
 }
 
 
+@gin.register(module='callbacks')
 class StrideLogger(keras.callbacks.Callback):
     """Adds every stride, output size and the MACs to the logs of each epoch.
 
-    The names are 'stride/<layer>/<axis>', 'size/<layer>/<axis>', in samples,
-    and 'macs', for one image, of the layers whose MACs are known. Callbacks
-    that come after it (History, CSVLogger, TensorBoard) receive them.
+    The names are 'stride/<layer>/<axis>', 'size/<layer>/<axis>' in samples, and
+    'macs', those of one image as `complexity` counts them. Callbacks that come
+    after this one (CSVLogger, TensorBoard) receive them, and so does `History`.
 
     Args:
-        input_shape: [height, width, channels] that sizes and MACs are told for;
-            None for the input shape of the model. They are left out where it
-            has unknown sizes.
-        log_dir: Folder in which TensorBoard finds images of the masks, white
-            for what is kept and the mean in the middle, under 'masks'. They
-            need TensorFlow, and are left out where sizes are. None for no
-            images.
+        input_shape: The shape of the input for which sizes and MACs are logged,
+            as in `complexity`; None for the input shape of the model. Where it
+            is not known, only strides are logged.
+        log_dir: The folder in which TensorBoard finds an image of each layer's
+            mask, in 'masks': white for what is kept, the mean in the middle.
+            None for no images. They need TensorFlow.
 
     Raises:
         ValueError: If an argument is out of its range. Before training, if two
-            layers of the model have one name.
+            layers of the model have the same name.
 
     Example:
 
     >>> model.fit(x, y, callbacks=[StrideLogger(), TensorBoard('logs')])
     """
 
-    def __init__(self, input_shape=None, log_dir=None):
+    def __init__(
+        self,
+        input_shape: Any = None,
+        log_dir: str | os.PathLike | None = None,
+    ):
         super().__init__()
         validation.require(
             input_shape is None
@@ -64,7 +73,7 @@ class StrideLogger(keras.callbacks.Callback):
         self.log_dir = log_dir
         self._writer = None
 
-    def set_model(self, model):
+    def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
         names = [layer.name for layer in diffstride_layers(model)]
         validation.require(
@@ -73,26 +82,25 @@ class StrideLogger(keras.callbacks.Callback):
             name=names,
         )
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         if logs is None:
             return
         layers = diffstride_layers(self.model)
         for layer in layers:
             for axis, stride in zip(_AXES[layer.rank], layer.stride_values):
                 logs[f'stride/{layer.name}/{axis}'] = stride
-        shape = self.input_shape or _input_shape(self.model)
+        shape = self.input_shape or known_input_shape(self.model)
         if shape is None or None in tree.flatten(shape):
             return
-        rows, calls = measure(self.model, shape)
-        layers = [layer for layer in layers if layer in calls]
-        for layer in layers:
-            output_shape = calls[layer][-1].outputs[-1]
-            for axis, index in zip(_AXES[layer.rank], layer.spatial_axes):
-                logs[f'size/{layer.name}/{axis}'] = output_shape[index]
+        rows, calls = counting.measure(self.model, shape)
         logs['macs'] = sum(row.macs or 0 for row in rows.values())
-        if self.log_dir is not None:
-            for layer in layers:
-                self._write_mask(epoch, layer, calls[layer][-1].inputs[-1])
+        for layer in layers:
+            for call in calls.get(layer, [])[-1:]:
+                sizes = [call.outputs[-1][axis] for axis in layer.spatial_axes]
+                for axis, size in zip(_AXES[layer.rank], sizes):
+                    logs[f'size/{layer.name}/{axis}'] = size
+                if self.log_dir is not None:
+                    self._write_mask(epoch, layer, call.inputs[-1])
 
     def _write_mask(self, epoch, layer, shape):
         import tensorflow as tf
@@ -108,114 +116,206 @@ class StrideLogger(keras.callbacks.Callback):
                 image = image[len(image) // 2]  # The plane of the mean.
             tf.summary.image(f'mask/{layer.name}', image[None, ..., None])
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: dict | None = None) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
 
 
-def _input_shape(model):
-    """Without the batch axis, in the structure of the inputs, or None."""
-    shape = getattr(model, 'input_shape', None)  # A subclass has none.
-    if isinstance(shape, dict):
-        return {name: x[1:] for name, x in shape.items()}
-    if shape and isinstance(shape[0], (list, tuple)):
-        return [x[1:] for x in shape]
-    return shape and shape[1:]
+@gin.register(module='callbacks')
+class UpdateSizes(keras.callbacks.Callback):
+    """Lets the output sizes of a compiled model follow its strides by epochs.
+
+    With `model.compile(jit_compile=True)` on TensorFlow, XLA needs static
+    sizes. This makes them static at the start of training and updates them
+    after each epoch. A model is compiled again only if a size has changed.
+    Elsewhere sizes follow by themselves, and nothing is done.
+
+    It comes after callbacks that save the model, so that a saved model has the
+    sizes with which the epoch was trained and validated.
+
+    Example:
+
+    >>> model.compile('adam', 'mse', jit_compile=True)
+    >>> model.fit(x, y, epochs=10, callbacks=[UpdateSizes()])
+    """
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        self._update()
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        self._update()
+
+    def _update(self):
+        if self.model.jit_compile and keras.backend.backend() == 'tensorflow':
+            for layer in _learned_layers(self.model):
+                layer.make_sizes_static()
 
 
 @gin.register(module='callbacks')
-class SettleStrides(keras.callbacks.Callback):
-    """Ends the learning of strides before that of the weights.
+class StrideBudget(StrideLogger):
+    """Learns strides within a budget of multiply-accumulates.
 
-    Sizes that change until the end cost accuracy; from the given epoch on all
-    strides and sizes stay as they are, and the rest of the training fits the
-    weights to them. Just before, the strides of a `StrideCostModel` whose cost
-    has a budget are scaled to meet it, see `MacsCost.meet_budget`; if they
-    cannot, a warning says so.
+    Training has two phases. At first strides are learned. They start on the
+    budget, and whenever a training step leaves them with more MACs they move
+    back to the nearest strides within it, so a larger map of one layer is paid
+    for by the others. Where this comes to rest, the loss cannot fall by an
+    exchange of MACs between two strides. Then the sizes that use the budget up
+    are set, the strides are held, and the rest of the training fits the weights
+    to maps whose sizes do not change any more.
+
+    It adds to the logs what `StrideLogger` does, and 'strides_held', 1 or 0. A
+    budget above the MACs of the initial strides is used up, too. A model whose
+    strides are held already is trained as it is, so that a training that was
+    interrupted goes on as it would have; `layer.release()` starts anew.
 
     Args:
-        epoch: Number of epochs in which strides are learned, at least 0.
+        macs: The budget, in multiply-accumulates for one image as `complexity`
+            counts them. Either `macs` or `share` must be given.
+        share: The budget as a share of the MACs at the initial strides.
+        learn: How long strides are learned: a share of the epochs of `fit` as
+            a float above 0 and at most 1, or a number of epochs as an int.
+        input_shape: As in `StrideLogger`.
+        log_dir: As in `StrideLogger`.
 
     Raises:
-        ValueError: If the epoch is not an integer >= 0.
+        ValueError: If an argument is out of its range. Before training, if the
+            budget is impossible, with the least possible one; if the model has
+            no DiffStride layers; or if its MACs cannot be counted.
 
     Example:
 
-    >>> model.fit(x, y, epochs=10, callbacks=[SettleStrides(epoch=5)])
+    >>> model.fit(x, y, epochs=20, callbacks=[StrideBudget(share=0.5)])
     """
 
-    def __init__(self, epoch):
-        super().__init__()
+    def __init__(
+        self,
+        macs: float | None = None,
+        share: float | None = None,
+        learn: float | int = 0.5,
+        input_shape: Any = None,
+        log_dir: str | os.PathLike | None = None,
+    ):
+        super().__init__(input_shape, log_dir)
+        check_budget(macs, share)
         validation.require(
-            validation.is_integer(epoch, least=0),
-            '`epoch` must be an integer, at least 0',
-            epoch=epoch,
+            validation.is_integer(learn, least=1)
+            or (isinstance(learn, float) and 0 < learn <= 1),
+            '`learn` must be a share above 0 and at most 1, or an integer '
+            'number of epochs, at least 1',
+            learn=learn,
         )
-        self.epoch = epoch
+        self.macs = macs
+        self.share = share
+        self.learn = learn
+        self._macs_of = None
 
-    def on_epoch_begin(self, epoch, logs=None):
-        layers = diffstride_layers(self.model)
-        if epoch < self.epoch or all(layer.settled for layer in layers):
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        validation.require(
+            diffstride_layers(self.model),
+            '`model` must have DiffStride layers',
+            model=self.model.name,
+        )
+        self._macs_of = None  # Until strides are learned.
+        layers = _learned_layers(self.model)
+        if layers:
+            self._macs_of = MacsOfStrides(self.model, self.input_shape, layers)
+            self._budget = self._macs_of.budget(self.macs, self.share)
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        self._epochs_begun = epoch + 1
+        if self._macs_of is None:
             return
-        for model in self.model._flatten_layers():
-            cost = getattr(model, 'stride_cost', None)
-            if hasattr(cost, 'meet_budget') and not cost.meet_budget(model):
-                warnings.warn(
-                    f'No strides meet the budget of {cost.budget:,.0f} MACs, '
-                    'so they settle as they are',
-                    stacklevel=2,
-                )
-        for layer in layers:
-            layer.settle()
-        _compile_anew(self.model)
+        if epoch >= self._epochs_of_learning:
+            self._hold()
+            return
+        if epoch == 0:
+            strides = self._macs_of.strides()
+            strides = self._macs_of.project(strides, self._budget)
+            self._macs_of.assign(strides)
+        if self.model.jit_compile:
+            for layer in self._macs_of.layers:
+                layer.make_sizes_static()
+
+    @property
+    def _epochs_of_learning(self):
+        if isinstance(self.learn, float):
+            return math.ceil(self.learn * self.params['epochs'])
+        return self.learn
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        if self._macs_of is not None:
+            models.sync(self.model)
+            before = self._macs_of.strides()
+            after = self.within_budget(before, self._macs_of, self._budget)
+            if not np.array_equal(after, before):
+                self._macs_of.assign(after)
+
+    def within_budget(
+        self, strides: np.ndarray, macs_of: MacsOfStrides, budget: float
+    ) -> np.ndarray:
+        """Returns the strides to go on with after a training step.
+
+        A subclass may learn by another rule.
+
+        Args:
+            strides: The strides that the optimizer left, [n].
+            macs_of: The MACs for one image as a function of them.
+            budget: The MACs to keep.
+        """
+        if macs_of(strides) <= budget:
+            return strides
+        return macs_of.project(strides, budget, self._metric())
+
+    def _metric(self):
+        """Returns how far the optimizer moves each stride per gradient, [n].
+
+        Adam and its kin divide a gradient by the root of its mean square. The
+        way back to the budget has to be as distorted as their steps, or they
+        come to rest where the loss could still fall.
+        """
+        variables = {x.name: x for x in self.model.optimizer.variables}
+        squares = []
+        for layer in self._macs_of.layers:
+            name = f'{layer.strides.path}_velocity'.replace('/', '_')
+            if name not in variables:
+                return 1.0
+            squares.extend(ops.convert_to_numpy(variables[name]))
+        roots = np.sqrt(squares)
+        return 1 / (roots + 0.01 * max(roots) + 1e-12)
+
+    def _hold(self):
+        macs_of, self._macs_of = self._macs_of, None
+        strides = macs_of.fit(macs_of.strides(), self._budget)
+        macs_of.assign(strides)
+        for layer in macs_of.layers:
+            layer.hold()
+        if self.params.get('verbose'):
+            learned = ', '.join(
+                f'{layer.name} {[round(x, 2) for x in layer.stride_values]}'
+                for layer in macs_of.layers
+            )
+            print(
+                f'\nStrides are held at {learned}: '
+                f'{macs_of.count(strides):,} of {self._budget:,.0f} MACs'
+            )
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        super().on_epoch_end(epoch, logs)
+        if logs is not None:
+            logs['strides_held'] = int(not _learned_layers(self.model))
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        super().on_train_end(logs)
+        is_over = self._epochs_begun >= self._epochs_of_learning
+        if self._macs_of is not None and (is_over or self.model.stop_training):
+            self._hold()
 
 
-@gin.register(module='callbacks')
-class RepinStrides(keras.callbacks.Callback):
-    """Lets output sizes that are constants follow the strides by epochs.
-
-    Where XLA compiles a model, that is in `fit` on JAX and with
-    `jit_compile=True` on TensorFlow, its output sizes are *pinned*: they stay
-    while the strides learn. This pins all layers again at the end of each
-    epoch, and at the beginning of training. Only if the size of a map that was
-    computed changes by that are the train, test and predict functions compiled
-    again. Layers that are not pinned, where sizes follow at each step, and
-    layers that are settled stay as they are, so it does no harm anywhere.
-
-    It comes after callbacks that save the model, so that what they save has
-    the sizes that were trained and validated in the epoch.
-
-    Example:
-
-    >>> model.fit(x, y, epochs=10, callbacks=[RepinStrides()])
-    """
-
-    def on_train_begin(self, logs=None):
-        if keras.backend.backend() == 'jax' and self.model.jit_compile:
-            for layer in diffstride_layers(self.model):
-                if layer.pinned_strides is None:
-                    layer.pin()
-        self._repin()
-
-    def on_epoch_end(self, epoch, logs=None):
-        self._repin()
-
-    def _repin(self):
-        layers = [
-            layer
-            for layer in diffstride_layers(self.model)
-            if layer.pinned_strides is not None and not layer.settled
-        ]
-        if any([layer.repin() for layer in layers]):
-            _compile_anew(self.model)
-
-
-def _compile_anew(model):
-    """Makes the functions of a model anew, for maps of other sizes."""
-    for inner in model._flatten_layers(include_self=False):
-        if isinstance(inner, keras.Model) and inner.input_spec is not None:
-            inner.input_spec = None  # It would insist on those it was made for.
-    model.make_train_function(force=True)
-    model.make_test_function(force=True)
-    model.make_predict_function(force=True)
+def _learned_layers(model: keras.Model) -> list[DiffStride]:
+    """Returns the layers whose strides are learned and change sizes."""
+    return [
+        layer
+        for layer in diffstride_layers(model)
+        if layer.trainable and layer.cropping and not layer.state.held
+    ]

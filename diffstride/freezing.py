@@ -1,16 +1,20 @@
 """Copies of models whose strides, sizes and tables are constants."""
 
+import json
 import os
 import tempfile
+import zipfile
+from typing import Any
 
 import keras
 
-from diffstride import spectral, validation
-from diffstride.pooling import SpectralResampling
-from diffstride.regularizers import StrideCostModel
+from diffstride import models, resampling, validation
+from diffstride.pooling import DiffStride, SpectralResampling
 
 
-def freeze(model, method='matmul'):
+def freeze(
+    model: keras.Model, method: str = 'matmul', dtype: str | None = 'float32'
+) -> keras.Model:
     """Returns a copy of a model in which every spectral pooling is constant.
 
     The copy computes the same function, faster: its strides are numbers, which
@@ -26,29 +30,33 @@ def freeze(model, method='matmul'):
     and likewise for 'tf_saved_model' and 'litert'. Exported graphs are the
     simplest where the sizes of the images are known: the batch size may be
     left free, as in `Input((32, 32, 3))`. Otherwise tables are computed from
-    the constant strides within the graph. What runs ONNX and LiteRT files has
-    no convolutions in bfloat16 or float64: export models of dtype float32.
+    the constant strides within the graph. The copy computes in float32 by
+    default, whatever the model does, because the runtimes of ONNX and LiteRT
+    have no convolutions in bfloat16 or float64.
 
     The copy is made by saving the model and loading it, so it has the custom
-    objects, names and state that a saved model has. It is not compiled. A size
-    that is pinned remains as it is; pin again for the sizes of the present
-    strides. Of a `StrideCostModel` the copy is that of its model, without the
-    cost. The copy can be saved, loaded and frozen again.
+    objects, names and state that a saved model has. It is not compiled. Static
+    sizes become those of the strides as they are now. The copy can be saved and
+    loaded; a subclass of Model, whose config does not tell of its layers, must
+    be frozen again after loading to be exported.
 
     Args:
         model: A `keras.Model` that is built, with layers of this package at any
             depth. It does not change. It must be one that Keras can save and
             load; a subclass of Model needs `get_config` for it.
-        method: Of all its spectral layers, see `DiffStride`. 'matmul'
-            is what can be exported to ONNX and LiteRT, which have no inverse
+        method: The method of all its spectral layers, see `DiffStride`.
+            'matmul' can be exported to ONNX and LiteRT, which have no inverse
             FFT; 'auto' may be faster for axes of 1000 samples and more.
+        dtype: 'float32' for weights and computations in float32, or None for
+            the dtypes of the model.
 
     Returns:
         A `keras.Model` of the same class.
 
     Raises:
-        ValueError: If `model` is not a built Keras model, or cannot be copied;
-            if `method` is unknown.
+        ValueError: If `model` is not a built Keras model, or cannot be copied,
+            or has a layer that insists on another dtype; if `method` or `dtype`
+            is unknown.
 
     Example:
 
@@ -58,40 +66,47 @@ def freeze(model, method='matmul'):
     >>> freeze(model).output_shape
     (None, 24, 24, 3)
     """
-    validation.one_of('method', method, spectral.METHODS)
-    while isinstance(model, StrideCostModel):
-        model = model.model
+    validation.one_of('method', method, resampling.METHODS)
+    validation.one_of('dtype', dtype, ('float32', None))
     validation.require(
         isinstance(model, keras.Model) and model.built,
         '`model` must be a Keras model that is built',
         model=getattr(model, 'name', model),
     )
-    frozen = _copied(model)
-    for layer in frozen._flatten_layers():
-        if isinstance(layer, SpectralResampling):
-            layer.freeze(method)
-    frozen = _copied(frozen)  # Whose symbolic shapes know the sizes.
-    _call_symbolically(frozen)  # Keras exports what was called.
+    frozen = model
+    for _ in range(2):  # The symbolic shapes of the second copy know the sizes.
+        frozen = _copied(frozen, dtype)
+        for layer in models.flatten(frozen):
+            if isinstance(layer, SpectralResampling):
+                layer.method = method
+            if isinstance(layer, DiffStride):
+                layer.hold()
+                layer.trainable = False
+    _call_symbolically(frozen)  # Keras exports only what was called.
     return frozen
 
 
-def _copied(model):
+def _copied(model, dtype):
     """Returns a copy of a model, not compiled, with the state that it saves."""
-    classes = {type(layer) for layer in model._flatten_layers()}
     custom_objects = {
-        cls.__name__: cls
-        for cls in classes
-        if not cls.__module__.startswith('keras.')
+        type(layer).__name__: type(layer)
+        for layer in models.flatten(model)
+        if not type(layer).__module__.startswith('keras.')
     }
+    policy = keras.config.dtype_policy()
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, 'model.keras')
             model.save(path)
-            return keras.saving.load_model(
+            if dtype is not None:
+                path = _converted(path, dtype)
+                # Models that make their layers themselves go by this policy.
+                keras.config.set_dtype_policy(dtype)
+            copy = keras.saving.load_model(
                 path,
                 custom_objects=custom_objects,
                 compile=False,
-                safe_mode=False,  # It was not made by others.
+                safe_mode=False,  # The model was made in this process.
             )
     except Exception as error:
         raise ValueError(
@@ -99,6 +114,45 @@ def _copied(model):
             f'Received: model={model.name}, of which saving or loading says: '
             f'{error}'
         ) from error
+    finally:
+        keras.config.set_dtype_policy(policy)
+    for layer in models.flatten(copy):
+        is_float = keras.backend.is_float_dtype(layer.compute_dtype)
+        validation.require(
+            dtype in (None, layer.compute_dtype) or not is_float,
+            f'`dtype` must be None for layer "{layer.name}", which computes in '
+            f'{layer.compute_dtype} whatever its config says',
+            dtype=dtype,
+        )
+    return copy
+
+
+def _converted(path, dtype):
+    """Writes a saved model with another dtype of its layers; returns the path.
+
+    The config is a file of its own in the archive that Keras writes.
+    """
+    new_path = os.path.join(os.path.dirname(path), 'converted.keras')
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(new_path, 'w') as new:
+        for name in old.namelist():
+            data = old.read(name)
+            if name == 'config.json':
+                data = json.dumps(_with_dtype(json.loads(data), dtype))
+            new.writestr(name, data)
+    return new_path
+
+
+def _with_dtype(config: Any, dtype: str) -> Any:
+    """Returns a config, at any depth, with another dtype policy of layers."""
+    if isinstance(config, list):
+        return [_with_dtype(x, dtype) for x in config]
+    if not isinstance(config, dict):
+        return config
+    if config.get('class_name') == 'DTypePolicy':
+        # Layers of integers or strings stay as they are.
+        is_float = 'float' in config['config']['name']
+        return {**config, 'config': {'name': dtype}} if is_float else config
+    return {key: _with_dtype(value, dtype) for key, value in config.items()}
 
 
 def _call_symbolically(model):
@@ -107,7 +161,7 @@ def _call_symbolically(model):
         inputs = model.inputs[0]
     elif hasattr(model, 'inputs'):
         inputs = model.input
-    else:  # A subclass, of no graph of layers.
+    else:  # A subclassed model has no graph of layers.
         shapes = (model.get_build_config() or {}).get('input_shape')
         if shapes is None:
             return

@@ -1,14 +1,17 @@
 """Pooling layers that crop the spectrum of a feature map."""
 
-import math
-import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import gin
 import keras
 import numpy as np
-from keras import ops
+from keras import ops, tree
 
-from diffstride import backend, spectral, validation
+from diffstride import backend, models, resampling, validation
+from diffstride.ramps import RAMPS, Brickwall, Ramp, with_finite_gradient
+from diffstride.resampling import Response, known
+from diffstride.strides import StrideState
 
 
 def _register(cls):
@@ -18,7 +21,7 @@ def _register(cls):
 
 
 class SpectralResampling(keras.layers.Layer):
-    """The base of all layers that resample spatial axes by their spectra."""
+    """Base class of all layers that resample spatial axes by their spectra."""
 
     rank = 2
 
@@ -29,12 +32,12 @@ class SpectralResampling(keras.layers.Layer):
         self.data_format = validation.one_of(
             'data_format', data_format, ('channels_last', 'channels_first')
         )
-        self.method = validation.one_of('method', method, spectral.METHODS)
-        self.norm = validation.one_of('norm', norm, spectral.NORMS)
-        self.frozen = False
+        self.method = validation.one_of('method', method, resampling.METHODS)
+        self.norm = validation.one_of('norm', norm, resampling.NORMS)
 
     @property
-    def spatial_axes(self):
+    def spatial_axes(self) -> range:
+        """The spatial axes of a batch."""
         return spatial_axes(self.data_format, self.rank)
 
     def _check(self, inputs):
@@ -44,120 +47,69 @@ class SpectralResampling(keras.layers.Layer):
         self._check(inputs)
         return super().compute_output_spec(inputs)
 
-    def freeze(self, method='matmul'):
-        """Makes the layer a constant linear operator, see `diffstride.freeze`.
-
-        Functions traced before go on as before.
-
-        Args:
-            method: As in the constructor.
-        """
-        self.method = validation.one_of('method', method, spectral.METHODS)
-        self.frozen = True
-
-    def save_own_variables(self, store):
-        super().save_own_variables(store)
-        if self.frozen:
-            method = spectral.METHODS.index(self.method)
-            store['frozen_method'] = np.array(method)
-
-    def load_own_variables(self, store):
-        if 'frozen_method' in store.keys():
-            known = tuple(range(len(spectral.METHODS)))
-            method = store['frozen_method'][()].item()
-            validation.one_of('frozen_method', method, known)
-            self.method = spectral.METHODS[int(method)]
-            self.frozen = True
-
     def get_config(self):
         return {
             **super().get_config(),
             'data_format': self.data_format,
             'method': self.method,
             'norm': self.norm,
-            **({'frozen': True} if self.frozen else {}),  # Not an argument.
         }
-
-    @classmethod
-    def from_config(cls, config):
-        config = dict(config)
-        frozen = config.pop('frozen', False)
-        layer = cls(**config)
-        layer.frozen = frozen
-        return layer
 
 
 class SpectralPooling(SpectralResampling):
-    """The base of the spectral pooling layers of all ranks.
+    """Base class of the spectral pooling layers of all ranks.
 
-    Resamples every spatial axis of a tensor, or of a list of tensors of equal
-    spatial sizes and dtype, for which all tables are made once.
+    It resamples every spatial axis of a tensor, or of a list of tensors of
+    equal spatial sizes and dtype, for which all tables are made once.
+
+    Attributes:
+        initial_strides: The strides that the layer was made with, as floats,
+            one per spatial axis.
     """
 
     cropping = True
 
     def __init__(self, strides, data_format, method, norm, **kwargs):
         super().__init__(data_format, method, norm, **kwargs)
-        self._initial_strides = validation.standardize_strides(
+        self.initial_strides = validation.standardize_strides(
             strides, self.rank
         )
 
     @property
-    def strides_per_axis(self):
-        """The present strides, a sequence or a float32 tensor, [rank]."""
-        raise NotImplementedError
+    def stride_values(self) -> tuple[float, ...]:
+        """The strides in use, as numbers, one per spatial axis."""
+        return self.initial_strides
 
-    def _output_size(self, size, stride):
-        """Output size, an integer where both are numbers, or a tensor."""
-        raise NotImplementedError
-
-    def _resampling(self, index, size):
-        """Output size and other arguments of `spectral.resample`."""
-        raise NotImplementedError
-
-    def present_size(self, index, size):
-        """Output size for a known size, as it is now."""
-        raise NotImplementedError
-
-    def size_with_gradient(self, index, size):
-        """The output size at the present strides, with the gradient of N / S.
+    def output_size(
+        self, size: int, index: int = 0, stride: float | None = None
+    ) -> int:
+        """Returns the output size of one spatial axis.
 
         Args:
-            index: Of the spatial axis, from 0.
-            size: N, a float32 scalar tensor of an integer.
-
-        Returns:
-            M, a float32 scalar tensor.
+            size: N, the size of the axis in the input.
+            index: The spatial axis, counted from 0.
+            stride: A stride to take; None for the present one.
         """
-        if not self.cropping:
-            return size
-        stride = self.strides_per_axis[index]
-        output_size = self._output_size(ops.cast(size, 'int32'), stride)
-        return spectral.with_gradient_of(
-            size / stride, ops.cast(output_size, 'float32')
-        )
+        raise NotImplementedError
 
-    def _varies(self):
-        """Whether the output size for a known size is not known."""
-        return False
+    def _weights(self, size, index):
+        """Returns the forward weights of the frequencies that are kept."""
+        raise NotImplementedError
+
+    def _rule(self) -> Callable:
+        """Returns (index, size) -> (output size, Response or None)."""
+        raise NotImplementedError
 
     def call(self, inputs):
         self._check(inputs)
         is_list = isinstance(inputs, (list, tuple))
         outputs = list(inputs) if is_list else [inputs]
+        rule = self._rule()
         for index, axis in enumerate(self.spatial_axes):
             size = backend.shape_of(outputs[0])[axis]
-            output_size, arguments = self._resampling(index, size)
-            method = self.method
-            if method == 'auto' and isinstance(size, int):
-                present_size = output_size
-                if not isinstance(output_size, int):
-                    present_size = self.present_size(index, size)
-                method = spectral.fastest_method(
-                    outputs[0].shape, axis, present_size
-                )
-            outputs = spectral.resample(
-                outputs, axis, output_size, self.norm, method, **arguments
+            output_size, response = rule(index, size)
+            outputs = resampling.resample(
+                outputs, axis, output_size, self.norm, self.method, response
             )
         return outputs if is_list else outputs[0]
 
@@ -167,34 +119,66 @@ class SpectralPooling(SpectralResampling):
         shape = list(input_shape)
         for index, axis in enumerate(self.spatial_axes):
             if shape[axis] is not None:
-                shape[axis] = (
-                    None
-                    if self._varies()
-                    else self.present_size(index, shape[axis])
-                )
+                shape[axis] = self._symbolic_size(shape[axis], index)
         return tuple(shape)
 
+    def _symbolic_size(self, size, index):
+        return self.output_size(size, index)
+
     def get_config(self):
-        return {**super().get_config(), 'strides': self._initial_strides}
+        return {**super().get_config(), 'strides': self.initial_strides}
+
+    def response(self, size: int, index: int = 0) -> np.ndarray:
+        """Returns the weight that the layer gives to each frequency now.
+
+        Args:
+            size: N, the size of the axis in the input.
+            index: The spatial axis, counted from 0.
+
+        Returns:
+            float32 [N // 2 + 1], for f = 0 .. N // 2 in cycles per N samples;
+            0 for what is cropped.
+        """
+        response = np.zeros(size // 2 + 1, 'float32')
+        kept = min(size, self.output_size(size, index)) // 2 + 1
+        response[:kept] = self._weights(size, index)
+        return response
+
+    def mask(self, sizes: Sequence[int]) -> np.ndarray:
+        """Returns the weights of all frequencies, with the mean in the middle.
+
+        Args:
+            sizes: N of each spatial axis of the input.
+
+        Returns:
+            A float32 array of these sizes.
+        """
+        mask = np.ones((), 'float32')
+        for index, size in enumerate(sizes):
+            frequencies = np.abs(np.arange(size) - size // 2)
+            mask = mask[..., None] * self.response(size, index)[frequencies]
+        return mask
 
 
 @_register
 class DiffStride(SpectralPooling):
     """Pooling whose strides are learned by gradient descent.
 
-    Keeps the frequencies |f| <= N / (2 S) of each spatial axis of length N, S
-    being the axis's stride, and samples the result anew on a smaller grid. The
-    band has a ramp for an edge, through which the gradient reaches S.
+    It keeps the frequencies |f| <= N / (2 S) of each spatial axis of length N,
+    where S is the axis's stride, and samples the result anew on a smaller grid.
+    The band has a ramp for an edge, through which the gradient reaches S.
 
     The output size follows the stride at every step where the backend allows
-    it. In what XLA compiles, as in `fit` on JAX, sizes must be constant, so
-    there they are *pinned*: computed from the strides at the time of `pin()`,
-    which is called for you when it is traced. Under
-    `model.compile(jit_compile=True)` on TensorFlow call it yourself before
-    compiling. The response follows the stride exactly in both modes;
-    `callbacks.RepinStrides` lets the sizes follow from epoch to epoch.
+    it. XLA needs constant sizes. On JAX they are those of the strides when a
+    function is traced, and Keras traces anew after an epoch in which a size
+    changed. For `model.compile(jit_compile=True)` on TensorFlow call
+    `make_sizes_static()` first; `callbacks.UpdateSizes` then lets the sizes
+    follow from epoch to epoch. The response follows the stride in every case.
 
-    A gradient of a stride that is infinite or not a number counts as 0.
+    The strides and the state (held or not, static sizes) are weights, so that
+    saved and restored weights have their sizes with them.
+
+    A gradient of a stride that is infinite or NaN counts as 0.
 
     Args:
         strides: Initial strides: a number >= 1, or one per spatial axis.
@@ -203,8 +187,8 @@ class DiffStride(SpectralPooling):
             left; False only masks, and keeps the input's size.
         trainable: Whether the strides are learned.
         shared_stride: Whether all axes share one stride.
-        lower_limit_stride: None or a number >= 1 below which no stride goes.
-        upper_limit_stride: None or a number above which no stride goes.
+        lower_limit_stride: The least stride, a number >= 1, or None for 1.
+        upper_limit_stride: The largest stride, a number >= 1, or None.
         data_format: 'channels_last', 'channels_first', or None for
             `keras.config.image_data_format()`.
         ramp: 'outside' (the paper's): the band is kept whole, the ramp reaches
@@ -212,21 +196,20 @@ class DiffStride(SpectralPooling):
             along the axis. 'inside': the ramp is the band's upper end, and the
             output has about N / S samples. 'straight_through': as 'inside', but
             the ramp is in the gradient alone; the output is that of spectral
-            pooling, all that its samples can hold. Several of these layers
-            share a budget well if R is the band of the smallest map, or more.
+            pooling.
         method: 'fft', 'matmul' (multiplication by a small matrix per axis), or
             'auto' for the one that should be faster, for each axis by its
             sizes. They agree to rounding.
         norm: 'forward' keeps the mean of the input, 'backward' multiplies it by
             N / M per axis, M being the output size, 'ortho' by sqrt(N / M).
-        strides_regularizer: Regularizer of the strides, [rank], such as
-            `regularizers.StrideCost`.
-        **kwargs: Of `keras.layers.Layer`, such as `name` and `dtype`.
+        strides_regularizer: A regularizer of the strides, [rank], such as
+            `costs.StrideCost`.
+        **kwargs: Arguments of `keras.layers.Layer`, such as `name`.
 
     Input shape:
         [batch, height, width, channels], or [batch, channels, height, width]
         with `data_format='channels_first'`; floating-point. Or a list of such
-        tensors, of equal sizes but for the channels, pooled alike at less cost.
+        tensors of equal spatial sizes, which are pooled alike at less cost.
 
     Output shape:
         The same with each spatial size N replaced by M = min(N, 2 ceil(b + R))
@@ -237,12 +220,10 @@ class DiffStride(SpectralPooling):
             another rank, has a spatial size of 0 or is not floating-point.
 
     Attributes:
-        strides: The learned strides, float32 under every dtype policy,
-            [rank], or [1] with `shared_stride`.
-        pinned_strides: The strides that the output sizes are computed from,
-            or None while they follow `strides`.
-        frozen_strides: The strides that are used instead of `strides`, as
-            numbers, after `freeze()`; else None.
+        strides: The learned strides, a float32 variable under every dtype
+            policy, [rank], or [1] with `shared_stride`. Assigning numbers to
+            the attribute sets its values.
+        state: The `StrideState`: `held`, `has_static_sizes`, `values`.
 
     Example:
 
@@ -257,88 +238,64 @@ class DiffStride(SpectralPooling):
 
     def __init__(
         self,
-        strides=2.0,
-        smoothness_factor=4.0,
-        cropping=True,
-        trainable=True,
-        shared_stride=False,
-        lower_limit_stride=None,
-        upper_limit_stride=None,
-        data_format=None,
-        ramp='outside',
-        method='auto',
-        norm='forward',
-        strides_regularizer=None,
-        **kwargs,
+        strides: float | Sequence[float] = 2.0,
+        smoothness_factor: float = 4.0,
+        cropping: bool = True,
+        trainable: bool = True,
+        shared_stride: bool = False,
+        lower_limit_stride: float | None = None,
+        upper_limit_stride: float | None = None,
+        data_format: str | None = None,
+        ramp: str = 'outside',
+        method: str = 'auto',
+        norm: str = 'forward',
+        strides_regularizer: Any = None,
+        **kwargs: Any,
     ):
         super().__init__(
             strides, data_format, method, norm, trainable=trainable, **kwargs
         )
-        self.smoothness_factor = smoothness_factor
-        self.cropping = cropping
-        self.shared_stride = shared_stride
-        self.lower_limit_stride = lower_limit_stride
-        self.upper_limit_stride = upper_limit_stride
-        self.ramp = validation.one_of('ramp', ramp, spectral.RAMPS)
+        self.smoothness_factor = validation.finite(
+            'smoothness_factor', smoothness_factor, above=0
+        )
+        self.cropping = validation.one_of('cropping', cropping, (True, False))
+        self.shared_stride = validation.one_of(
+            'shared_stride', shared_stride, (True, False)
+        )
+        self.lower_limit_stride = _limit(
+            'lower_limit_stride', lower_limit_stride
+        )
+        self.upper_limit_stride = _limit(
+            'upper_limit_stride', upper_limit_stride
+        )
+        self.ramp = validation.one_of('ramp', ramp, RAMPS)
         self.strides_regularizer = keras.regularizers.get(strides_regularizer)
-        self._check_arguments()
-        initial = self._initial_strides[: 1 if shared_stride else None]
-        self.strides = self.add_weight(
-            name='strides',
-            shape=(len(initial),),
-            dtype='float32',
-            autocast=False,
-            initializer=lambda shape, dtype: ops.convert_to_tensor(
-                initial, dtype
-            ),
-            regularizer=self._regularizer_per_axis(),
-        )
-        self.frozen_strides = None
-        self._sizes_used = set()
-        self._known_strides = self._initial_strides
-        self.unpin()
-        self.unsettle()
+        lower, upper = self.lower_limit_stride or 1.0, self.upper_limit_stride
+        self._check_strides(lower, upper)
+        self._ramp = Ramp(ramp, self.smoothness_factor, lower, upper)
+        self._compiled: dict = {}
+        with keras.name_scope(self.name):
+            self.state = StrideState(
+                self.initial_strides[: 1 if shared_stride else None],
+                self.rank,
+                lower,
+                upper,
+                self._state_changed,
+            )
+        self.state.weight.regularizer = self._regularizer_per_axis()
+        # Keras tracks the variables among the attributes of a layer.
+        self._weight, self._record = self.state.weight, self.state.record
+        self._state_changed()
 
-    def _regularizer_per_axis(self):
-        regularizer = self.strides_regularizer
-        if regularizer is None or not self.shared_stride:
-            return regularizer
-        return lambda strides: regularizer(
-            ops.broadcast_to(strides, (self.rank,))
-        )
-
-    @property
-    def _limits(self):
-        lower, upper = self.lower_limit_stride, self.upper_limit_stride
-        return 1.0 if lower is None else lower, upper
-
-    def _check_arguments(self):
-        validation.require(
-            validation.is_finite(self.smoothness_factor, above=0),
-            '`smoothness_factor` must be a finite number above 0',
-            smoothness_factor=self.smoothness_factor,
-        )
-        self.smoothness_factor = float(self.smoothness_factor)
-        for name in ('cropping', 'shared_stride'):
-            validation.one_of(name, getattr(self, name), (True, False))
-        for name in ('lower_limit_stride', 'upper_limit_stride'):
-            limit = getattr(self, name)
-            if limit is not None:
-                validation.require(
-                    validation.is_finite(limit, least=1),
-                    f'`{name}` must be None or a finite number, at least 1',
-                    **{name: limit},
-                )
-                setattr(self, name, float(limit))
-        lower, upper = self._limits
+    def _check_strides(self, lower, upper):
         limits = {'lower_limit_stride': lower, 'upper_limit_stride': upper}
-        strides = self._initial_strides
+        strides = self.initial_strides
         validation.require(
             upper is None or lower <= upper,
             '`lower_limit_stride` must not exceed `upper_limit_stride`',
             **limits,
         )
-        rounding = 1e-6  # Of strides that went through float32.
+        rounding = 1e-6  # Strides may have gone through float32.
         validation.require(
             min(strides) >= lower * (1 - rounding)
             and (upper is None or max(strides) <= upper * (1 + rounding)),
@@ -359,336 +316,158 @@ class DiffStride(SpectralPooling):
             strides=strides,
         )
 
+    def _regularizer_per_axis(self):
+        regularizer = self.strides_regularizer
+        if regularizer is None or not self.shared_stride:
+            return regularizer
+        return lambda strides: regularizer(
+            ops.broadcast_to(strides, (self.rank,))
+        )
+
     @property
-    def stride_values(self):
-        """The present strides as numbers, one per spatial axis."""
-        if self.frozen_strides is not None:
-            return self.frozen_strides
-        return self._per_axis(backend.value_of(self.strides))
+    def strides(self) -> keras.Variable:
+        """The learned strides, a variable."""
+        return self.state.weight
 
-    def _per_axis(self, values):
-        values = tuple(map(float, values))
-        return values * self.rank if self.shared_stride else values
+    @strides.setter
+    def strides(self, values: Any) -> None:
+        values = validation.standardize_strides(values, self.rank)
+        validation.require(
+            not self.shared_stride or len(set(values)) == 1,
+            '`strides` must be equal on all axes with `shared_stride=True`',
+            strides=values,
+        )
+        self.state.assign(values[: self.state.weight.shape[0]])
 
-    def pin(self):
+    @property
+    def stride_values(self) -> tuple[float, ...]:
+        """The strides in use, as numbers, one per spatial axis."""
+        return self.state.values
+
+    def make_sizes_static(self) -> None:
         """Computes output sizes from the strides as they are now, from now on.
 
-        Functions traced before keep the sizes that they were traced with.
+        The strides go on being learned. XLA needs this on TensorFlow. Calling
+        it again updates the sizes.
         """
-        self._pin_at(self.stride_values)
+        self.state.make_sizes_static()
 
-    def unpin(self):
-        """Lets the output sizes follow the strides, where the backend can."""
-        self._pin_at(None)
-
-    def _pin_at(self, strides, by_need=False):
-        self.pinned_strides = None if strides is None else tuple(strides)
-        self._is_pinned_by_need = by_need
-        self.supports_jit = (
-            strides is not None
-            or not self.cropping
-            or keras.backend.backend() != 'tensorflow'
-        )
-
-    @property
-    def variables(self):
-        """As of every layer."""
-        # Keras asks for them in `fit` on JAX before it takes their values away,
-        # which are needed when it then traces.
-        if keras.backend.backend() == 'jax':
-            self._note_strides()
-        return super().variables
-
-    def _note_strides(self):
-        if backend.have_values([self.strides]):
-            self._known_strides = self.stride_values
-
-    def _strides_of_sizes(self, training=False):
-        """The strides that sizes are computed from, None if not known yet."""
-        strides = self.pinned_strides
-        if strides is None:
-            values = backend.known_values(self.strides)
-            if values is not None:
-                return self._per_axis(values)
-            if not backend.sizes_must_be_constant():
-                return None
-            self._note_strides()
-            self._pin_at(self._known_strides, by_need=True)
-            strides = self.pinned_strides
-        is_learned = training and self.trainable and not self.settled
-        if is_learned and self._is_pinned_by_need and self.cropping:
-            _tell_that_sizes_are_constant()
-        return strides
-
-    def repin(self):
-        """As `pin`, for sizes that are pinned already.
-
-        Returns:
-            Whether the layer was called in a compiled function with an output
-            size that is another one now, so that it must be compiled again.
-        """
-        before = self.pinned_strides
-        self.pin()
-        return any(
-            self._output_size(size, before[index])
-            != self._output_size(size, self.pinned_strides[index])
-            for index, size in self._sizes_used
-        )
-
-    @property
-    def strides_per_axis(self):
-        """The present strides as a float32 tensor, [rank]."""
-        if self.frozen_strides is not None:
-            return ops.convert_to_tensor(self.frozen_strides, 'float32')
-        return ops.broadcast_to(
-            ops.convert_to_tensor(self.strides), (self.rank,)
-        )
-
-    def response(self, size, index=0):
-        """The weight that the layer gives to each frequency now.
-
-        Args:
-            size: N, of the axis in the input.
-            index: Of the spatial axis, from 0.
-
-        Returns:
-            float32 array of NumPy [N // 2 + 1], for f = 0 .. N // 2 in cycles
-            per N samples; 0 for what is cropped.
-        """
-        output_size = self.present_size(index, size)
-        response = np.zeros(size // 2 + 1, 'float32')
-        kept = min(size, output_size) // 2 + 1
-        if self.ramp == 'straight_through':
-            response[:kept] = 1.0
-        else:
-            stride = self.stride_values[index]
-            response[:kept] = spectral.diffstride_response(
-                *self._ramp_arguments(size, output_size, stride)
-            )
-        return response
-
-    def mask(self, sizes):
-        """The weights of all frequencies now, the mean in the middle.
-
-        Args:
-            sizes: N of each spatial axis of the input.
-
-        Returns:
-            float32 array of NumPy, of these sizes.
-        """
-        mask = np.ones((), 'float32')
-        for index, size in enumerate(sizes):
-            frequencies = np.abs(np.arange(size) - size // 2)
-            mask = mask[..., None] * self.response(size, index)[frequencies]
-        return mask
-
-    def least_strides(self, sizes, output_sizes):
-        """The least strides whose output sizes are at most these.
-
-        Or, where no stride is large enough, the largest that has an effect.
-
-        Args:
-            sizes: N of each spatial axis of the input.
-            output_sizes: M of each spatial axis.
-
-        Returns:
-            A list of numbers, one for each value of `strides`.
-        """
-
-        def least(size, output_size):
-            too_low, enough = 1.0, float(size)
-            if self._output_size(size, too_low) <= output_size:
-                return too_low
-            for _ in range(40):
-                middle = (too_low + enough) / 2
-                if self._output_size(size, middle) <= output_size:
-                    enough = middle
-                else:
-                    too_low = middle
-            # Not the very stride at which the size jumps.
-            return enough * (1 + 2**-14)
-
-        strides = [least(*pair) for pair in zip(sizes, output_sizes)]
-        return [max(strides)] if self.shared_stride else strides
-
-    def larger_sizes(self, sizes):
-        """The output sizes after a step of one stride down, for each that can.
-
-        Args:
-            sizes: N of each spatial axis of the input.
-
-        Returns:
-            A list of tuples, M of each spatial axis.
-        """
-
-        def at(strides):
-            return tuple(
-                self._output_size(size, stride)
-                for size, stride in zip(sizes, self._per_axis(strides))
-            )
-
-        strides = self.stride_values[: 1 if self.shared_stride else None]
-        now = at(strides)
-        least = self.least_strides(sizes, now)
-        found = []
-        for index in range(len(strides)):
-            lowered = list(strides)
-            lowered[index] = least[index] * (1 - 2**-12)
-            if at(lowered) != now:
-                found.append(at(lowered))
-        return found
-
-    def settle(self):
+    def hold(self) -> None:
         """Ends the learning of the strides: they and all sizes stay.
 
-        The strides remain a variable of the optimizer, whose every step they
-        undo by their constraint. Functions traced before go on as before. What
-        changes variables otherwise, such as the average of an optimizer with
-        `use_ema=True`, is not undone.
+        The optimizer may still move the variable `strides`, which has no effect
+        until `release()`.
         """
-        self.pin()
-        values = backend.value_of(self.strides).tolist()
-        self.strides.constraint = _StrideLimits(values, values)
-        self.settled = True
+        self.state.hold()
 
-    def unsettle(self):
-        """Lets the strides be learned again; sizes remain pinned."""
-        self.strides.constraint = _StrideLimits(*self._limits)
-        self.settled = False
+    def release(self) -> None:
+        """Lets the strides be learned, and the sizes follow them."""
+        self.state.release()
 
-    def freeze(self, method='matmul'):
-        """Ends the learning of the strides for good: they become numbers.
-
-        The variable `strides` remains, so that weights of this layer and of
-        those that learn fit one another, but it is not looked up any more and
-        stays not trainable. A size that is pinned remains as it is.
+    def output_size(
+        self, size: int, index: int = 0, stride: float | None = None
+    ) -> int:
+        """Returns the output size of one spatial axis.
 
         Args:
-            method: As in the constructor.
+            size: N, the size of the axis in the input.
+            index: The spatial axis, counted from 0.
+            stride: A stride to take; None for the one that sizes are computed
+                from at present.
         """
-        super().freeze(method)
-        self._freeze_at(self.stride_values)
-
-    def _freeze_at(self, strides):
-        self.frozen_strides = tuple(strides)
-        if self.pinned_strides is None:
-            self.pin()
-        self.trainable = False
-
-    @keras.layers.Layer.trainable.setter
-    def trainable(self, value):
-        is_learned = self.frozen_strides is None
-        keras.layers.Layer.trainable.fset(self, value and is_learned)
-
-    def _clip(self, stride, size):
-        return spectral.clip_stride(
-            stride,
-            size,
-            self.smoothness_factor,
-            self.ramp,
-            self.lower_limit_stride,
-            self.upper_limit_stride,
-        )
-
-    def _ramp_arguments(self, size, output_size, stride):
-        """The first arguments of the functions of the ramp in `spectral`."""
-        return (
-            size,
-            output_size,
-            self._clip(stride, size),
-            self.smoothness_factor,
-            self.ramp,
-        )
-
-    def _output_size(self, size, stride):
         if not self.cropping:
             return size
-        return spectral.diffstride_size(
-            size, self._clip(stride, size), self.smoothness_factor, self.ramp
-        )
+        if stride is None:
+            stride = self.state.size_values[index]
+        edge = self._ramp.band_edge(size, stride)
+        return self._ramp.output_size(size, edge)
 
-    def call(self, inputs, training=None):
-        self._strides_of_sizes(training)  # Pinned now, if need be.
-        return super().call(inputs)
-
-    def compute_output_spec(self, inputs, training=None):
-        return super().compute_output_spec(inputs)
-
-    def _resampling(self, index, size):
-        if self.frozen_strides is not None:
-            return self._frozen_resampling(index, size)
-        stride = spectral.with_finite_gradient(self.strides_per_axis[index])
-        strides = self._strides_of_sizes()
-        output_size = self._output_size(
-            size,
-            ops.stop_gradient(stride) if strides is None else strides[index],
-        )
-        if isinstance(output_size, int) and self.pinned_strides is not None:
-            self._sizes_used.add((index, size))
-        about = self._ramp_arguments(size, output_size, stride)
-        frequencies = spectral.ramp_frequencies(*about)
-        keeps_all = self.ramp == 'straight_through'
-        return output_size, {
-            'response': (
-                None if keeps_all else spectral.diffstride_response(*about)
-            ),
-            'varying': (
-                frequencies,
-                spectral.diffstride_response(*about, frequencies),
-            ),
-        }
-
-    def _frozen_resampling(self, index, size):
-        stride = self.frozen_strides[index]
-        output_size = self._output_size(size, self.pinned_strides[index])
-        response = None
-        if self.ramp != 'straight_through':
-            response = spectral.diffstride_response(
-                *self._ramp_arguments(size, output_size, stride)
+    def call(self, inputs):
+        outputs = super().call(inputs)
+        if self.trainable and self.state.held:
+            # Keras warns of trainable variables that get no gradient.
+            return tree.map_structure(
+                lambda x: _with_zero_gradient(x, self.state.weight), outputs
             )
-        return output_size, {'response': response, 'varying': ()}
+        return outputs
 
-    def present_size(self, index, size):
-        strides = self.pinned_strides or self.stride_values
-        return self._output_size(size, strides[index])
+    def _rule(self):
+        state, ramp = self.state, self._ramp
+        held = state.values if state.held else None
+        is_traced = backend.known_values(state.record) is None
+        if is_traced:
+            self._compiled['held'] = held
+        if held is None:
+            strides = with_finite_gradient(state.tensor())
+        size_strides = held or self._size_strides()
 
-    def _varies(self):
-        return self.cropping and self.pinned_strides is None
+        def rule(index, size):
+            edge = ramp.band_edge(size, (held or strides)[index])
+            output_size = size
+            if self.cropping:
+                size_edge = ramp.band_edge(size, size_strides[index])
+                output_size = ramp.output_size(size, size_edge)
+                if is_traced and known(output_size):
+                    self._compiled[index, size] = output_size
+            weights = None
+            if ramp.kind != 'straight_through':
+                weights = (
+                    ramp.constant_response(output_size, edge)
+                    if known(output_size, edge)
+                    else ramp.response(_all_frequencies(output_size), edge)
+                )
+            if held:
+                return output_size, Response(weights)
+            frequencies = ramp.frequencies(size, output_size, edge)
+            varying = ramp.response(frequencies, edge)
+            return output_size, Response(weights, frequencies, varying)
 
-    def save_own_variables(self, store):
-        super().save_own_variables(store)
-        if self.pinned_strides is not None:
-            store['pinned_strides'] = np.array(self.pinned_strides)
-            store['settled'] = np.array(self.settled)
-        if self.frozen_strides is not None:
-            store['frozen_strides'] = np.array(self.frozen_strides)
+        return rule
 
-    def load_own_variables(self, store):
-        self.strides.assign(store['0'])
-        was_frozen, self.frozen_strides = self.frozen_strides is not None, None
-        is_pinned = 'pinned_strides' in store.keys()
-        self._pin_at(self._saved(store, 'pinned_strides'))
-        self.unsettle()
-        if is_pinned and 'settled' in store.keys() and store['settled'][()]:
-            self.settle()
-        if 'frozen_strides' in store.keys():
-            self._freeze_at(self._saved(store, 'frozen_strides'))
-        elif was_frozen:
-            self._freeze_at(self.stride_values)
-        super().load_own_variables(store)
-
-    def _saved(self, saved, name):
-        """Strides of a file, which may be NaN, as the variable may."""
-        if name not in saved.keys():
-            return None
-        strides = tuple(map(float, saved[name]))
+    def _size_strides(self):
+        """Returns the strides for sizes, as numbers where they are known."""
+        values = self.state.known_size_values()
+        if values is not None:
+            return values
+        if not backend.sizes_must_be_constant():
+            return self.state.size_tensor()
         validation.require(
-            len(strides) == self.rank and not any(s < 1 for s in strides),
-            f'`{name}` of a saved layer must be {self.rank} numbers, each at '
-            'least 1',
-            **{name: strides},
+            self.supports_jit,
+            f'Sizes of layer "{self.name}" must be static for XLA on '
+            'TensorFlow: call make_sizes_static() on it before',
+            has_static_sizes=False,
         )
-        return strides
+        return self.state.size_values
+
+    def _state_changed(self):
+        """Follows an eager change of the state."""
+        self.supports_jit = (
+            keras.backend.backend() != 'tensorflow'
+            or not self.cropping
+            or self.state.has_static_sizes
+        )
+        now = {
+            key: (self.state.values if self.state.held else None)
+            if key == 'held'
+            else self.output_size(key[1], key[0])
+            for key in self._compiled
+        }
+        # XLA must not go on with constant sizes that are static no more.
+        has_sizes = len(self._compiled) > 1
+        is_stale = has_sizes and not self.supports_jit
+        if now != self._compiled or is_stale:
+            self._compiled = {}
+            models.recompile_models_with(self)
+
+    def _symbolic_size(self, size, index):
+        if self.cropping and not self.state.has_static_sizes:
+            return None
+        return self.output_size(size, index)
+
+    def _weights(self, size, index):
+        edge = self._ramp.band_edge(size, self.stride_values[index])
+        output_size = self.output_size(size, index)
+        return self._ramp.constant_response(output_size, edge)
 
     def get_config(self):
         config = {
@@ -703,60 +482,48 @@ class DiffStride(SpectralPooling):
                 self.strides_regularizer
             ),
         }
-        if self.pinned_strides is not None:
-            # Not an argument: what Model.compile must know on loading.
-            config['pinned_strides'] = self.pinned_strides
-            config['settled'] = self.settled
-        if self.frozen_strides is not None:
-            config['frozen_strides'] = self.frozen_strides
-        return config
+        state = self.state.get_config()
+        # Models must know sizes that stay before their weights are loaded.
+        return config if state is None else {**config, 'state': state}
 
     @classmethod
     def from_config(cls, config):
         config = dict(config)
-        names = 'pinned_strides', 'settled', 'frozen_strides'
-        saved = {name: config.pop(name) for name in names if name in config}
+        state = config.pop('state', None)
         layer = super().from_config(config)
-        pinned_strides = layer._saved(saved, 'pinned_strides')
-        frozen_strides = layer._saved(saved, 'frozen_strides')
-        if pinned_strides is not None and saved.get('settled'):
-            layer.strides.assign(pinned_strides[: layer.strides.shape[0]])
-            layer.settle()
-        layer._pin_at(pinned_strides)
-        if frozen_strides is not None:
-            layer.strides.assign(frozen_strides[: layer.strides.shape[0]])
-            layer._freeze_at(frozen_strides)
+        layer.state.set_config(state)
         return layer
+
+
+def _limit(name, value):
+    return None if value is None else validation.finite(name, value, least=1)
+
+
+def _all_frequencies(output_size):
+    return ops.arange(output_size // 2 + 1, dtype='int32')
+
+
+def _with_zero_gradient(x, variable):
+    """Returns `x`, connected to a variable by a gradient of 0."""
+
+    def gradients(kept, others, upstream):
+        return upstream, ops.zeros_like(others[0])
+
+    function = backend.custom_gradient(
+        lambda x, other: (1 * x, None), gradients
+    )
+    return function(x, ops.convert_to_tensor(variable))
 
 
 @_register
 class DiffStride1D(DiffStride):
-    """`DiffStride` over one axis, such as that of time.
-
-    Args:
-        strides: Initial stride: a number >= 1, or a sequence of one.
-        **kwargs: All other arguments of `DiffStride`.
-
-    Input shape:
-        [batch, time, channels], or [batch, channels, time] with
-        `data_format='channels_first'`; floating-point. Or a list of such
-        tensors, of equal sizes but for the channels, pooled alike at less cost.
-
-    Output shape:
-        The same with the N samples of time replaced by M, as in `DiffStride`.
-
-    Raises:
-        ValueError: If an argument is out of its range, or if the input is of
-            another rank, has no samples or is not floating-point.
+    """`DiffStride` over one axis, such as time: [batch, time, channels].
 
     Example:
 
-    >>> layer = DiffStride1D(strides=2.5)  # E.g. 100 frames of 64 bands.
+    >>> layer = DiffStride1D(strides=2.5)  # For 100 frames of 64 bands.
     >>> tuple(layer(keras.ops.ones((1, 100, 64))).shape)
     (1, 48, 64)
-
-    Reference:
-        See `DiffStride`.
     """
 
     rank = 1
@@ -764,34 +531,13 @@ class DiffStride1D(DiffStride):
 
 @_register
 class DiffStride3D(DiffStride):
-    """`DiffStride` over three axes, of a volume or of a video.
-
-    Args:
-        strides: Initial strides: a number >= 1, or three.
-        **kwargs: All other arguments of `DiffStride`.
-
-    Input shape:
-        [batch, depth, height, width, channels], or
-        [batch, channels, depth, height, width] with
-        `data_format='channels_first'`; floating-point. The depth may be the
-        time of a video. Or a list of such tensors, of equal sizes but for the
-        channels, pooled alike at less cost.
-
-    Output shape:
-        The same with each spatial size N replaced by M, as in `DiffStride`.
-
-    Raises:
-        ValueError: If an argument is out of its range, or if the input is of
-            another rank, has a spatial size of 0 or is not floating-point.
+    """`DiffStride` over three axes: [batch, depth, height, width, channels].
 
     Example:
 
     >>> layer = DiffStride3D(strides=(1.0, 2.0, 2.0), ramp='inside')
     >>> tuple(layer(keras.ops.ones((1, 8, 32, 32, 3))).shape)
     (1, 8, 16, 16, 3)
-
-    Reference:
-        See `DiffStride`.
     """
 
     rank = 3
@@ -806,12 +552,12 @@ class FixedSpectralPooling(SpectralPooling):
         data_format: As in `DiffStride`.
         method: As in `DiffStride`.
         norm: As in `DiffStride`.
-        **kwargs: Of `keras.layers.Layer`.
+        **kwargs: Arguments of `keras.layers.Layer`.
 
     Input shape:
         [batch, height, width, channels], or [batch, channels, height, width]
         with `data_format='channels_first'`; floating-point. Or a list of such
-        tensors, of equal sizes but for the channels, pooled alike at less cost.
+        tensors of equal spatial sizes, which are pooled alike at less cost.
 
     Output shape:
         The same with each spatial size N replaced by N / S rounded down to an
@@ -834,61 +580,45 @@ class FixedSpectralPooling(SpectralPooling):
 
     def __init__(
         self,
-        strides=2.0,
-        data_format=None,
-        method='auto',
-        norm='forward',
-        **kwargs,
+        strides: float | Sequence[float] = 2.0,
+        data_format: str | None = None,
+        method: str = 'auto',
+        norm: str = 'forward',
+        **kwargs: Any,
     ):
         super().__init__(strides, data_format, method, norm, **kwargs)
+        self.strides = self.initial_strides
 
-    @property
-    def strides(self):
-        return self._initial_strides
+    def output_size(
+        self, size: int, index: int = 0, stride: float | None = None
+    ) -> int:
+        """Returns the output size of one spatial axis.
 
-    @property
-    def strides_per_axis(self):
-        return self.strides
+        Args:
+            size: N, the size of the axis in the input.
+            index: The spatial axis, counted from 0.
+            stride: A stride to take; None for that of the layer.
+        """
+        if stride is None:
+            stride = self.initial_strides[index]
+        return Brickwall.output_size(size, stride)
 
-    def _output_size(self, size, stride):
-        return spectral.fixed_size(size, stride)
+    def _rule(self):
+        return lambda index, size: (self.output_size(size, index), None)
 
-    def _resampling(self, index, size):
-        return self.present_size(index, size), {}
-
-    def present_size(self, index, size):
-        return self._output_size(size, self.strides[index])
+    def _weights(self, size, index):
+        return 1.0
 
 
 @_register
 class FixedSpectralPooling1D(FixedSpectralPooling):
-    """`FixedSpectralPooling` over one axis, such as that of time.
-
-    Args:
-        strides: A number >= 1, or a sequence of one.
-        **kwargs: All other arguments of `FixedSpectralPooling`.
-
-    Input shape:
-        [batch, time, channels], or [batch, channels, time] with
-        `data_format='channels_first'`; floating-point. Or a list of such
-        tensors, of equal sizes but for the channels, pooled alike at less cost.
-
-    Output shape:
-        The same with the N samples of time replaced by N / S rounded down to
-        an even number, at least 2 and at most N. A stride of 1 changes nothing.
-
-    Raises:
-        ValueError: If an argument is out of its range, or if the input is of
-            another rank, has no samples or is not floating-point.
+    """`FixedSpectralPooling` over one axis: [batch, time, channels].
 
     Example:
 
     >>> layer = FixedSpectralPooling1D(strides=2.5)
     >>> tuple(layer(keras.ops.ones((1, 100, 64))).shape)
     (1, 40, 64)
-
-    Reference:
-        See `FixedSpectralPooling`.
     """
 
     rank = 1
@@ -896,35 +626,13 @@ class FixedSpectralPooling1D(FixedSpectralPooling):
 
 @_register
 class FixedSpectralPooling3D(FixedSpectralPooling):
-    """`FixedSpectralPooling` over three axes, of a volume or of a video.
-
-    Args:
-        strides: A number >= 1, or three.
-        **kwargs: All other arguments of `FixedSpectralPooling`.
-
-    Input shape:
-        [batch, depth, height, width, channels], or
-        [batch, channels, depth, height, width] with
-        `data_format='channels_first'`; floating-point. The depth may be the
-        time of a video. Or a list of such tensors, of equal sizes but for the
-        channels, pooled alike at less cost.
-
-    Output shape:
-        The same with each spatial size N replaced by N / S rounded down to an
-        even number, at least 2 and at most N. A stride of 1 changes nothing.
-
-    Raises:
-        ValueError: If an argument is out of its range, or if the input is of
-            another rank, has a spatial size of 0 or is not floating-point.
+    """`FixedSpectralPooling` over [batch, depth, height, width, channels].
 
     Example:
 
     >>> layer = FixedSpectralPooling3D(strides=(1.0, 1.6, 3.0))
     >>> tuple(layer(keras.ops.ones((1, 8, 32, 32, 3))).shape)
     (1, 8, 20, 10, 3)
-
-    Reference:
-        See `FixedSpectralPooling`.
     """
 
     rank = 3
@@ -940,7 +648,7 @@ class SpatialPooling(keras.layers.AveragePooling2D):
     Args:
         pool_size: Size of the window, an integer >= 1 or one per axis.
         strides: An integer >= 1, or one per axis.
-        **kwargs: Of `keras.layers.AveragePooling2D`, but `padding`.
+        **kwargs: Arguments of `keras.layers.AveragePooling2D` but `padding`.
 
     Input shape:
         [batch, height, width, channels], or [batch, channels, height, width]
@@ -959,16 +667,21 @@ class SpatialPooling(keras.layers.AveragePooling2D):
     (1, 11, 11, 8)
     """
 
-    def __init__(self, pool_size=(1, 1), strides=(2, 2), **kwargs):
-        strides = validation.standardize_strides(strides, 2)
+    def __init__(
+        self,
+        pool_size: int | Sequence[int] = (1, 1),
+        strides: int | Sequence[int] = (2, 2),
+        **kwargs: Any,
+    ):
+        per_axis = validation.standardize_strides(strides, 2)
         validation.require(
-            all(stride == int(stride) for stride in strides),
+            all(stride == int(stride) for stride in per_axis),
             '`strides` of SpatialPooling must be integers',
             strides=strides,
         )
         super().__init__(
             pool_size,
-            strides=tuple(map(int, strides)),
+            strides=tuple(map(int, per_axis)),
             padding='same',
             **kwargs,
         )
@@ -991,54 +704,16 @@ class SpatialPooling(keras.layers.AveragePooling2D):
         return config
 
 
-def spatial_axes(data_format, rank):
-    """The range of the spatial axes of a batch."""
+def spatial_axes(data_format: str, rank: int) -> range:
+    """Returns the spatial axes of a batch."""
     first = 2 if data_format == 'channels_first' else 1
     return range(first, first + rank)
 
 
-def diffstride_layers(model):
+def diffstride_layers(model: keras.layers.Layer) -> list[DiffStride]:
     """Returns the DiffStride layers of a model or layer, at any depth.
 
-    In the order in which their containers hold them, which is from input to
-    output in Sequential and Functional models.
+    They come in the order in which their containers hold them, which is from
+    input to output in Sequential and Functional models.
     """
-    layers = [model] if isinstance(model, DiffStride) else []
-    for inner in model._layers:
-        layers += [x for x in diffstride_layers(inner) if x not in layers]
-    return layers
-
-
-_told = set()  # Warnings of which one in a process is enough.
-
-
-def _tell_that_sizes_are_constant():
-    if 'constant sizes' not in _told:
-        _told.add('constant sizes')
-        warnings.warn(
-            'Output sizes of DiffStride are constants in compiled functions '
-            'and stay as they are while the strides learn: add '
-            'diffstride.callbacks.RepinStrides() to the callbacks of fit, or '
-            'call pin() on the layers to keep the sizes',
-            stacklevel=2,
-        )
-
-
-@keras.saving.register_keras_serializable(package='diffstride')
-class _StrideLimits(keras.constraints.Constraint):
-    """Keeps strides within limits after each step of the optimizer."""
-
-    def __init__(self, lower=1.0, upper=None):
-        self.lower = lower
-        self.upper = upper
-
-    def __call__(self, strides):
-        upper = math.inf if self.upper is None else self.upper
-        lower, upper = (
-            ops.convert_to_tensor(limit, strides.dtype)
-            for limit in (self.lower, upper)
-        )
-        return ops.clip(strides, lower, upper)
-
-    def get_config(self):
-        return {'lower': self.lower, 'upper': self.upper}
+    return [x for x in models.flatten(model) if isinstance(x, DiffStride)]

@@ -1,15 +1,17 @@
-"""Learned strides in the place of the integer strides of an existing model."""
+"""Learned strides in the place of the integer strides of a model."""
 
 import dataclasses
 import functools
 import inspect
 import itertools
 import tempfile
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import keras
 from keras import tree
 
-from diffstride import pooling, validation
+from diffstride import models, pooling, validation
 
 _CONVOLUTIONS = tuple(
     getattr(keras.layers, name)
@@ -26,8 +28,11 @@ _POOLINGS = tuple(
 
 
 def replace_strides(
-    model, pooling_cls=pooling.DiffStride, layers=None, **kwargs
-):
+    model: keras.Model,
+    pooling_cls: Callable[..., keras.layers.Layer] = pooling.DiffStride,
+    layers: str | Iterable[str] | None = None,
+    **kwargs: Any,
+) -> keras.Model:
     """Returns a model whose strided layers are followed by learned strides.
 
     Every convolution (Conv1D to 3D, DepthwiseConv1D and 2D, SeparableConv1D and
@@ -39,27 +44,35 @@ def replace_strides(
     layer costs what it did. Elsewhere it computes at full resolution, with
     prod(S) times the MACs; `complexity` says what that is for a model.
 
-    Maps that meet (`Add`, `Concatenate`, ...) must go on having equal sizes
+    **Maps that meet** (`Add`, `Concatenate`, ...) must go on having equal sizes
     while strides move. So layers whose outputs meet, however far downstream,
     share one pooling layer, as the two branches of a residual block do. Where
     sharing cannot help (two poolings against one, an upsampling back to a size
     that is not learned), and where a layer needs a fixed size (`Flatten` and
     `Dense`), a ValueError says so.
 
-    Sizes at the start: where the unstrided layer has N samples the strided one
-    had ceil(N / S), and with `ramp='straight_through'`, the default here, or
+    **Outputs.** An output map that is upsampled from a learned size, as that of
+    an autoencoder or of a segmentation network, would soon differ in size from
+    its targets, and is refused: end the model with
+    `SpectralResizing()([output, input])`. A map that is not upsampled, as that
+    of a network without its head, is allowed. Its size moves with the strides,
+    so let global pooling follow it, or resize it to what it is compared with.
+
+    **Sizes at the start.** Where the unstrided layer has N samples the strided
+    one had ceil(N / S). With `ramp='straight_through'`, the default here, or
     'inside' DiffStride has the same, rounded up to an even number and at most
     N. So 224 x 224 pixels become 112, 56, 28, 14 and then 8 in a ResNet50,
     where they became 7.
 
-    The output is not that of the strided model: the pooling removes what would
-    be aliased. It is the same, at the samples that both have, for maps without
-    frequencies above N / (2 S), less R with a ramp 'inside', if N / S is even
-    and the padding of the strided layer begins like that of the unstrided one.
-    With `padding='same'` it often does not: at stride 2 and even N a window of
-    3 lies one sample further left than before. Weights trained with strides
-    need some more training, and more with `ramp='inside'`, which dampens small
-    maps.
+    **Accuracy.** The output is not that of the strided model: the pooling
+    removes what would be aliased. The two are the same, at the samples that
+    both have, for maps without frequencies above N / (2 S), less R with a ramp
+    'inside', if N / S is even and the padding of the strided layer begins like
+    that of the unstrided one. With `padding='same'` it often does not: at
+    stride 2 and even N a window of 3 lies one sample further left than before.
+    A network that was trained with strides loses accuracy at first. Much of it
+    comes back without training by new statistics of the batch normalizations,
+    `diffstride.recalibrate(model, batches)`, and the rest by some training.
 
     Args:
         model: A Sequential or Functional model that is built, as those of
@@ -69,20 +82,23 @@ def replace_strides(
             called with `strides`, `data_format`, `name`, `dtype` and `kwargs`.
             DiffStride and FixedSpectralPooling stand for those of all ranks.
         layers: Names of the layers to replace; None for all.
-        **kwargs: Of `pooling_cls`, such as `smoothness_factor=2.0`.
+        **kwargs: Arguments of `pooling_cls`, such as `smoothness_factor=2.0`.
 
     Returns:
         A new model of the same layers, names, weights, dtypes and trainable
-        flags, not compiled. The given model is left as it is. A model within
-        it whose layers share a pooling with layers outside is dissolved into
-        the one that holds it. A model class whose constructor takes no layers
-        becomes a plain Sequential or Functional model.
+        flags, not compiled; the given model stays as it is. Strides are learned
+        where all layers that they serve are trainable, so those of a frozen
+        base are not; `trainable=True` in `kwargs` makes all of them learn. An
+        inner model whose layers share a pooling with layers outside is
+        dissolved into the model that holds it. A model class whose constructor
+        takes no layers becomes a plain Sequential or Functional model.
 
     Raises:
-        ValueError: If the model is of another kind or not built; if a layer of
-            `layers` is not one that strides, or if there is none; if there is
-            no pooling of a layer's rank; if sizes could come apart, or a layer
-            needs fixed ones; or from `pooling_cls`.
+        ValueError: If the model is of another kind, is not built, or has a
+            layer that Keras cannot copy; if a layer of `layers` is not one that
+            strides, or if there is none; if there is no pooling of a layer's
+            rank; if sizes could come apart, or a layer or an output needs fixed
+            ones; or from `pooling_cls`.
 
     Example:
 
@@ -100,8 +116,8 @@ def replace_strides(
     (2.0, 2.0)
     """
     validation.require(
-        _is_graph(model),
-        '`model` must be a Sequential or Functional model. Layers of a '
+        models.is_graph(model),
+        '`model` must be a Sequential or Functional model. The layers of a '
         'subclassed model are not known; replace strides in its parts, or use '
         'DiffStride in its code',
         model=type(model).__name__,
@@ -116,32 +132,31 @@ def replace_strides(
     sizes = _Sizes(poolings, unstrided)
     sizes.follow(model)
     shared = {x: poolings[sizes.leader(x)] for x in chosen}
-    dissolved = _that_share([(shared[x], y) for x, y in paths if x in shared])
+    for layer, pool in shared.items():
+        if not layer.trainable and 'trainable' not in kwargs:
+            pool.trainable = False
+    dissolved = _sharing_models(
+        [(shared[x], y) for x, y in paths if x in shared]
+    )
     copies = {**unstrided, **sizes.inputs_of_any_size()}
     return _Copy(shared, copies, dissolved).of(model)
 
 
-def _is_graph(layer):
-    return isinstance(layer, keras.Model) and (
-        isinstance(layer, keras.Sequential)
-        or hasattr(layer, '_run_through_graph')
-    )
-
-
 def _strided_layers(model, path=()):
-    """Yields each layer that strides and the models within which it is."""
+    """Yields each layer that strides, with the inner models that hold it."""
     for layer in model.layers:
-        if _is_graph(layer):
+        if models.is_graph(layer):
             yield from _strided_layers(layer, (*path, layer))
         elif isinstance(layer, _CONVOLUTIONS + _POOLINGS):
             if max(layer.strides) > 1:
                 yield layer, path
 
 
-def _that_share(paths):
-    """Returns the inner models whose poolings are shared beyond them.
+def _sharing_models(paths):
+    """Returns the inner models whose poolings serve layers outside of them.
 
-    Keras saves a layer that two models hold, but does not load it.
+    They must be dissolved: Keras saves a layer that two models hold, but does
+    not load it.
     """
     homes = {}
     for pool, path in paths:
@@ -193,7 +208,7 @@ def _pooling(layer, pooling_cls, kwargs):
 
 
 def _commute(layer, pool):
-    """Whether pooling may come before a layer that does not stride."""
+    """Tells whether pooling may come before a layer that does not stride."""
     return (
         isinstance(layer, _CONVOLUTIONS)
         and set(layer.kernel_size) == {1}
@@ -203,46 +218,39 @@ def _commute(layer, pool):
     )
 
 
-def _run(model, inputs, call):
-    """Runs a model, with `call(layer, ...)` in the place of `layer(...)`."""
-    inputs = _flat_inputs(model, inputs)
-    if isinstance(model, keras.Sequential):
-        return functools.reduce(
-            lambda x, layer: call(layer, x), model.layers, *inputs
-        )
-    return model._run_through_graph(
-        inputs, operation_fn=lambda layer: functools.partial(call, layer)
-    )
-
-
-def _flat_inputs(model, inputs):
-    if isinstance(inputs, dict) and not isinstance(model.input, dict):
-        inputs = [inputs[x.name] for x in model.inputs]
-    return tree.flatten(inputs)
-
-
 def _first(args, kwargs):
-    return [*args, *kwargs.values()][0]
+    """Returns the first argument of a call, its inputs."""
+    return next(iter((*args, *kwargs.values())))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Size:
-    """A size that is not a known number: that of its source, plus an offset.
+    """A size that is not a fixed number.
 
     Attributes:
-        source: ('pooling', layer, axis), ('input', (number, axis)), or
-            ('function', values that stand for it).
+        kind: 'pooling' for a learned size, 'input' for an unknown size of the
+            input, 'function' for one that a layer computes from others.
+        origin: The strided layer; the number of the input and the axis; or the
+            two values of the function at the two choices of `_Sizes`.
+        axis: The axis of a learned size.
         parts: The sizes that it is computed from.
-        offset: An integer, as of padding.
+        offset: The number of samples added to it, such as by padding.
+        is_upsampled: Whether a function is larger than all of its parts.
     """
 
-    source: tuple
+    kind: str
+    origin: Any
+    axis: int | None = None
     parts: tuple = ()
     offset: int = 0
+    is_upsampled: bool = False
+
+    def without_offset(self):
+        return dataclasses.replace(self, offset=0)
 
 
 class _Map:
-    """What is known of a tensor: numbers, None and `_Size`, and the dtype."""
+    """The shape of a tensor, of numbers, None and `_Size`, and its dtype."""
 
     def __init__(self, shape, dtype):
         self.shape = tuple(shape)
@@ -250,7 +258,7 @@ class _Map:
 
 
 class _Call(keras.Operation):
-    """Infers shapes by a call of a layer, with all checks of its input."""
+    """A call of a layer that infers shapes, with all checks of the input."""
 
     def __init__(self, layer):
         super().__init__()
@@ -261,12 +269,21 @@ class _Call(keras.Operation):
 
 
 class _Sizes:
-    """The sizes of all maps of a model, as expressions of learned ones.
+    """The sizes of all maps of a model, as expressions of learned sizes.
 
-    Every learned size is first a quantity of its own. Where maps meet that
-    must have equal sizes, the expressions are unified: the layers that they
+    At first each strided layer learns a size of its own. Where maps meet that
+    must have equal sizes, their expressions are unified: the layers that they
     come from get one leader, whose pooling layer serves them all.
+
+    Args:
+        poolings: The pooling layer of each strided layer.
+        unstrided: The copy without stride of each strided layer.
     """
+
+    # Layers are asked for their shapes at two choices of the unknown sizes:
+    # number i is first + step * i. No two sizes have the same difference, so
+    # sizes that are equal up to an offset are recognized.
+    _CHOICES = ((128, 6), (197, 11))
 
     def __init__(self, poolings, unstrided):
         self._poolings = poolings
@@ -282,19 +299,46 @@ class _Sizes:
 
     def follow(self, model):
         """Raises a ValueError if maps of a model cannot have learned sizes."""
-
-        def free(number, axis, n):
-            is_free = axis > 0 and n is None
-            return _Size(('input', (number, axis))) if is_free else n
-
         inputs = [
             _Map(
-                (free(number, axis, n) for axis, n in enumerate(x.shape)),
+                (
+                    _Size('input', (number, axis)) if axis and n is None else n
+                    for axis, n in enumerate(x.shape)
+                ),
                 x.dtype,
             )
             for number, x in enumerate(model.inputs)
         ]
-        _run(model, inputs, self._call)
+        outputs = models.run_graph(model, inputs, self._call)
+        for before, after in zip(model.outputs, tree.flatten(outputs)):
+            for axis, n in enumerate(after.shape):
+                self._check_output(model, before, axis, n)
+
+    def _check_output(self, model, output, axis, n):
+        if isinstance(n, _Size):
+            holds = not (self._is_upsampled(n) and _layers_of(n))
+        else:
+            before = output.shape[axis]
+            holds = n == before or all(
+                len(x.shape) <= axis or x.shape[axis] != before
+                for x in model.inputs
+            )
+        if not holds:
+            raise ValueError(
+                f'The output of layer "{models.source(output).name}" would not '
+                f'keep its size: it has {self._origin(n)}, upsampled. End the '
+                'model with SpectralResizing()([output, input]), which gives '
+                'it the size of the input, or leave layers out by `layers`'
+            )
+
+    def _is_upsampled(self, size):
+        return isinstance(size, _Size) and (
+            size.is_upsampled
+            or (
+                size.kind == 'function'
+                and any(map(self._is_upsampled, size.parts))
+            )
+        )
 
     def inputs_of_any_size(self):
         """Returns {InputLayer: copy} of inner models whose inputs resize."""
@@ -306,15 +350,15 @@ class _Sizes:
         }
 
     def _call(self, layer, *args, **kwargs):
-        if _is_graph(layer):
-            inputs = _flat_inputs(layer, _first(args, kwargs))
+        if models.is_graph(layer):
+            inputs = models.flat_inputs(layer, _first(args, kwargs))
             for x, ours in zip(layer.inputs, inputs):
-                source = x._keras_history.operation
+                source = models.source(x)
                 shape = self._input_shapes.get(source, x.shape)
                 self._input_shapes[source] = tuple(
                     m if m == n else None for m, n in zip(shape, ours.shape)
                 )
-            return _run(layer, inputs, self._call)
+            return models.run_graph(layer, inputs, self._call)
         if layer in self._poolings:
             infer = self._unstrided[layer].compute_output_spec
             x = self._output(layer, infer, args, kwargs)
@@ -332,13 +376,14 @@ class _Sizes:
             return self._output(layer, pool.compute_output_spec, (x,), {})
         shape = list(x.shape)
         for axis in pool.spatial_axes:
-            shape[axis] = _Size(('pooling', layer, axis), (shape[axis],))
+            shape[axis] = _Size('pooling', layer, axis, (shape[axis],))
         return _Map(shape, x.dtype)
 
     def _output(self, layer, infer, args, kwargs):
+        """Returns the output maps of a layer, unifying its inputs if needed."""
         try:
             return self._inferred(infer, args, kwargs)
-        except Exception:  # Of any class: the layer may be anyone's.
+        except Exception:  # A layer of any author may raise any class.
             self._unify_maps(layer, args, kwargs)
         try:
             return self._inferred(infer, args, kwargs)
@@ -362,19 +407,19 @@ class _Sizes:
         return message
 
     def _inferred(self, infer, args, kwargs):
-        """Infers the output from those of two choices of the unknown sizes."""
+        """Infers the output maps from those at two choices of the sizes."""
+        maps = _maps(args, kwargs)
         sizes = list(
             dict.fromkeys(
-                dataclasses.replace(self._resolved(n), offset=0)
-                for x in _maps(args, kwargs)
+                self._resolved(n).without_offset()
+                for x in maps
                 for n in x.shape
                 if isinstance(n, _Size)
             )
         )
-        # Any numbers will do whose differences differ.
         choices = [
             {size: first + step * i for i, size in enumerate(sizes)}
-            for first, step in ((128, 6), (197, 11))
+            for first, step in self._CHOICES
         ]
         specs = []
         for values in choices if sizes else choices[:1]:
@@ -385,75 +430,87 @@ class _Sizes:
         def expressed(x, y):
             if not isinstance(x, keras.KerasTensor):
                 return x
+            may_grow = any(len(x.shape) == len(z.shape) for z in maps)
             return _Map(
-                (expression(m, n) for m, n in zip(x.shape, y.shape)), x.dtype
+                (expression(m, n, may_grow) for m, n in zip(x.shape, y.shape)),
+                x.dtype,
             )
 
-        def expression(m, n):
+        def expression(m, n, may_grow):
             if m == n:
                 return m
             for size in sizes:
                 offset = m - choices[0][size]
                 if offset == n - choices[1][size]:
                     return dataclasses.replace(size, offset=offset)
-            return _Size(('function', (m, n)), tuple(sizes))
+            largest = (max(values.values()) for values in choices)
+            grows = all(x > y for x, y in zip((m, n), largest))
+            return _Size(
+                'function',
+                (m, n),
+                parts=tuple(sizes),
+                is_upsampled=may_grow and grows,
+            )
 
         return tree.map_structure(expressed, specs[0], specs[-1])
 
     def _known(self, values, x):
+        """Returns a symbolic tensor for a map, at one choice of the sizes."""
         if not isinstance(x, _Map):
             return x
-        shape = list(x.shape)
-        for axis, n in enumerate(shape):
-            if isinstance(n, _Size):
-                size = dataclasses.replace(self._resolved(n), offset=0)
-                shape[axis] = values[size] + n.offset
+        shape = [
+            values[self._resolved(n).without_offset()] + n.offset
+            if isinstance(n, _Size)
+            else n
+            for n in x.shape
+        ]
         return keras.KerasTensor(shape, x.dtype)
 
     def _resolved(self, size):
+        """Returns a size with the leaders of the layers that it comes from."""
         if not isinstance(size, _Size):
             return size
-        kind, origin, *axis = size.source
-        return _Size(
-            (kind, self.leader(origin), *axis),
-            tuple(map(self._resolved, size.parts)),
-            size.offset,
+        is_function = size.kind == 'function'
+        return dataclasses.replace(
+            size,
+            origin=size.origin if is_function else self.leader(size.origin),
+            parts=tuple(map(self._resolved, size.parts)),
         )
 
     def _unify_maps(self, layer, args, kwargs):
         for x, y in itertools.combinations(_maps(args, kwargs), 2):
-            if len(x.shape) == len(y.shape):
-                for m, n in zip(x.shape, y.shape):
-                    is_learned = isinstance(m, _Size) or isinstance(n, _Size)
-                    must_agree = is_learned and 1 not in (m, n)
-                    if must_agree and not self._unify(m, n):
-                        raise ValueError(
-                            f'Maps that meet in layer "{layer.name}" could '
-                            f'come apart: one has {self._origin(m)}, the other '
-                            f'{self._origin(n)}. Leave layers out by `layers`, '
-                            'or resize one map to the other with '
-                            'SpectralResizing before they meet'
-                        )
+            if len(x.shape) != len(y.shape):
+                continue
+            for m, n in zip(x.shape, y.shape):
+                is_learned = isinstance(m, _Size) or isinstance(n, _Size)
+                must_agree = is_learned and 1 not in (m, n)
+                if must_agree and not self._unify(m, n):
+                    raise ValueError(
+                        f'Maps that meet in layer "{layer.name}" could come '
+                        f'apart: one has {self._origin(m)}, the other '
+                        f'{self._origin(n)}. Leave layers out by `layers`, or '
+                        'resize one map to the other with SpectralResizing '
+                        'before they meet'
+                    )
 
     def _unify(self, m, n):
         """Makes two sizes equal by sharing, and returns whether they are."""
         m, n = self._resolved(m), self._resolved(n)
         if not (isinstance(m, _Size) and isinstance(n, _Size)):
             return m == n or None in (m, n)
-        (kind, origin, *axis), (kind_n, origin_n, *axis_n) = m.source, n.source
-        if (kind, axis, m.offset) != (kind_n, axis_n, n.offset):
+        if (m.kind, m.axis, m.offset) != (n.kind, n.axis, n.offset):
             return False
-        if origin != origin_n:
-            if kind == 'function' or not self._may_share(origin, origin_n):
+        if m.origin != n.origin:
+            if m.kind == 'function' or not self._may_share(m.origin, n.origin):
                 return False
-            self._leaders[origin_n] = origin
+            self._leaders[n.origin] = m.origin
         return len(m.parts) == len(n.parts) and all(
             map(self._unify, m.parts, n.parts)
         )
 
     def _may_share(self, origin, other):
         if isinstance(origin, tuple):
-            return True  # Unknown sizes of inputs.
+            return True  # Unknown sizes of inputs may be equal.
         return {origin, other} <= set(self._poolings) and all(
             getattr(origin, name) == getattr(other, name)
             for name in ('strides', 'data_format', 'dtype_policy')
@@ -477,11 +534,17 @@ def _layers_of(size):
     if not isinstance(size, _Size):
         return []
     layers = [layer for part in size.parts for layer in _layers_of(part)]
-    return layers + [size.source[1]] * (size.source[0] == 'pooling')
+    return layers + [size.origin] if size.kind == 'pooling' else layers
 
 
 class _Copy:
-    """Copies models, with pooling layers for the strides of some layers."""
+    """Copies models, with pooling layers for the strides of some layers.
+
+    Args:
+        poolings: The pooling layer of each strided layer.
+        copies: Copies that are already made, by layer.
+        dissolved: The inner models whose layers the outer one takes over.
+    """
 
     def __init__(self, poolings, copies, dissolved):
         self._poolings = poolings
@@ -493,8 +556,8 @@ class _Copy:
         """Returns the copy of a model, with its weights."""
         copy = self._copy(model)
         for layer, new_layer in self._copies.items():
-            if _is_graph(layer):
-                new_layer._trainable = layer._trainable
+            if models.is_graph(layer):
+                models.set_trainable(new_layer, layer.trainable)
             elif isinstance(layer, keras.Layer):
                 _copy_state(layer, new_layer)
         return copy
@@ -505,10 +568,10 @@ class _Copy:
                 self._dissolved & set(layer.layers)
             ):
                 copy = self._copy_sequential(layer)
-            elif _is_graph(layer):
+            elif models.is_graph(layer):
                 copy = self._copy_functional(layer)
             else:
-                copy = type(layer).from_config(layer.get_config())
+                copy = _copy_layer(layer)
             self._copies[layer] = copy
         return self._copies[layer]
 
@@ -522,10 +585,11 @@ class _Copy:
         inputs = tree.pack_sequence_as(
             model.input, self._copy_inputs(model.inputs)
         )
-        return cls(inputs, _run(model, inputs, self._call), name=model.name)
+        outputs = models.run_graph(model, inputs, self._call)
+        return cls(inputs, outputs, name=model.name)
 
     def _copy_inputs(self, inputs):
-        return [self._copy(x._keras_history.operation).output for x in inputs]
+        return [self._copy(models.source(x)).output for x in inputs]
 
     def _steps(self, layer):
         """Returns the layers that take the place of one."""
@@ -540,12 +604,12 @@ class _Copy:
             call = functools.partial(
                 self._call_within, training=kwargs.get('training')
             )
-            return _run(layer, _first(args, kwargs), call)
+            return models.run_graph(layer, _first(args, kwargs), call)
         first, *others = self._steps(layer)
         if others and first is not self._copy(layer):
             x = _first(args, kwargs)
             key = (first, id(x))
-            if key not in self._pooled:  # By another branch.
+            if key not in self._pooled:  # Another branch may have pooled x.
                 self._pooled[key] = first(x)
             return others[0](self._pooled[key])
         x = first(*args, **kwargs)
@@ -562,16 +626,27 @@ class _Copy:
 def _class_taking(model, *names):
     """Returns the class of a model if its first arguments are these, or None.
 
-    What has arguments of its own cannot be made of layers.
+    A class with arguments of its own cannot be made from layers.
     """
     parameters = inspect.signature(type(model).__init__).parameters
     is_same = tuple(parameters)[1 : 1 + len(names)] == names
     return type(model) if is_same else None
 
 
+def _copy_layer(layer):
+    try:
+        return models.copy_layer(layer)
+    except Exception as error:  # A layer of any author may raise any class.
+        raise ValueError(
+            '`model` must have layers that Keras can make from their '
+            f'`get_config()`. Received: layer "{layer.name}", of which it '
+            f'says: {error}'
+        ) from error
+
+
 def _copy_state(layer, copy):
     """Copies weights and vocabularies, as saving and loading would."""
-    for old, new in zip(layer._flatten_layers(), copy._flatten_layers()):
+    for old, new in zip(models.flatten(layer), models.flatten(copy)):
         store = {}
         old.save_own_variables(store)
         if store:

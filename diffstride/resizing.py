@@ -1,10 +1,13 @@
 """Resizing of maps through their spectra, up and down."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import gin
 import keras
 from keras import ops
 
-from diffstride import spectral, validation
+from diffstride import resampling, validation
 from diffstride.pooling import SpectralResampling, spatial_axes
 
 
@@ -13,14 +16,13 @@ from diffstride.pooling import SpectralResampling, spatial_axes
 class SpectralResizing(SpectralResampling):
     """Resizes spatial axes, up or down, to given sizes or to those of a map.
 
-    Keeps the frequencies that input and output can both hold: an axis that
+    It keeps the frequencies that input and output can both hold. An axis that
     grows is interpolated through its samples by the one periodic band-limited
-    signal that they determine, exactly; an axis that shrinks loses what is
-    above the band of its new samples. It learns nothing, and puts a map that a
-    learned stride shrank back on the grid of another one.
+    signal that they determine, exactly. An axis that shrinks loses the
+    frequencies above the band of its new samples. The layer learns nothing. It
+    brings a map that a learned stride shrank back to the grid of another map.
 
-    One layer serves 1 to 3 spatial axes: as it has no weights, the rank can be
-    that of the input it is built for.
+    One class serves 1 to 3 spatial axes; the input gives the rank.
 
     Args:
         size: Integer >= 1, the size of every spatial axis, or one per axis;
@@ -31,7 +33,7 @@ class SpectralResizing(SpectralResampling):
             'auto' for the one that should be faster.
         norm: 'forward' keeps the mean of the input, 'backward' multiplies it by
             N / M per axis from N to M samples, 'ortho' by sqrt(N / M).
-        **kwargs: Of `keras.layers.Layer`.
+        **kwargs: Arguments of `keras.layers.Layer`.
 
     Input shape:
         [batch, height, width, channels], or [batch, channels, height, width]
@@ -40,8 +42,8 @@ class SpectralResizing(SpectralResampling):
         the rank of x, and its batch, channels, dtype and values do not matter.
 
     Output shape:
-        That of the input with `size`, or the spatial sizes of `like`, for its
-        spatial sizes. What is known before the call is known of the output.
+        The shape of the input with `size`, or the spatial sizes of `like`, in
+        place of its spatial sizes.
 
     Raises:
         ValueError: If an argument is out of its range, if the input is of
@@ -61,21 +63,21 @@ class SpectralResizing(SpectralResampling):
     (1, 32, 32, 8)
     """
 
-    rank = None  # Until it is built.
+    rank = 0  # The input gives it when the layer is built.
 
     def __init__(
         self,
-        size=None,
-        data_format=None,
-        method='auto',
-        norm='forward',
-        **kwargs,
+        size: int | Sequence[int] | None = None,
+        data_format: str | None = None,
+        method: str = 'auto',
+        norm: str = 'forward',
+        **kwargs: Any,
     ):
         super().__init__(data_format, method, norm, **kwargs)
         self.size = None if size is None else validation.standardize_size(size)
 
     def build(self, input_shape):
-        shapes = input_shape or []  # None stands for an empty list.
+        shapes = input_shape or []  # Keras passes None for an empty list.
         x, _ = self._inputs(shapes, _is_list_of_shapes(shapes))
         ranks = (len(self.size),) if isinstance(self.size, tuple) else (1, 2, 3)
         validation.require(
@@ -92,7 +94,7 @@ class SpectralResizing(SpectralResampling):
         x, like = self._inputs(inputs, isinstance(inputs, (list, tuple)))
         outputs, axes = [x], self.spatial_axes
         for axis, size in zip(axes, self._sizes(ops.shape(like), axes)):
-            outputs = spectral.resample(
+            outputs = resampling.resample(
                 outputs, axis, size, self.norm, self.method
             )
         return outputs[0]
@@ -106,7 +108,7 @@ class SpectralResizing(SpectralResampling):
         return tuple(shape)
 
     def _inputs(self, inputs, is_list):
-        """Returns x and what has the sizes, of tensors or of shapes."""
+        """Returns x and `like`, which are tensors or shapes."""
         count = len(inputs) if is_list else 1
         if self.size is None:
             validation.require(

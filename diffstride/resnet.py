@@ -1,31 +1,41 @@
 """Pre-activation ResNets (He et al. 2016, arXiv:1603.05027) for small images.
 
-Wherever the network strides, a `pooling_cls` may take the place of the stride:
+Wherever a network strides, a pooling layer may take the place of the stride:
 any Keras layer class, or callable, that takes `strides` and `data_format`.
-Everything here is configurable by gin, as `resnet.<name>`.
+Gin knows everything here as `resnet.<name>`.
 """
 
 import ast
+import functools
 import inspect
-import numbers
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import gin
 import keras
 from keras import ops
 
+from diffstride.costs import ActivationCost
 from diffstride.pooling import SpectralPooling, diffstride_layers
-from diffstride.regularizers import ActivationCost, StrideCostModel
 from diffstride.validation import (
-    is_finite,
+    finite,
+    integer,
     is_integer,
     one_of,
     require,
     standardize_strides,
 )
 
+PoolingClass = Callable[..., keras.layers.Layer]
+Strides = float | Sequence[float]
+
+POOL_AFTER = ('convolution', 'activation')
+
 
 @gin.configurable(module='resnet')
-def batch_norm(momentum=0.9, epsilon=1e-5):
+def batch_norm(
+    momentum: float = 0.9, epsilon: float = 1e-5
+) -> dict[str, float]:
     """Returns the arguments of every BatchNormalization of a network."""
     return {'momentum': momentum, 'epsilon': epsilon}
 
@@ -40,20 +50,24 @@ class ResidualLayer(keras.layers.Layer):
 
     Args:
         filters: Number of output channels.
-        kernel_size: Of both convolutions.
-        strides: A number >= 1, or one per axis. 1 is no downsampling, and
-            makes no pooling layer.
-        pooling_cls: What downsamples: a layer class, or a callable that returns
-            a layer, called with `strides` and `data_format`. None for strided
-            convolutions, whose strides are integers.
-        project: Whether the shortcut has a 1x1 convolution, as it must where
-            strides are above 1 or the number of channels changes.
+        kernel_size: Window of both convolutions.
+        strides: A number >= 1, or one per axis. A stride of 1 makes no pooling
+            layer.
+        pooling_cls: A layer class, or a callable that returns a layer, called
+            with `strides` and `data_format`. None for strided convolutions,
+            whose strides are integers.
+        project: Whether the shortcut has a 1x1 convolution. It must have one
+            where strides are above 1 or the number of channels changes.
         channels_first: Whether channels come before the spatial axes; None for
             `keras.config.image_data_format()`.
         weight_decay: L2 penalty of the kernels.
         batch_norm_args: Arguments of the batch normalizations; None for those
             that `batch_norm()` returns.
-        **kwargs: Of `keras.layers.Layer`.
+        pool_after: 'convolution': the inner branch pools before its second
+            normalization; or 'activation': it pools after the normalization
+            and the activation, conv(pool(relu(norm(conv(h))))), at the same
+            MACs. It changes nothing in strided convolutions.
+        **kwargs: Arguments of `keras.layers.Layer`.
 
     Input shape:
         [batch, height, width, channels], or [batch, channels, height, width].
@@ -62,9 +76,9 @@ class ResidualLayer(keras.layers.Layer):
         [batch, new_height, new_width, filters], or with the channels second.
 
     Raises:
-        ValueError: If strides are not numbers >= 1, not integers for a strided
-            convolution, or above 1 without `project`; if the number of channels
-            changes without `project`.
+        ValueError: If an argument is out of its range; if strides are not
+            integers in a strided convolution, or above 1 without `project`; if
+            the number of channels changes without `project`.
 
     Example:
 
@@ -77,96 +91,84 @@ class ResidualLayer(keras.layers.Layer):
 
     def __init__(
         self,
-        filters,
-        kernel_size=3,
-        strides=1,
-        pooling_cls=None,
-        project=False,
-        channels_first=None,
-        weight_decay=5e-3,
-        batch_norm_args=None,
+        filters: int,
+        kernel_size: int | Sequence[int] = 3,
+        strides: Strides = 1,
+        pooling_cls: PoolingClass | None = None,
+        project: bool = False,
+        channels_first: bool | None = None,
+        weight_decay: float = 5e-3,
+        batch_norm_args: dict[str, Any] | None = None,
+        pool_after: str = 'convolution',
         **kwargs,
     ):
         super().__init__(**kwargs)
-        require(
-            is_integer(filters, least=1),
-            '`filters` must be an integer, at least 1',
-            filters=filters,
-        )
-        self.filters = filters
+        self.filters = integer('filters', filters, least=1)
         self.kernel_size = kernel_size
         self.strides = standardize_strides(strides, 2)
         self.project = one_of('project', project, (True, False))
+        require(
+            project or self.strides == (1, 1),
+            '`strides` must be 1 in a residual layer with project=False',
+            strides=strides,
+        )
         self.channels_first = _is_channels_first(channels_first)
         self.weight_decay = weight_decay
         self.batch_norm_args = dict(batch_norm_args or batch_norm())
-        if self.strides != (1, 1) and not project:
-            raise ValueError(
-                '`strides` must be 1 in a residual layer with project=False. '
-                f'Received: strides={strides}'
-            )
+        self.pool_after = one_of('pool_after', pool_after, POOL_AFTER)
         conv_strides, self.pool = _downsampling(
             self.strides, pooling_cls, self.channels_first
         )
-
-        if isinstance(self.pool, keras.layers.Layer):
+        if self.pool is not None:
             self.pool.dtype_policy = self.dtype_policy
-
-        def norm():
-            return _batch_norm(
-                self.channels_first,
-                dtype=self.dtype_policy,
-                **self.batch_norm_args,
-            )
-
-        def conv(kernel_size, strides=1):
-            return _conv(
-                filters,
-                kernel_size,
-                strides,
-                self.channels_first,
-                weight_decay,
-                dtype=self.dtype_policy,
-            )
-
+        conv, norm = _layer_classes(
+            self.channels_first,
+            weight_decay,
+            self.batch_norm_args,
+            dtype=self.dtype_policy,
+        )
         self.norms = [norm(), norm()]
-        self.convs = [conv(kernel_size, conv_strides), conv(kernel_size)]
-        self.shortcut = conv(1, conv_strides) if project else None
+        self.convs = [
+            conv(filters, kernel_size, conv_strides),
+            conv(filters, kernel_size),
+        ]
+        self.shortcut = conv(filters, 1, conv_strides) if project else None
 
     def build(self, input_shape):
         channels = input_shape[1 if self.channels_first else -1]
-        if not self.project and channels != self.filters:
-            raise ValueError(
-                f'`filters` must be the number of input channels, {channels}, '
-                'in a residual layer with project=False. '
-                f'Received: filters={self.filters}'
-            )
+        require(
+            self.project or channels == self.filters,
+            f'`filters` must be the number of input channels, {channels}, in '
+            'a residual layer with project=False',
+            filters=self.filters,
+        )
+        # These layers read the number of channels alone.
+        output_shape = self.compute_output_shape(input_shape)
         self.norms[0].build(input_shape)
         self.convs[0].build(input_shape)
-        inner_shape = self.convs[0].compute_output_shape(input_shape)
-        shortcut_shape = input_shape
+        self.norms[1].build(output_shape)
+        self.convs[1].build(output_shape)
         if self.pool is not None:
             self.pool.build(input_shape)
-            inner_shape = self.pool.compute_output_shape(inner_shape)
-            shortcut_shape = self.pool.compute_output_shape(input_shape)
-        if self.shortcut is not None:
-            self.shortcut.build(shortcut_shape)
-        self.norms[1].build(inner_shape)
-        self.convs[1].build(inner_shape)
+        if self.project:
+            self.shortcut.build(input_shape)
         self.built = True
 
     def call(self, inputs):
-        x = ops.relu(self.norms[0](inputs))
-        shortcut, x = self._pooled(x, self.convs[0](x))
-        shortcut = self.shortcut(shortcut) if self.project else inputs
-        x = self.convs[1](ops.relu(self.norms[1](x)))
-        return x + shortcut
+        h = ops.relu(self.norms[0](inputs))
+        x = self.convs[0](h)
+        if self.pool_after == 'convolution':
+            h, x = self._pooled(h, x)
+        x = ops.relu(self.norms[1](x))
+        if self.pool_after == 'activation':
+            h, x = self._pooled(h, x)
+        return self.convs[1](x) + (self.shortcut(h) if self.project else inputs)
 
     def _pooled(self, *maps):
         if self.pool is None:
             return maps
         if isinstance(self.pool, SpectralPooling):
-            return self.pool(list(maps))  # One set of tables for both.
+            return self.pool(list(maps))  # Both share the tables.
         return [self.pool(x) for x in maps]
 
     def compute_output_shape(self, input_shape):
@@ -186,6 +188,7 @@ class ResidualLayer(keras.layers.Layer):
             'channels_first': self.channels_first,
             'weight_decay': self.weight_decay,
             'batch_norm_args': self.batch_norm_args,
+            'pool_after': self.pool_after,
         }
 
     @classmethod
@@ -199,27 +202,26 @@ gin.register(ResidualLayer, module='resnet')
 
 
 @gin.configurable(module='resnet')
-def ResnetBlock(filters, strides=1, num_layers=2, project_first=True, **kwargs):
-    """Residual layers of as many filters, of which the first may downsample.
+def ResnetBlock(
+    filters: int,
+    strides: Strides = 1,
+    num_layers: int = 2,
+    project_first: bool = True,
+    **kwargs,
+) -> keras.Sequential:
+    """Returns residual layers of equal width; the first one may downsample.
 
     Args:
         filters: Number of output channels.
-        strides: Of the first layer, if that projects.
+        strides: Strides of the first layer, if that projects.
         num_layers: Number of residual layers.
         project_first: Whether the first layer projects.
-        **kwargs: Of every `ResidualLayer`.
-
-    Returns:
-        A `keras.Sequential`.
+        **kwargs: Arguments of every `ResidualLayer`.
 
     Raises:
         ValueError: If there is no layer, and as in `ResidualLayer`.
     """
-    require(
-        is_integer(num_layers, least=1),
-        '`num_layers` must be an integer, at least 1',
-        num_layers=num_layers,
-    )
+    integer('num_layers', num_layers, least=1)
     layer = configured(ResidualLayer)
     strides = strides if project_first else 1
     first = layer(filters, strides=strides, project=project_first, **kwargs)
@@ -229,48 +231,50 @@ def ResnetBlock(filters, strides=1, num_layers=2, project_first=True, **kwargs):
 
 @gin.configurable(module='resnet')
 def Resnet(
-    filters,
-    strides,
-    num_output_classes,
-    output_activation=None,
-    id_only=(),
-    channels_first=None,
-    pooling_cls=None,
-    weight_decay=5e-3,
-    stride_cost=None,
+    filters: Sequence[int],
+    strides: str | Sequence[Strides],
+    num_output_classes: int,
+    output_activation: str | Callable | None = None,
+    id_only: Sequence[int] = (),
+    channels_first: bool | None = None,
+    pooling_cls: PoolingClass | None = None,
+    weight_decay: float = 5e-3,
+    stride_cost: float | None = None,
+    pool_after: str = 'convolution',
     **kwargs,
-):
-    """A pre-activation ResNet for image classification.
+) -> keras.Sequential:
+    """Returns a pre-activation ResNet for image classification.
 
     Args:
         filters: Number of filters of the first convolution and of each block.
-        strides: As many strides, in a list, each a number or one per axis, or
-            in a string such as '1, 1, 3, 2, 3'. Where a stride is 1 there is no
-            pooling layer.
+        strides: One stride for each of `filters`: a list of numbers or pairs,
+            or a string such as '1, 1, 3, 2, 3'. A stride of 1 makes no pooling
+            layer.
         num_output_classes: Number of outputs.
-        output_activation: Such as 'softmax'; None for logits.
+        output_activation: Activation such as 'softmax'; None for logits.
         id_only: Indices of the blocks whose first layer does not project.
         channels_first: Whether the network computes in channels_first; its
             input is channels_last all the same. None for
             `keras.config.image_data_format()`.
-        pooling_cls: What downsamples, see `ResidualLayer`; None for strided
-            convolutions.
+        pooling_cls: The class of pooling layers, see `ResidualLayer`; None for
+            strided convolutions.
         weight_decay: L2 penalty of all kernels and of the last bias.
-        stride_cost: What learned strides cost in the loss: None or 0 for
-            nothing; a number for the paper's cost of that weight, see
-            `regularizers.ActivationCost`; or another cost of a model, such as
-            `regularizers.MacsCost`. Of no effect without learned strides.
-        **kwargs: Of every `ResnetBlock`.
+        stride_cost: Weight of the paper's cost of learned strides in the loss,
+            see `costs.ActivationCost`; None for no cost. Without learned
+            strides it has no effect.
+        pool_after: Where residual layers pool, see `ResidualLayer`. With
+            'activation', a pooling layer after the first convolution has a
+            normalization and an activation before it, too.
+        **kwargs: Arguments of every `ResnetBlock`.
 
     Returns:
         A `keras.Sequential`, built at its first call,
-        [batch, height, width, channels] -> float32 [batch, num_output_classes];
-        within a `regularizers.StrideCostModel` if strides cost something.
+        [batch, height, width, channels] -> float32 [batch, num_output_classes].
 
     Raises:
-        ValueError: If `filters` and `strides` differ in length, if a stride is
-            not allowed, see `ResidualLayer`, or if it is above 1 in a block of
-            `id_only`.
+        ValueError: If an argument is out of its range; if `filters` and
+            `strides` differ in length; if a stride is not allowed, see
+            `ResidualLayer`, or above 1 in a block of `id_only`.
 
     Example:
 
@@ -278,58 +282,40 @@ def Resnet(
     >>> tuple(model(keras.ops.ones((4, 32, 32, 3))).shape)
     (4, 10)
     """
-    require(
-        isinstance(filters, (list, tuple))
-        and filters
-        and all(is_integer(x, least=1) for x in filters),
-        '`filters` must be a list of integers, each at least 1',
-        filters=filters,
-    )
     strides = parse_strides(strides)
-    if len(filters) != len(strides):
-        raise ValueError(
-            f'`strides` must be as many as `filters`, {len(filters)}. '
-            f'Received: strides={strides}'
-        )
-    require(
-        isinstance(id_only, (list, tuple))
-        and all(is_integer(x, least=0) for x in id_only)
-        and max(id_only, default=0) < max(1, len(filters) - 1),
-        '`id_only` must be a list of indices of blocks, from 0',
-        id_only=id_only,
-    )
-    for block in id_only:
-        if strides[1 + block] != (1, 1):
-            raise ValueError(
-                '`strides` must be 1 in the blocks of `id_only`. '
-                f'Received: strides={strides}, id_only={id_only}'
-            )
+    _check_blocks(filters, strides, id_only)
+    one_of('pool_after', pool_after, POOL_AFTER)
     channels_first = _is_channels_first(channels_first)
-    decay = _l2(weight_decay)
     conv_strides, pool = _downsampling(strides[0], pooling_cls, channels_first)
-    layers = [
-        keras.layers.Permute((3, 1, 2)) if channels_first else None,
-        _conv(filters[0], 3, conv_strides, channels_first, weight_decay),
-        pool,
-    ]
-    for block, (width, stride) in enumerate(zip(filters[1:], strides[1:])):
-        layers.append(
-            ResnetBlock(
-                width,
-                stride,
-                project_first=block not in id_only,
-                pooling_cls=pooling_cls,
-                channels_first=channels_first,
-                weight_decay=weight_decay,
-                **kwargs,
-            )
-        )
+    conv, norm = _layer_classes(channels_first, weight_decay, batch_norm())
+    decay = keras.regularizers.L2(weight_decay)
+    layers = [keras.layers.Permute((3, 1, 2))] if channels_first else []
+    layers.append(conv(filters[0], 3, conv_strides))
+    if pool is not None:
+        if pool_after == 'activation':
+            layers += [norm(), keras.layers.ReLU()]
+        layers.append(pool)
     layers += [
-        _batch_norm(channels_first, **batch_norm()),
+        ResnetBlock(
+            width,
+            stride,
+            project_first=block not in id_only,
+            pooling_cls=pooling_cls,
+            channels_first=channels_first,
+            weight_decay=weight_decay,
+            pool_after=pool_after,
+            **kwargs,
+        )
+        for block, (width, stride) in enumerate(zip(filters[1:], strides[1:]))
+    ]
+    if stride_cost is not None:
+        finite('stride_cost', stride_cost, least=0)
+    if stride_cost and any(map(diffstride_layers, layers)):
+        layers.append(ActivationCost(stride_cost))
+    layers += [
+        norm(),
         keras.layers.ReLU(),
-        keras.layers.GlobalAveragePooling2D(
-            data_format=_format(channels_first)
-        ),
+        keras.layers.GlobalAveragePooling2D(_data_format(channels_first)),
         keras.layers.Dense(
             num_output_classes,
             activation=output_activation,
@@ -339,101 +325,125 @@ def Resnet(
             dtype='float32',
         ),
     ]
-    model = keras.Sequential([layer for layer in layers if layer is not None])
-    if isinstance(stride_cost, numbers.Real):
-        require(
-            is_finite(stride_cost, least=0),
-            '`stride_cost` must be a finite number, at least 0',
-            stride_cost=stride_cost,
-        )
-        stride_cost = stride_cost and ActivationCost(stride_cost)
-    if stride_cost is None or stride_cost == 0 or not diffstride_layers(model):
-        return model
-    return StrideCostModel(model, stride_cost)
+    return keras.Sequential(layers)
 
 
 @gin.configurable(module='resnet')
-def resnet18(strides=(1, 1, 2, 2, 2), width=64, **kwargs):
-    """ResNet-18 for small images: `Resnet` of 4 blocks of 2 layers.
+def resnet18(
+    strides: str | Sequence[Strides] = (1, 1, 2, 2, 2),
+    width: int = 64,
+    **kwargs,
+) -> keras.Sequential:
+    """Returns a `Resnet` of 4 blocks of 2 layers.
 
     Args:
-        strides: Of the first convolution and of the blocks, see `Resnet`.
-        width: Number of filters of the first convolution; less is thinner.
-        **kwargs: Of `Resnet`.
+        strides: Strides of the first convolution and the blocks, see `Resnet`.
+        width: Number of filters of the first convolution.
+        **kwargs: Other arguments of `Resnet`.
     """
     return _resnet((1, 1, 2, 4, 8), strides, width, num_layers=2, **kwargs)
 
 
 @gin.configurable(module='resnet')
-def resnet56(strides=(1, 1, 2, 2), width=16, **kwargs):
-    """ResNet-56 for small images: `Resnet` of 3 blocks of 9 layers.
-
-    Args:
-        strides: Of the first convolution and of the blocks, see `Resnet`.
-        width: Number of filters of the first convolution; less is thinner.
-        **kwargs: Of `Resnet`.
-    """
+def resnet56(
+    strides: str | Sequence[Strides] = (1, 1, 2, 2), width: int = 16, **kwargs
+) -> keras.Sequential:
+    """Returns a `Resnet` of 3 blocks of 9 layers, see `resnet18`."""
     return _resnet((1, 1, 2, 4), strides, width, num_layers=9, **kwargs)
 
 
 def _resnet(widths, strides, width, **kwargs):
     strides = parse_strides(strides)
-    require(
-        is_integer(width, least=1),
-        '`width` must be an integer, at least 1',
-        width=width,
-    )
-    # The first block widens nothing: it projects only where it must stride.
+    integer('width', width, least=1)
+    # The first block widens nothing: it projects only where it strides.
     id_only = [0] if strides[1:2] == [(1, 1)] else []
     kwargs = {'id_only': id_only, **kwargs}
     return Resnet([width * w for w in widths], strides, **kwargs)
 
 
-def parse_strides(strides):
-    """Returns a list of (height, width) strides, from a list or a string.
+def parse_strides(
+    strides: str | Sequence[Strides],
+) -> list[tuple[float, float]]:
+    """Returns (height, width) strides from a list or a string of them.
 
     Raises:
         ValueError: If it is none, or if a stride is not a number >= 1.
     """
     try:
-        if isinstance(strides, str):
-            strides = ast.literal_eval(f'[{strides}]')
-        strides = list(strides)
+        is_text = isinstance(strides, str)
+        values = list(ast.literal_eval(f'[{strides}]') if is_text else strides)
     except (SyntaxError, TypeError, ValueError):
-        raise ValueError(
-            '`strides` must be a list of strides, or a string such as '
-            f"'1, 1, 3, 2, 3'. Received: strides={strides!r}"
-        ) from None
-    return [standardize_strides(stride, 2) for stride in strides]
+        values = None
+    require(
+        values is not None,
+        '`strides` must be a list of strides, or a string such as '
+        "'1, 1, 3, 2, 3'",
+        strides=strides,
+    )
+    return [standardize_strides(stride, 2) for stride in values]
+
+
+def _check_blocks(filters, strides, id_only):
+    require(
+        isinstance(filters, (list, tuple))
+        and filters
+        and all(is_integer(x, least=1) for x in filters),
+        '`filters` must be a list of integers, each at least 1',
+        filters=filters,
+    )
+    require(
+        len(filters) == len(strides),
+        f'`strides` must be as many as `filters`, {len(filters)}',
+        strides=strides,
+    )
+    require(
+        isinstance(id_only, (list, tuple))
+        and all(is_integer(x, least=0) for x in id_only)
+        and max(id_only, default=0) < max(1, len(filters) - 1),
+        '`id_only` must be a list of indices of blocks, from 0',
+        id_only=id_only,
+    )
+    require(
+        all(strides[1 + block] == (1, 1) for block in id_only),
+        '`strides` must be 1 in the blocks of `id_only`',
+        strides=strides,
+        id_only=id_only,
+    )
 
 
 def _downsampling(strides, pooling_cls, channels_first):
-    """Returns the strides of the convolution, and the pooling layer or None."""
-    whole = tuple(int(s) if s == int(s) else s for s in strides)
+    """Returns the strides of a convolution and the pooling layer, or None."""
     if strides == (1, 1):
         return (1, 1), None
+    strides = tuple(int(s) if s.is_integer() else s for s in strides)
     if pooling_cls is None:
-        if whole != tuple(map(int, strides)):
-            raise ValueError(
-                '`strides` of a strided convolution (pooling_cls=None) must be '
-                f'integers. Received: strides={strides}'
-            )
-        return whole, None
+        require(
+            all(isinstance(s, int) for s in strides),
+            '`strides` of a strided convolution (pooling_cls=None) must be '
+            'integers',
+            strides=strides,
+        )
+        return strides, None
     pooling_cls = configured(pooling_cls, 'pooling_cls')
-    arguments = {'strides': whole, 'data_format': _format(channels_first)}
-    parameters = inspect.signature(pooling_cls).parameters
-    if 'pool_size' in parameters and (
-        parameters['pool_size'].default is inspect.Parameter.empty
-    ):
-        arguments['pool_size'] = whole  # As Keras's average pooling needs.
-    pool = pooling_cls(**arguments)
+    kwargs = {'strides': strides, 'data_format': _data_format(channels_first)}
+    # Keras's average pooling has no default window. Its `__init__` is asked
+    # because gin hides the signature of a class.
+    function = (
+        pooling_cls.__init__ if inspect.isclass(pooling_cls) else pooling_cls
+    )
+    window = inspect.signature(function).parameters.get('pool_size')
+    if window is not None and window.default is inspect.Parameter.empty:
+        kwargs['pool_size'] = strides
+    pool = pooling_cls(**kwargs)
     require(
-        callable(pool), '`pooling_cls` must return a layer', pooling_cls=pool
+        isinstance(pool, keras.layers.Layer),
+        '`pooling_cls` must return a layer',
+        pooling_cls=pool,
     )
     return (1, 1), pool
 
 
-def configured(function, name=None):
+def configured(function: Callable, name: str = 'function') -> Callable:
     """Returns a function or class with gin's bindings, if gin knows it.
 
     Raises:
@@ -445,39 +455,30 @@ def configured(function, name=None):
         require(
             callable(function),
             f'`{name}` must be a class or another callable',
-            **{name or 'function': function},
+            **{name: function},
         )
         return function
 
 
-def _conv(
-    filters, kernel_size, strides, channels_first, weight_decay, **kwargs
-):
-    return keras.layers.Conv2D(
-        filters,
-        kernel_size,
-        strides=strides,
+def _layer_classes(channels_first, weight_decay, batch_norm_args, dtype=None):
+    """Returns Conv2D and BatchNormalization with the arguments of a network."""
+    decay = finite('weight_decay', weight_decay, least=0)
+    conv = functools.partial(
+        keras.layers.Conv2D,
         padding='same',
-        data_format=_format(channels_first),
+        data_format=_data_format(channels_first),
         use_bias=False,
         kernel_initializer='he_normal',
-        kernel_regularizer=_l2(weight_decay),
-        **kwargs,
+        kernel_regularizer=keras.regularizers.L2(decay),
+        dtype=dtype,
     )
-
-
-def _l2(weight_decay):
-    require(
-        is_finite(weight_decay, least=0),
-        '`weight_decay` must be a finite number, at least 0',
-        weight_decay=weight_decay,
+    norm = functools.partial(
+        keras.layers.BatchNormalization,
+        axis=1 if channels_first else -1,
+        dtype=dtype,
+        **batch_norm_args,
     )
-    return keras.regularizers.L2(weight_decay)
-
-
-def _batch_norm(channels_first, **kwargs):
-    axis = 1 if channels_first else -1
-    return keras.layers.BatchNormalization(axis=axis, **kwargs)
+    return conv, norm
 
 
 def _is_channels_first(channels_first):
@@ -486,5 +487,5 @@ def _is_channels_first(channels_first):
     return bool(channels_first)
 
 
-def _format(channels_first):
+def _data_format(channels_first):
     return 'channels_first' if channels_first else 'channels_last'

@@ -1,14 +1,23 @@
-"""Checks of arguments, which name the argument, the rule and the value."""
+"""Checks of arguments. Every message names the argument, rule and value."""
 
 import math
 import numbers
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import keras
 
 from diffstride import backend
 
 
-def one_of(name, value, allowed):
+def require(holds: Any, rule: str, **received: Any) -> None:
+    """Raises a ValueError with the rule and the values unless it holds."""
+    if not holds:
+        values = ', '.join(f'{name}={v!r}' for name, v in received.items())
+        raise ValueError(f'{rule}. Received: {values}')
+
+
+def one_of(name: str, value: Any, allowed: Collection) -> Any:
     """Returns the value of the argument `name` if it is allowed."""
     require(
         value in allowed, f'`{name}` must be one of {allowed}', **{name: value}
@@ -16,27 +25,40 @@ def one_of(name, value, allowed):
     return value
 
 
-def require(holds, rule, **received):
-    """Raises a ValueError of the rule and what was received unless it holds."""
-    if not holds:
-        values = ', '.join(f'{name}={v!r}' for name, v in received.items())
-        raise ValueError(f'{rule}. Received: {values}')
+def finite(
+    name: str, value: Any, least: float = -math.inf, above: float = -math.inf
+) -> float:
+    """Returns the argument `name` as a float if it is a number in range."""
+    bounds = [f'at least {least:g}'] * math.isfinite(least)
+    bounds += [f'above {above:g}'] * math.isfinite(above)
+    rule = ', '.join([f'`{name}` must be a finite number', *bounds])
+    require(is_finite(value, least, above), rule, **{name: value})
+    return float(value)
 
 
-def is_finite(value, least=-math.inf, above=-math.inf):
-    """Whether it is a finite number, at least `least` and above `above`."""
+def integer(name: str, value: Any, least: int) -> int:
+    """Returns the argument `name` as an int if it is at least `least`."""
+    rule = f'`{name}` must be an integer, at least {least}'
+    require(is_integer(value, least), rule, **{name: value})
+    return int(value)
+
+
+def is_finite(
+    value: Any, least: float = -math.inf, above: float = -math.inf
+) -> bool:
+    """Tells whether a value is a finite number, >= `least` and > `above`."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     return (
         is_number and math.isfinite(value) and value >= least and value > above
     )
 
 
-def is_integer(value, least):
-    """Whether it is an integer of at least `least`, and no bool."""
+def is_integer(value: Any, least: int) -> bool:
+    """Tells whether a value is an integer >= `least`, and not a bool."""
     return isinstance(value, numbers.Integral) and is_finite(value, least)
 
 
-def standardize_strides(strides, rank):
+def standardize_strides(strides: Any, rank: int) -> tuple[float, ...]:
     """Returns one float per axis, from a number or one number per axis.
 
     Raises:
@@ -59,7 +81,7 @@ def standardize_strides(strides, rank):
     return tuple(map(float, values))
 
 
-def standardize_size(size):
+def standardize_size(size: Any) -> int | tuple[int, ...]:
     """Returns an integer, or a tuple of one to three: one per axis.
 
     Raises:
@@ -77,7 +99,9 @@ def standardize_size(size):
     return tuple(map(int, values))
 
 
-def check_inputs(layer, inputs, spatial_axes):
+def check_inputs(
+    layer: keras.layers.Layer, inputs: Any, spatial_axes: Sequence[int]
+) -> None:
     """Checks the tensor or the list of tensors that a layer is called with."""
     tensors = inputs if isinstance(inputs, (list, tuple)) else [inputs]
     for tensor in tensors:

@@ -1,4 +1,4 @@
-"""Tests of the drawn dataset."""
+"""The drawn dataset: its spectra hold what its docstring says."""
 
 import numpy as np
 import pytest
@@ -6,46 +6,45 @@ import tensorflow_datasets as tfds
 
 from diffstride.examples import data, gratings
 
+N, CLASSES = gratings.SIZE, gratings.CLASSES
 
-@pytest.fixture(scope='session')
+
+@pytest.fixture(scope='module')
 def data_dir(tmp_path_factory):
     return tmp_path_factory.mktemp('gratings')
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def splits(data_dir):
-    """The arrays of both splits, as {split: {feature: array}}."""
-    splits = tfds.load('gratings', data_dir=data_dir, batch_size=-1)
-    return tfds.as_numpy(splits)
-
-
-def power(images, axis):
-    """The power at the frequencies of the classes along an axis, [n, 8]."""
-    pixels = images[..., 0].astype(np.float64)
-    spectrum = np.abs(np.fft.rfft(pixels, axis=axis)) ** 2
-    other = 3 - axis
-    return spectrum.mean(other)[:, list(gratings.FREQUENCIES)]
+    """Returns (pixels around 0, labels) of both splits."""
+    splits = tfds.as_numpy(
+        tfds.load('gratings', data_dir=data_dir, batch_size=-1)
+    )
+    return {
+        name: (split['image'][..., 0] / 255 - 0.5, split['label'])
+        for name, split in splits.items()
+    }
 
 
 @pytest.mark.parametrize('split, count', [('train', 4000), ('test', 1000)])
 def test_sizes_and_balance(splits, split, count):
-    images, labels = splits[split]['image'], splits[split]['label']
-    assert images.shape == (count, 32, 32, 1)
-    assert images.dtype == np.uint8
+    images, labels = splits[split]
+    assert images.shape == (count, N, N)
     np.testing.assert_array_equal(np.bincount(labels), [count // 8] * 8)
 
 
 def test_builder_needs_no_files_of_its_own(data_dir, splits):
     builder = tfds.builder('gratings', data_dir=data_dir)
     assert builder.info.supervised_keys == ('image', 'label')
-    assert builder.info.features['label'].names[0] == '6 cycles'
+    assert builder.info.features['image'].dtype == np.uint8
+    assert builder.info.features['label'].names[0] == 'pattern 1'
     assert builder.url_infos is None
 
 
 def test_loads_as_training_data(data_dir, splits):
     datasets = data.load_datasets('gratings', data_dir)
-    assert datasets.image_shape == (32, 32, 1)
-    assert datasets.num_classes == 8
+    assert datasets.image_shape == (N, N, 1)
+    assert datasets.num_classes == CLASSES
     images, _ = next(iter(datasets.test))
     np.testing.assert_allclose(np.std(images), 1, atol=0.1)
 
@@ -60,35 +59,60 @@ def test_drawing_is_deterministic():
 
 
 def test_splits_share_no_image(splits):
-    images = np.concatenate([splits[s]['image'] for s in ('train', 'test')])
+    images = np.concatenate([splits[s][0] for s in ('train', 'test')])
     assert len({image.tobytes() for image in images}) == 5000
 
 
-def test_frequency_along_the_width_tells_the_class(splits):
-    images, labels = splits['test']['image'], splits['test']['label']
-    assert np.mean(power(images, axis=2).argmax(-1) == labels) > 0.99
+def test_power_is_at_the_frequencies_along_the_width_alone(splits):
+    images, _ = splits['train']
+    power = np.mean(np.abs(np.fft.fft2(images) / N**2) ** 2, 0)[:, : N // 2 + 1]
+    # White noise spreads its variance evenly over the N^2 frequencies.
+    noise = power[8:25].mean()
+    np.testing.assert_allclose(noise, 0.17**2 / N**2, rtol=0.05)
+    # The mean of contrast^2 / 4, less what bends move to other rows.
+    contrast = (0.087**3 - 0.052**3) / (3 * (0.087 - 0.052))
+    stripes = power[[0, 1, 2, -1, -2]].sum(0)[list(gratings.FREQUENCIES)]
+    np.testing.assert_allclose(stripes, contrast / 4 + 5 * noise, rtol=0.05)
+    assert min(gratings.FREQUENCIES) > N / (2 * 3)
+    others = np.delete(power, gratings.FREQUENCIES, axis=1)[:, 1:]
+    assert others.max() < 1.2 * noise
 
 
-def test_frequency_along_the_height_tells_nothing(splits):
-    images, labels = splits['test']['image'], splits['test']['label']
-    assert np.mean(power(images, axis=1).argmax(-1) == labels) < 0.2
+def test_all_classes_have_the_same_spectrum(splits):
+    images, labels = splits['train']
+    power = np.abs(np.fft.rfft(images.mean(1))) ** 2
+    power = np.stack([power[labels == c].mean(0) for c in range(CLASSES)])
+    power = power[:, list(gratings.FREQUENCIES)]
+    assert np.all(np.abs(power / power.mean(0) - 1) < 0.1)
 
 
-def test_classes_lie_beyond_a_stride_of_three():
-    assert min(gratings.FREQUENCIES) > gratings.SIZE / (2 * 3)
-    assert max(gratings.FREQUENCIES) < gratings.SIZE / 2
+def matched(images, frequencies):
+    """Returns the class whose pattern fits best at any shift, [n]."""
+    rows = np.fft.rfft(images.mean(1))
+    scores = []
+    for phases in gratings.PHASES:
+        spectrum = np.zeros_like(rows)
+        for frequency, phase in zip(gratings.FREQUENCIES, phases):
+            if frequency in frequencies:
+                spectrum[:, frequency] = rows[:, frequency] * np.exp(
+                    -1j * phase
+                )
+        scores.append(np.fft.irfft(spectrum, n=8 * N).max(-1))
+    return np.argmax(scores, 0)
+
+
+def test_phases_tell_the_class_and_few_frequencies_do_not(splits):
+    images, labels = splits['test']
+    assert np.mean(matched(images, gratings.FREQUENCIES) == labels) > 0.99
+    # One frequency is left by a stride of 2. Its phase depends on the shift.
+    assert np.mean(matched(images, [8]) == labels) < 0.2
 
 
 def test_linear_readout_does_not_suffice(splits):
-    train, test = (
-        (
-            splits[s]['image'].reshape(-1, 32 * 32) / 255 - 0.5,
-            splits[s]['label'],
-        )
-        for s in ('train', 'test')
+    (train, labels), (test, expected) = (
+        (images.reshape(-1, N * N), labels)
+        for images, labels in (splits['train'], splits['test'])
     )
-    pixels, labels = train
-    gram = pixels.T @ pixels + 10 * np.eye(32 * 32)
-    weights = np.linalg.solve(gram, pixels.T @ np.eye(8)[labels])
-    pixels, labels = test
-    assert np.mean((pixels @ weights).argmax(-1) == labels) < 0.3
+    gram = train.T @ train + 10 * np.eye(N * N)
+    weights = np.linalg.solve(gram, train.T @ np.eye(CLASSES)[labels])
+    assert np.mean((test @ weights).argmax(-1) == expected) < 0.3

@@ -1,112 +1,199 @@
-"""The files of a training: each is whole under its name, or absent.
+"""The files of a run: each is whole under its name, or absent.
 
-A checkpoint that is written takes its name when it is finished; the one before
-it stays as previous.keras until then, and is used should the last be damaged.
+workdir/
+  checkpoints/epoch_0007/   the two last epochs:
+    model.keras               what is evaluated and exported
+    training.keras            what is trained on, if weights are averaged
+    state.json                history and the state of callbacks
+  best.keras                the best epoch on validation data
+  config.gin                all settings that were in effect
+  data.json                 class names, image shape, mean and scale
+  results.json              at the end
 """
 
 import contextlib
+import dataclasses
 import filecmp
+import importlib
 import itertools
 import json
+import math
 import os
+import pathlib
 import re
 import shutil
-import warnings
 import zipfile
 
-try:
-    import fcntl
-except ImportError:  # On Windows.
-    fcntl = None
+import filelock
+import keras
+import numpy as np
 
 
-class WriteError(Exception):
-    """A file could not be written; those before it are whole."""
+class Stop(Exception):
+    """Ends the command with its message, one line, and exit code 1."""
 
-    def __init__(self, path, reason):
-        super().__init__(
-            f'{path} cannot be written ({reason}). What was written before is '
-            'whole: make room, and the same command continues'
-        )
+
+@dataclasses.dataclass
+class State:
+    """How far a training is.
+
+    Attributes:
+        history: one dict per epoch.
+        callbacks: for each callback, the values that it remembers.
+        ended: whether a callback has ended the training early.
+    """
+
+    history: list[dict] = dataclasses.field(default_factory=list)
+    callbacks: list[dict] = dataclasses.field(default_factory=list)
+    ended: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained model and what is needed to use it.
+
+    Attributes:
+        model: the model of the best epoch, or of the last one.
+        class_names: one string per class.
+        image_shape: (height, width, channels).
+        mean: what is subtracted from the pixels, [channels] or [].
+        scale: what they are divided by then, [channels] or [].
+        settings: the text of config.gin, which gin parses on its own.
+        history: one dict per epoch.
+    """
+
+    model: keras.Model
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    mean: np.ndarray
+    scale: np.ndarray
+    settings: str
+    history: list[dict]
+
+
+def load_run(workdir: str | os.PathLike) -> Run:
+    """Loads what a training has left in its workdir.
+
+    Raises:
+        ValueError: if the folder holds no trained model.
+    """
+    workdir = pathlib.Path(workdir).expanduser()
+    data = read(workdir / 'data.json')
+    folder = next(iter(epoch_folders(workdir)), None)
+    if data is None or folder is None:
+        raise ValueError(f'{workdir} holds no trained model')
+    settings = (workdir / 'config.gin').read_text()
+    for module in re.findall(r'^import (\S+)', settings, re.MULTILINE):
+        importlib.import_module(module)  # It may register classes.
+    return Run(
+        model=keras.models.load_model(result_file(workdir), compile=False),
+        class_names=tuple(data['class_names']),
+        image_shape=tuple(data['image_shape']),
+        mean=np.asarray(data['mean'], 'float32'),
+        scale=np.asarray(data['scale'], 'float32'),
+        settings=settings,
+        history=read(folder / 'state.json')['history'],
+    )
+
+
+def result_file(workdir: pathlib.Path) -> pathlib.Path:
+    """Returns the path of the best model, or else of the last one."""
+    best = workdir / 'best.keras'
+    return best if best.exists() else epoch_folders(workdir)[0] / 'model.keras'
+
+
+def epoch_folders(workdir: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the checkpoints, the newest first."""
+    folders = workdir.glob('checkpoints/epoch_*')
+    return sorted(folders, key=_epoch, reverse=True)
+
+
+def _epoch(folder):
+    return int(folder.name.removeprefix('epoch_'))
 
 
 @contextlib.contextmanager
-def locked(folder):
-    """Keeps other processes from training in a folder.
+def locked(workdir: pathlib.Path):
+    """Makes the folder and keeps other processes from training in it.
 
     The lock ends with the process, however it ends.
 
     Raises:
-        ValueError: If another process has the lock.
+        Stop: if another process has the lock, or the folder cannot be made.
     """
-    if fcntl is None:
-        warnings.warn(
-            f'{folder} is not locked, as this system has no flock: do not '
-            'start a second training in it',
-            stacklevel=4,
-        )
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
+    lock = filelock.FileLock(workdir / 'lock', timeout=0)
     try:
-        if not try_lock(descriptor):
-            raise ValueError(
-                f'{folder} is in use by another training, which is still '
-                'running: wait for its end, or set train.workdir to another '
-                'folder'
-            )
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except filelock.Timeout:
+        raise Stop(
+            f'{workdir} is in use by another training: wait for its end, or '
+            'set train.workdir to another folder'
+        ) from None
+    except OSError as error:
+        raise Stop(
+            f'train.workdir cannot be written: {workdir} ({error.strerror})'
+        ) from error
+    try:
         yield
     finally:
-        os.close(descriptor)
+        lock.release()
 
 
-def try_lock(file):
-    """Locks an open file if no other process has; returns whether it did."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+def is_locked(workdir: pathlib.Path) -> bool:
+    """Returns whether a process is training in the folder."""
+    if not (workdir / 'lock').exists():
         return False
-    return True
+    try:
+        with filelock.FileLock(workdir / 'lock', timeout=0):
+            return False
+    except filelock.Timeout:
+        return True
 
 
 @contextlib.contextmanager
-def unfinished(path):
-    """Yields a path for a file that becomes this one at the end.
+def unfinished(path: pathlib.Path):
+    """Yields a path for a file or folder that becomes this one at the end.
 
     Raises:
-        WriteError: If it cannot be written.
+        Stop: if it cannot be written.
     """
-    temporary = path.with_stem(f'unfinished_{path.stem}')
+    temporary = path.with_name(f'unfinished_{path.name}')
     try:
+        _remove(temporary)  # A process that was killed may have left it.
+        path.parent.mkdir(exist_ok=True)
         yield temporary
-        with temporary.open('rb') as file:
-            os.fsync(file.fileno())
+        for written in (*temporary.glob('*'), temporary):
+            descriptor = os.open(written, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
         os.replace(temporary, path)
     except OSError as error:
-        raise WriteError(path, error.strerror or error) from error
+        raise Stop(
+            f'{path} cannot be written ({error.strerror or error}). What was '
+            'written before is whole: make room, and the same command continues'
+        ) from error
     finally:
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            _remove(temporary)
 
 
-def write(path, text):
-    """Writes a file of text."""
+def _remove(path):
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write(path: pathlib.Path, content) -> None:
+    """Writes text, or any other content as JSON. NaN becomes null."""
+    if not isinstance(content, str):
+        content = json.dumps(_plain(content), indent=1, allow_nan=False)
     with unfinished(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(content)
 
 
-def write_figure(path, figure):
-    """Writes a figure of matplotlib."""
-    with unfinished(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-
-
-def to_json(content):
-    """Text of plain values and of NumPy's."""
-    return json.dumps(content, indent=2, default=float)
-
-
-def read(path):
+def read(path: pathlib.Path):
     """Returns the content of a file of JSON, or None if it is not whole."""
     try:
         return json.loads(path.read_text())
@@ -114,43 +201,67 @@ def read(path):
         return None
 
 
-def save(model, workdir, history, results):
-    """Writes the checkpoints, the history and the results of an epoch.
+def _plain(value):
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
-    History and results come before the checkpoint: they may be of one epoch
-    more, and are cut when the training is restored. The best checkpoint comes
-    after it, so that no kill makes it one of an epoch that is cut; restoring
-    makes up for it.
+
+def save(
+    model: keras.Model,
+    workdir: pathlib.Path,
+    state: State,
+    averaged=None,
+) -> None:
+    """Writes the checkpoint of an epoch.
+
+    Args:
+        model: The compiled model.
+        workdir: Path of the folder.
+        state: The state after this epoch.
+        averaged: A context within which the model holds its averaged weights;
+            None if weights are not averaged.
     """
-    last = workdir / 'last.keras'
-    with unfinished(last) as temporary:
-        model.save(temporary)
-        with zipfile.ZipFile(temporary, 'a') as archive:
-            archive.comment = b'epoch %d' % len(history)
-        write_results(workdir, history, results)
-        if last.exists():
-            os.replace(last, workdir / 'previous.keras')
-    _keep_if_best(last, history)
+    path = workdir / 'checkpoints' / f'epoch_{len(state.history):04}'
+    path.parent.mkdir(exist_ok=True)
+    with unfinished(path) as folder:
+        folder.mkdir()
+        if averaged is not None:
+            model.save(folder / 'training.keras')
+        with averaged or contextlib.nullcontext():
+            model.save(folder / 'model.keras')
+        write(folder / 'state.json', dataclasses.asdict(state))
+    _tidy(workdir, state.history)
 
 
-def write_results(workdir, history, results):
-    """Writes the history and the results, without a checkpoint."""
-    write(workdir / 'history.json', to_json(history))
-    write(workdir / 'results.json', to_json(results))
+def _tidy(workdir, history):
+    """Keeps the two last epochs, and the last one if it is the best."""
+    for old in epoch_folders(workdir)[2:]:
+        shutil.rmtree(old)
+    _keep_if_best(workdir, history)
 
 
-def _keep_if_best(path, history):
-    accuracies = [row['val_accuracy'] for row in history]
-    best = path.with_stem('best')
-    if accuracies[-1] < max(accuracies) or (
-        best.exists() and filecmp.cmp(path, best, shallow=False)
-    ):
+def _keep_if_best(workdir, history):
+    *before, last = (row.get('val_accuracy') for row in history)
+    if last is None or last <= max(before, default=-1):
+        return
+    path = epoch_folders(workdir)[0] / 'model.keras'
+    best = workdir / 'best.keras'
+    if best.exists() and filecmp.cmp(path, best, shallow=False):
         return
     with unfinished(best) as temporary:
         shutil.copyfile(path, temporary)
 
 
-def restore(model, workdir, steps_per_epoch):
+def restore(
+    model: keras.Model, workdir: pathlib.Path, steps_per_epoch: int
+) -> State:
     """Loads the last whole checkpoint of a workdir, if it holds any.
 
     A damaged one is renamed if the one before it is whole, else left alone.
@@ -158,85 +269,69 @@ def restore(model, workdir, steps_per_epoch):
     Args:
         model: A compiled model; its weights and its optimizer's are loaded.
         workdir: Path of the folder.
-        steps_per_epoch: Batches of an epoch, those done before too.
-
-    Returns:
-        The history, a list of one dict per epoch.
+        steps_per_epoch: Batches of an epoch, which must be those of before.
 
     Raises:
-        ValueError: If there are checkpoints and none can be continued.
+        Stop: if there are checkpoints and none can be continued.
     """
-    last, previous = workdir / 'last.keras', workdir / 'previous.keras'
-    found = [path for path in (last, previous) if path.exists()]
-    if not found:
-        return []
-    rows = read(workdir / 'history.json')
-    if not isinstance(rows, list) or not all(
-        isinstance(row, dict) and {'epoch', 'val_accuracy'} <= row.keys()
-        for row in rows
-    ):
-        raise ValueError(
-            f'{workdir / "history.json"} is damaged or missing, without which '
-            f'{found[0].name} cannot be continued: set train.workdir to '
-            'another folder'
-        )
-    errors = []
+    folders = epoch_folders(workdir)
+    if not folders:
+        return State()
     model.optimizer.build(model.trainable_variables)
-    for path in found:
+    errors = []
+    for folder in folders:
         try:
-            epoch = _load(model, path)
+            state = _load(model, folder)
             break
-        except Exception as error:
+        except Exception as error:  # Keras raises many kinds.
             errors.append(error)
     else:
-        raise ValueError(
-            f'{found[0]} cannot be continued: it is damaged, or of another '
+        raise Stop(
+            f'{folders[0]} cannot be continued: it is damaged, or of another '
             'model. Set train.workdir to another folder, or the model as it is '
             f'in {workdir / "config.gin"}. ({first_line(errors[0])})'
         ) from errors[0]
-    if epoch is None:  # It was written before checkpoints said it.
-        epoch = int(model.optimizer.iterations) / steps_per_epoch
-    history = rows[: int(epoch)]
-    if not history or len(history) != epoch:
-        raise ValueError(
-            f'{path} is of epoch {epoch:g}, and history.json of {len(rows)} '
-            'epochs: set train.workdir to another folder'
-        )
-    before = history[-1].get('steps_per_epoch', steps_per_epoch)
+    before = state.history[-1]['steps']
     if before != steps_per_epoch:
-        raise ValueError(
-            f'{path} is of epochs of {before} steps, and not of '
-            f'{steps_per_epoch}: set batch_size and train.steps_per_epoch as '
-            'before, or another train.workdir'
+        raise Stop(
+            f'{folder} is of epochs of {before} steps, and not of '
+            f'{steps_per_epoch}: set the batch size and train.steps_per_epoch '
+            'as before, or another train.workdir'
         )
-    if errors:
-        names = (workdir / f'damaged_{i}.keras' for i in itertools.count(1))
-        damaged = next(name for name in names if not name.exists())
-        os.replace(last, damaged)
+    for damaged, error in zip(folders, errors):
+        names = (
+            damaged.with_name(f'damaged_{i}_{damaged.name}')
+            for i in itertools.count(1)
+        )
+        name = next(name for name in names if not name.exists())
+        os.replace(damaged, name)
         print(
-            f'{last} is damaged ({first_line(errors[0])}): it is kept as '
-            f'{damaged.name}, and {path.name} is continued instead',
+            f'{damaged} is damaged ({first_line(error)}): it is kept as '
+            f'{name.name}, and {folder.name} is continued instead',
             flush=True,
         )
-    _keep_if_best(path, history)
-    return history
+    _tidy(workdir, state.history)
+    return state
 
 
-def _load(model, path):
-    """Returns the epoch that the checkpoint says it is of, or None."""
+def _load(model, folder):
+    state = State(**json.loads((folder / 'state.json').read_text()))
+    if len(state.history) != _epoch(folder):
+        raise ValueError('state.json is of another epoch')
+    path = folder / 'training.keras'
+    if not path.exists():
+        path = folder / 'model.keras'
     with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f'{damaged} in it is damaged')
-        epoch = re.fullmatch(rb'epoch (\d+)', archive.comment)
+        if archive.testzip() is not None:
+            raise ValueError(f'{path.name} is damaged')
     model.load_weights(path)
-    return epoch and int(epoch[1])
+    return state
 
 
-def first_line(error):
-    """The first line of an error's message; gin and Keras add more."""
+def first_line(error: BaseException) -> str:
+    """Returns the first line of a message; gin and Keras add more."""
     text = re.sub(r'\x1b\[\d*m', '', str(error))  # Colours.
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     while lines[1:] and lines[0].startswith('Exception encountered when'):
-        del lines[0]  # What Keras says where it was is not the cause.
+        del lines[0]  # Keras says first where it was, and then the cause.
     return lines[0] if lines else type(error).__name__

@@ -1,17 +1,93 @@
-"""A network of learned strides as an ONNX file that onnxruntime runs.
+r"""Exports a trained classifier to a file that needs none of this package.
 
-python3 -m diffstride.examples.export, some 20 seconds on two CPU cores.
+    python3 -m diffstride.examples.export --workdir=/tmp/run --format=onnx
+
+The folder of --output, WORKDIR/export unless it is set, receives
+
+    model.onnx, model.tflite or saved_model/    by --format
+    labels.txt                                  one class name per line
+
+The model takes the pixels of pictures in the range 0..255, float32 [batch,
+height, width, channels], and puts out the probabilities of the classes, float32
+[batch, classes]. The batch size is free. The mean and the scale of the training
+are part of the model; resizing is not: pictures must come in the height and
+width of the training, as Pillow's `image.resize((width, height),
+Image.BILINEAR)` makes them. A model that was trained in bfloat16 is exported in
+float32. An ONNX file holds the class names in its metadata too, as JSON under
+`class_names`.
 """
 
-import numpy as np
-import onnxruntime
+import json
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Sequence
 
-from diffstride import DiffStride, freeze, resnet
+from absl import flags
 
-model = resnet.resnet18(num_output_classes=10, pooling_cls=DiffStride)
-model.build((None, 32, 32, 3))  # And then trained.
-freeze(model).export('resnet18.onnx', format='onnx')
+from diffstride import freeze
+from diffstride.examples.classifier import (
+    classifier,
+    loaded_run,
+    output_folder,
+    run_command,
+    written,
+)
 
-session = onnxruntime.InferenceSession('resnet18.onnx')
-name = session.get_inputs()[0].name
-(logits,) = session.run(None, {name: np.zeros((5, 32, 32, 3), 'float32')})
+# The names that Keras gives to the formats, and the files that they become.
+_FILES = {
+    'onnx': 'model.onnx',
+    'litert': 'model.tflite',
+    'tf_saved_model': 'saved_model',
+}
+_FORMAT = flags.DEFINE_enum(
+    'format', 'onnx', list(_FILES), 'The format of the exported model.'
+)
+
+
+def export(arguments: Sequence[str]) -> None:
+    """Exports the model of a training.
+
+    Args:
+        arguments: There must be none beside the flags.
+
+    Raises:
+        ValueError: If there is an argument, or no training in the workdir.
+        OSError: If a file cannot be written.
+        ImportError: If the package is missing that writes the format.
+    """
+    if arguments:
+        raise ValueError(f'Unknown arguments: {arguments}')
+    run = loaded_run()
+    model = freeze(classifier(run))
+    folder = output_folder('export')
+    target = folder / _FILES[_FORMAT.value]
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        path = pathlib.Path(temporary) / target.name
+        model.export(str(path), format=_FORMAT.value, verbose=False)
+        if _FORMAT.value == 'onnx':
+            _add_metadata(path, class_names=json.dumps(run.class_names))
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+    print(f'Wrote {target}')
+    with written(folder / 'labels.txt') as path:
+        path.write_text('\n'.join(run.class_names) + '\n')
+    shape = ', '.join(map(str, run.image_shape))
+    print(
+        f'It takes float32 [batch, {shape}] in the range 0..255 and puts out '
+        f'the probabilities of {len(run.class_names)} classes.'
+    )
+
+
+def _add_metadata(path: pathlib.Path, **metadata: str) -> None:
+    """Adds texts to the metadata of an ONNX file."""
+    import onnx
+
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, metadata)
+    onnx.save(model, path)
+
+
+if __name__ == '__main__':
+    run_command(export)

@@ -1,8 +1,14 @@
-"""Makes Keras's optimizers, schedules and losses configurable by gin.
+"""Registers with gin all that a configuration may name.
 
-As `tf.keras.optimizers.SGD` (or `keras.optimizers.SGD`),
-`tf.keras.optimizers.schedules.CosineDecay`,
-`tf.keras.losses.CategoricalCrossentropy` and so on.
+Beside the project's own functions these are Keras's layers, callbacks,
+optimizers, schedules and losses, as `keras.optimizers.SGD` (or, as in 2022,
+`tf.keras.optimizers.SGD`). One's own are registered in a module of one's own,
+which a gin file or a binding then imports:
+
+    import gin, keras
+
+    @gin.register
+    class MyLayer(keras.layers.Layer): ...
 """
 
 import inspect
@@ -10,15 +16,23 @@ import inspect
 import gin
 import keras
 
+import diffstride.callbacks
+import diffstride.resnet  # noqa: F401
+from diffstride.examples import grid, schedules, train  # noqa: F401
 
-def _register_classes(module, base):
-    for cls in vars(module).values():
-        if inspect.isclass(cls) and issubclass(cls, base):
-            gin.register(cls, module=f'tf.{module.__name__}')
+gin.external_configurable(grid.grid, module='grid')
 
-
-_register_classes(keras.optimizers, keras.optimizers.Optimizer)
-_register_classes(
-    keras.optimizers.schedules, keras.optimizers.schedules.LearningRateSchedule
-)
-_register_classes(keras.losses, keras.losses.Loss)
+for _module, _base in (
+    (keras.layers, keras.layers.Layer),
+    (keras.callbacks, keras.callbacks.Callback),
+    (keras.optimizers, keras.optimizers.Optimizer),
+    (
+        keras.optimizers.schedules,
+        keras.optimizers.schedules.LearningRateSchedule,
+    ),
+    (keras.losses, keras.losses.Loss),
+):
+    _classes = filter(inspect.isclass, vars(_module).values())
+    for _cls in dict.fromkeys(_classes):  # Some have two names.
+        if issubclass(_cls, _base):
+            gin.register(_cls, module=f'tf.{_module.__name__}')

@@ -1,4 +1,4 @@
-"""A small drawn dataset that needs detail along the width only.
+"""A small drawn dataset that needs fine detail along the width only.
 
     import tensorflow_datasets as tfds
     from diffstride.examples import gratings  # registers 'gratings'
@@ -12,40 +12,45 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 SIZE = 32
-# Cycles per image width, one per class. A stride of 3 keeps frequencies up
-# to 32 / (2 * 3) = 5.3 cycles: every class lies above.
-FREQUENCIES = (6, 7, 8, 9, 10, 11, 12, 13)
+CLASSES = 8
+# The gratings in every image, in cycles per image width. A stride of 3 keeps
+# frequencies up to 32 / (2 * 3) = 5.3 cycles, so all of them lie beyond it.
+FREQUENCIES = (8, 9, 10, 11, 12, 13)
+# The phases of the gratings, in radians, are what makes a class.
+PHASES = np.random.default_rng(0).uniform(
+    0, 2 * np.pi, (CLASSES, len(FREQUENCIES))
+)
 TRAIN_EXAMPLES = 4000
 TEST_EXAMPLES = 1000
 
 
-def draw(labels, rng):
-    """Draws one grating per label.
+def draw(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draws one image of vertical stripes per label.
 
-    The image is round(255 * clip(I, 0, 1)), where x and y count pixels,
-    N = 32 and f = FREQUENCIES[label], in cycles per image:
+    The stripes are a sum of six gratings. All classes have the same six, of
+    equal amplitude, and so the same spectrum; they differ in the phases of the
+    gratings relative to each other. The image is round(255 * clip(I, 0, 1)),
+    where x and y count pixels and N = 32:
 
-        I(y, x) = brightness
-            + contrast * cos(2 pi (f x / N + v y / N) + phase)
-            + slope_x * (x / (N - 1) - 1/2)
-            + slope_y * (y / (N - 1) - 1/2)
-            + noise(y, x)
+        I(y, x) = 1/2 + noise(y, x)
+            + contrast * sum_f cos(2 pi f (x - s(y)) / N + PHASES[label, f])
+        s(y) = shift + bend * cos(2 pi y / N + turn)
 
-    All but f is drawn anew for each image, and the same way for all classes:
+    All but the phases is drawn anew for each image, and the same way for all
+    classes:
 
-        v           U(-1.5, 1.5) cycles per image: a slight tilt
-        phase       U(0, 2 pi)
-        brightness  U(0.4, 0.6)
-        contrast    U(0.1, 0.3)
-        slope_x     U(-0.2, 0.2) over the width
-        slope_y     U(-0.2, 0.2) over the height
-        noise       normal, standard deviation 0.1, for each pixel
+        contrast    U(0.052, 0.087), for stripes of 0.09 to 0.15 RMS
+        shift       U(0, N) pixels
+        bend        U(-0.3, 0.3) pixels: stripes are nearly straight
+        turn        U(0, 2 pi)
+        noise       normal, standard deviation 0.17, for each pixel
 
-    The random phase makes the mean image of every class flat, so a linear
-    readout of the pixels cannot tell them apart.
+    Along the width the stripes need every frequency up to 13 of 16 cycles.
+    Along the height an image changes slowly, so that averaging rows removes
+    noise and nothing else.
 
     Args:
-        labels: integers in 0 .. len(FREQUENCIES) - 1, [n].
+        labels: integers in 0 .. CLASSES - 1, [n].
         rng: the numpy.random.Generator to draw from.
 
     Returns:
@@ -57,26 +62,28 @@ def draw(labels, rng):
 
     x = np.arange(SIZE)
     y = x[:, None]
-    across = np.asarray(FREQUENCIES)[labels][:, None, None]
-    cycles = (across * x + uniform(-1.5, 1.5) * y) / SIZE
-    grating = np.cos(2 * np.pi * cycles + uniform(0, 2 * np.pi))
-    image = uniform(0.4, 0.6) + uniform(0.1, 0.3) * grating
-    image += uniform(-0.2, 0.2) * (x / (SIZE - 1) - 0.5)
-    image += uniform(-0.2, 0.2) * (y / (SIZE - 1) - 0.5)
-    image += rng.normal(0, 0.1, image.shape)
+    bend = uniform(-0.3, 0.3)
+    wave = np.cos(2 * np.pi * y / SIZE + uniform(0, 2 * np.pi))
+    position = x - uniform(0, SIZE) - bend * wave
+    stripes = sum(
+        np.cos(2 * np.pi * frequency * position / SIZE + phases[:, None, None])
+        for frequency, phases in zip(FREQUENCIES, PHASES[labels].T)
+    )
+    image = 0.5 + uniform(0.052, 0.087) * stripes
+    image += rng.normal(0, 0.17, image.shape)
     return np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8)[..., None]
 
 
 class Gratings(tfds.core.GeneratorBasedBuilder):
-    """Oriented gratings, classified by their frequency along the width.
+    """Vertical stripes, classified by their pattern along the width.
 
     Eight balanced classes; 4,000 training and 1,000 test images [32, 32, 1].
-    Fine detail along the width tells the class. Along the height the image
-    varies slowly, and in the same way for all classes. So a good stride is
-    small along the width and may be large along the height.
+    Fine detail along the width tells the class. Along the height there is
+    nothing but noise to average. So a good stride is small along the width and
+    large along the height.
     """
 
-    VERSION = tfds.core.Version('1.0.0')
+    VERSION = tfds.core.Version('2.0.0')
     # TFDS looks for checksums beside this path. There are none, and so it
     # need not know where the package lies, be it read-only or zipped.
     code_path = None
@@ -84,13 +91,13 @@ class Gratings(tfds.core.GeneratorBasedBuilder):
     def _info(self):
         return tfds.core.DatasetInfo(
             builder=self,
-            description='Gratings; the class is their frequency along the'
-            ' width, 6 to 13 cycles per image.',
+            description='Vertical stripes of six gratings, 8 to 13 cycles per'
+            ' image; the class is the phases between them.',
             features=tfds.features.FeaturesDict(
                 {
                     'image': tfds.features.Image(shape=(SIZE, SIZE, 1)),
                     'label': tfds.features.ClassLabel(
-                        names=[f'{f} cycles' for f in FREQUENCIES]
+                        names=[f'pattern {i + 1}' for i in range(CLASSES)]
                     ),
                 }
             ),
@@ -104,7 +111,7 @@ class Gratings(tfds.core.GeneratorBasedBuilder):
         }
 
     def _generate_examples(self, count, seed):
-        labels = np.arange(count) % len(FREQUENCIES)
+        labels = np.arange(count) % CLASSES
         images = draw(labels, np.random.default_rng(seed))
         for index, (image, label) in enumerate(zip(images, labels)):
             yield index, {'image': image, 'label': label}

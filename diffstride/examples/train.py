@@ -1,14 +1,15 @@
 """Training of an image classifier, set by gin and resumed after a kill."""
 
 import contextlib
-import errno
-import functools
+import dataclasses
+import inspect
+import math
+import numbers
 import os
 import pathlib
 import platform
-import re
-import tempfile
 import time
+from collections.abc import Callable, Sequence
 
 import gin
 import keras
@@ -17,324 +18,439 @@ import tensorflow as tf
 from absl import logging
 
 import diffstride
-from diffstride import plots, pooling, resnet
-from diffstride.callbacks import RepinStrides, StrideLogger
-from diffstride.examples import checkpoints, data
+from diffstride import diffstride_layers, plots, resnet
+from diffstride.callbacks import StrideLogger, UpdateSizes
+from diffstride.examples import checkpoints, data, schedules, settings
+from diffstride.examples.checkpoints import Stop
+from diffstride.validation import is_integer, require
 
-
-class SetupError(Exception):
-    """What stops a training before it starts, in one line."""
+_CHECK_STEPS = 100  # The loss is looked at this often: looking costs time.
 
 
 @gin.configurable(module='train')
 def train(
-    workdir=None,
-    load_data_fn=data.load_datasets,
-    model_cls=resnet.resnet18,
-    optimizer_cls=keras.optimizers.SGD,
-    loss_cls=keras.losses.CategoricalCrossentropy,
-    num_epochs=400,
-    steps_per_epoch=None,
-    data_format='auto',
-    dtype_policy='float32',
-    jit_compile='auto',
-    distribution='auto',
-    callbacks=(),
-    seed=0,
-    deterministic=False,
-):
-    """Trains a classifier, or continues where a run of the same workdir ended.
-
-    The workdir receives, after each epoch: last.keras, previous.keras (of the
-    epoch before) and best.keras (by test accuracy), history.json, results.json,
-    strides.png (with matplotlib), and for TensorBoard logs/; config.gin holds
-    every parameter that was in effect.
-
-    What callbacks remember is not restored, but for what they keep in the
-    model, as SettleStrides does.
+    workdir: str | os.PathLike | None = None,
+    load_data_fn: Callable = data.load_datasets,
+    model_cls: Callable = resnet.resnet18,
+    optimizer_cls: Callable = keras.optimizers.SGD,
+    loss_cls: Callable = keras.losses.CategoricalCrossentropy,
+    num_epochs: int = 400,
+    steps_per_epoch: int | None = None,
+    data_format: str = 'auto',
+    dtype_policy: str = 'float32',
+    jit_compile: bool | str = 'auto',
+    distribution: str = 'auto',
+    callbacks: Sequence = (),
+    seed: int = 0,
+    deterministic: bool = False,
+    on_changed_settings: str = 'refuse',
+    labels: dict | None = None,
+) -> 'Training':
+    """Prepares the training of a classifier; writes nothing yet.
 
     Args:
-        workdir: Folder of all outputs, made if there is none.
+        workdir: Folder of all outputs, see `checkpoints`, made if there is
+            none. A training that has begun in it is continued.
         load_data_fn: Called with `seed`, returns `data.Datasets`.
         model_cls: Called with `num_output_classes` and `channels_first`; makes
             a Keras model of [batch, height, width, channels] images that puts
             out what `loss_cls` expects.
-        optimizer_cls: Returns the optimizer.
+        optimizer_cls: Returns the optimizer. If it averages weights
+            (`use_ema`), the averages are what is validated and kept.
         loss_cls: Returns the loss, of one-hot labels.
         num_epochs: Epochs in all, those before a resumption counted in.
         steps_per_epoch: Steps of an epoch; None for the whole training set.
         data_format: 'channels_first', 'channels_last' or 'auto': channels_first
             on a GPU and channels_last on a CPU, whose convolutions need it.
         dtype_policy: Such as 'mixed_bfloat16'.
-        jit_compile: As in `keras.Model.compile`. On TensorFlow layers whose
-            sizes follow the strides cannot be compiled; True pins them, and
-            their sizes then follow from epoch to epoch, as they do on JAX.
+        jit_compile: As in `keras.Model.compile`.
         distribution: 'none'; 'mirrored' (TensorFlow) or 'data_parallel' (JAX)
             over all devices of the kind that computes; 'auto' for the one that
             the backend has if there are several GPUs.
-        callbacks: Keras callbacks, or functions that return them, called after
-            those that log strides and before those that write files.
+        callbacks: Keras callbacks. The numbers that they remember, such as the
+            best loss of EarlyStopping, are restored, arrays are not.
         seed: Of the initialization, the order of the data, and augmentation.
         deterministic: Whether two runs of one seed on one machine, interrupted
             or not, must give equal numbers, at the cost of speed.
+        on_changed_settings: 'refuse' to continue a training under other
+            settings, or 'continue' where that is possible: another learning
+            rate, loss, callback, seed or augmentation. More epochs always are.
+        labels: Words that name the run in a report, such as
+            {'variant': 'DiffStride'}.
 
     Returns:
-        The content of results.json, a dict.
+        A `Training`.
 
     Raises:
-        SetupError: Before any training, if something is set wrong, or if
-            another process is training in the workdir.
-        checkpoints.WriteError: If a file cannot be written.
+        ValueError: If a setting is wrong, has no effect, or differs from the
+            one under which the training in the workdir began.
     """
-    with contextlib.ExitStack() as stack:
-        with setup_errors():
-            workdir = checked_workdir(workdir)
-            data.check_arguments(
-                _RULES, 'train.', load_data_fn=load_data_fn,
-                model_cls=model_cls, optimizer_cls=optimizer_cls,
-                loss_cls=loss_cls, num_epochs=num_epochs,
-                steps_per_epoch=steps_per_epoch, data_format=data_format,
-                dtype_policy=dtype_policy, jit_compile=jit_compile,
-                callbacks=callbacks, seed=seed, deterministic=deterministic,
-            )  # fmt: skip
-            channels_first = _channels_first(data_format)
-            distributed = _distributed(distribution)
-            keras.utils.clear_session()  # Names of layers are keys of the logs.
-            keras.utils.set_random_seed(seed)
-            if deterministic:
-                _make_deterministic()
-            keras.config.set_dtype_policy(dtype_policy)
-            datasets = _returned(
-                'load_data_fn', load_data_fn, data.Datasets, seed=seed
+    workdir = checked_workdir(workdir)
+    _check(
+        load_data_fn=load_data_fn, model_cls=model_cls,
+        optimizer_cls=optimizer_cls, loss_cls=loss_cls, num_epochs=num_epochs,
+        steps_per_epoch=steps_per_epoch, data_format=data_format,
+        dtype_policy=dtype_policy, jit_compile=jit_compile,
+        distribution=distribution, callbacks=callbacks, seed=seed,
+        deterministic=deterministic, on_changed_settings=on_changed_settings,
+        labels=labels,
+    )  # fmt: skip
+    channels_first = _channels_first(data_format)
+    distributed = _distributed(distribution)
+    keras.utils.clear_session()  # Names of layers are keys of the history.
+    keras.utils.set_random_seed(seed)
+    if deterministic:
+        _make_deterministic()
+    keras.config.set_dtype_policy(dtype_policy)
+    datasets = _returned('load_data_fn', load_data_fn, data.Datasets, seed=seed)
+    steps_per_epoch = steps_per_epoch or datasets.steps_per_epoch
+    with distributed:
+        with schedules.training_of(steps_per_epoch, num_epochs):
+            optimizer = _returned(
+                'optimizer_cls', optimizer_cls, keras.optimizers.Optimizer
             )
-            callbacks = [_made(callback) for callback in callbacks]
-            with distributed:
-                optimizer = _returned(
-                    'optimizer_cls', optimizer_cls, keras.optimizers.Optimizer
-                )
-                loss = _returned('loss_cls', loss_cls, keras.losses.Loss)
-                model = _returned(
-                    'model_cls',
-                    model_cls,
-                    keras.Model,
-                    num_output_classes=datasets.num_classes,
-                    channels_first=channels_first,
-                )
-                model.build((None, *datasets.image_shape))
-                _check_outputs(model, loss, datasets)
-                if jit_compile is True:
-                    for layer in pooling.diffstride_layers(model):
-                        layer.pin()
-                _exclude_strides_from_weight_decay(optimizer, model)
-                model.compile(
-                    optimizer=optimizer,
-                    loss=loss,
-                    metrics=['accuracy'],
-                    jit_compile=jit_compile,
-                )
-            stride_logger = StrideLogger(datasets.image_shape, workdir / 'logs')
-            stride_logger.set_model(model)  # Which checks the model.
-            steps_per_epoch = steps_per_epoch or datasets.steps_per_epoch
-            _make(workdir)
-            stack.enter_context(checkpoints.locked(workdir))
-            history = checkpoints.restore(model, workdir, steps_per_epoch)
-            _make(workdir / 'logs')
-        results_path = workdir / 'results.json'
-        if len(history) < num_epochs:
-            checkpoints.write(
-                workdir / 'config.gin', gin.operative_config_str()
-            )
-            print(
-                f'Epochs {len(history) + 1} to {num_epochs} in {workdir}',
-                flush=True,
-            )
-            with _errors_of_a_full_disk():
-                model.fit(
-                    datasets.train(len(history)),
-                    epochs=num_epochs,
-                    initial_epoch=len(history),
-                    steps_per_epoch=steps_per_epoch,
-                    shuffle=False,
-                    validation_data=datasets.test,
-                    callbacks=[
-                        # First, so that its line does not list every stride.
-                        keras.callbacks.ProgbarLogger(),
-                        stride_logger,
-                        *callbacks,
-                        _Recorder(workdir, history, seed),
-                        keras.callbacks.TensorBoard(
-                            workdir / 'logs', write_graph=False
-                        ),
-                        RepinStrides(),  # After what saves what was validated.
-                    ],
-                )
-        else:
-            print(
-                f'{len(history)} epochs of {num_epochs} are done in {workdir}',
-                flush=True,
-            )
-            # A kill may have come before these.
-            if not _are_of(checkpoints.read(results_path), history):
-                checkpoints.write_results(
-                    workdir, history, _results(model, history, seed)
-                )
-            _plot_strides(model, history, workdir / 'strides.png')
-    return checkpoints.read(results_path)
-
-
-@gin.configurable(module='train')
-def compare(workdir=None, model_cls=resnet.resnet18):
-    """Compares strided convolutions, fixed strides and learned strides.
-
-    Args:
-        workdir: Folder of one workdir for each of the three.
-        model_cls: As in `train`; also called with `pooling_cls`.
-
-    Returns:
-        A dict from the name of the pooling to its results.
-    """
-    with setup_errors():
-        workdir = checked_workdir(workdir, 'compare.workdir')
-    results = {}
-    for pooling_cls in (
-        None,
-        pooling.FixedSpectralPooling,
-        pooling.DiffStride,
-    ):
-        name = pooling_cls.__name__ if pooling_cls else 'StridedConvolution'
-        print(f'\n{name}', flush=True)
-        results[name] = train(
-            workdir=workdir / name,
-            model_cls=functools.partial(
-                resnet.configured(model_cls), pooling_cls=pooling_cls
-            ),
+        loss = _returned('loss_cls', loss_cls, keras.losses.Loss)
+        model = _returned(
+            'model_cls',
+            model_cls,
+            keras.Model,
+            num_output_classes=datasets.num_classes,
+            channels_first=channels_first,
         )
-    print(
-        '\n| pooling | test accuracy | MMAC per image | seconds '
-        '| learned strides |'
+        model.build((None, *datasets.image_shape))
+        _check_outputs(model, loss, datasets)
+        strides = [x.strides for x in diffstride_layers(model)]
+        if strides:
+            _innermost(optimizer).exclude_from_weight_decay(strides)
+        model.compile(
+            optimizer=optimizer,
+            loss=loss,
+            metrics=['accuracy'],
+            jit_compile=jit_compile,
+        )
+    stride_logger = StrideLogger(datasets.image_shape, workdir / 'logs')
+    stride_logger.set_model(model)  # It checks the names of the layers.
+    settings.check_reach()
+    training = Training(
+        workdir=workdir,
+        model=model,
+        datasets=datasets,
+        callbacks=[stride_logger, *callbacks],
+        num_epochs=num_epochs,
+        steps_per_epoch=steps_per_epoch,
+        settings=settings.text(),
+        seed=seed,
+        labels=labels or {},
     )
-    print('| --- ' * 5 + '|')
-    for name, result in results.items():
+    training.check_changes(on_changed_settings)
+    return training
+
+
+@dataclasses.dataclass
+class Training:
+    """A training that is prepared; see `train`."""
+
+    workdir: pathlib.Path
+    model: keras.Model
+    datasets: data.Datasets
+    callbacks: list[keras.callbacks.Callback]
+    num_epochs: int
+    steps_per_epoch: int
+    settings: str
+    seed: int
+    labels: dict
+    changes: Sequence[str] = ()
+
+    def check_changes(self, on_changed_settings: str) -> None:
+        """Compares the settings with those of the training in the workdir."""
+        config = self.workdir / 'config.gin'
+        if not config.exists() or not checkpoints.epoch_folders(self.workdir):
+            return
+        self.changes, can_continue = settings.changes(
+            config.read_text(), self.settings
+        )
+        if self.changes and (
+            not can_continue or on_changed_settings == 'refuse'
+        ):
+            advice = "train.on_changed_settings = 'continue' to go on, or "
+            raise ValueError(
+                f'The training in {self.workdir} began under other settings: '
+                f'{"; ".join(self.changes)}. Set '
+                f'{advice if can_continue else ""}train.workdir to another '
+                'folder'
+            )
+
+    def run(self) -> dict:
+        """Trains, or goes on where a run of the same workdir ended.
+
+        Returns:
+            The content of results.json.
+
+        Raises:
+            checkpoints.Stop: If another process trains in the workdir, its
+                checkpoints are of another model, a file cannot be written, or
+                the loss is no longer finite.
+        """
+        with checkpoints.locked(self.workdir):
+            state = self._restored()
+            if len(state.history) < self.num_epochs and not state.ended:
+                self._fit(state)
+            results = self._results(state)
+        self._tell(results)
+        return results
+
+    def _restored(self):
+        optimizer = self.model.optimizer
+        rate = float(optimizer.learning_rate)
+        state = checkpoints.restore(
+            self.model, self.workdir, self.steps_per_epoch
+        )
+        done = len(state.history)
+        if done > self.num_epochs:
+            raise Stop(
+                f'{done} epochs are done in {self.workdir}, more than '
+                f'train.num_epochs = {self.num_epochs}'
+            )
+        if self.changes:
+            state.ended = False
+            print('Changed: ' + '; '.join(self.changes), flush=True)
+        if any('learning_rate was' in change for change in self.changes):
+            with contextlib.suppress(TypeError):  # A schedule is in effect.
+                optimizer.learning_rate = rate  # Not the checkpoint's.
+        return state
+
+    def _fit(self, state):
+        data, done = self.datasets, len(state.history)
+        weights = data.class_weights
+        checkpoints.write(self.workdir / 'config.gin', self.settings)
+        names = ('class_names', 'image_shape', 'mean', 'scale')
+        checkpoints.write(
+            self.workdir / 'data.json', {x: getattr(data, x) for x in names}
+        )
+        (self.workdir / 'results.json').unlink(missing_ok=True)
+        print(data.summary)
+        print(self._plan())
+        print(
+            f'Epochs {done + 1} to {self.num_epochs} in {self.workdir}',
+            flush=True,
+        )
+        swap = None
+        if getattr(_innermost(self.model.optimizer), 'use_ema', False):
+            swap = keras.callbacks.SwapEMAWeights()
+        self.model.fit(
+            data.train(done),
+            epochs=self.num_epochs,
+            initial_epoch=done,
+            steps_per_epoch=self.steps_per_epoch,
+            shuffle=False,
+            validation_data=data.validation,
+            class_weight=weights and dict(enumerate(weights)),
+            callbacks=[
+                # First, so that its line does not list every stride.
+                keras.callbacks.ProgbarLogger(),
+                *([swap] if swap else []),
+                *self.callbacks,
+                _Recorder(self.workdir, state, self.callbacks, swap),
+                keras.callbacks.TensorBoard(
+                    self.workdir / 'logs', write_graph=False
+                ),
+                UpdateSizes(),  # Last: what is saved has been validated.
+            ],
+        )
+
+    def _plan(self):
+        total = self.num_epochs * self.steps_per_epoch
+        optimizer = self.model.optimizer
+        done = int(optimizer.iterations)
+        rates = {}
+        for share in (i / 6 for i in range(7)):
+            optimizer.iterations.assign(round(total * share))
+            rates[self.num_epochs * share] = float(optimizer.learning_rate)
+        optimizer.iterations.assign(done)
+        if len(set(rates.values())) == 1:
+            rates = {0: rates[0]}
+        rates = ', '.join(f'{x:.3g} at epoch {k:.3g}' for k, x in rates.items())
+        return (
+            f'{self.steps_per_epoch:,} steps per epoch, {total:,} in '
+            f'{self.num_epochs} epochs; learning rate {rates}'
+        )
+
+    def _results(self, state):
+        path = self.workdir / 'results.json'
+        results = checkpoints.read(path)
+        history = state.history
+        if results and results.get('history') == history:
+            return results
+        model_path = checkpoints.result_file(self.workdir)
+        steps = int(self.model.optimizer.iterations)
+        self.model.load_weights(model_path)
+        epoch = len(history)
+        if model_path.name == 'best.keras':
+            epoch = 1 + int(np.argmax([row['val_accuracy'] for row in history]))
+        logs = {}  # The logger tells strides, sizes and MACs.
+        logger = StrideLogger(self.datasets.image_shape)
+        logger.set_model(self.model)
+        logger.on_epoch_end(epoch - 1, logs)
+        test = self.model.evaluate(
+            self.datasets.test, return_dict=True, verbose=0
+        )
+        results = {
+            **self.labels,
+            'test_accuracy': test['accuracy'],
+            'test_loss': test['loss'],
+            'validation_accuracy': history[epoch - 1].get('val_accuracy'),
+            'epoch': epoch,
+            'epochs': len(history),
+            'steps': steps,
+            'seconds': sum(row['seconds'] for row in history),
+            'seed': self.seed,
+            'macs': logs.get('macs'),
+            'layers': {
+                layer.name: {
+                    'initial_strides': layer.get_config()['strides'],
+                    'strides': layer.stride_values,
+                    'sizes': [
+                        size
+                        for key, size in logs.items()
+                        if key.startswith(f'size/{layer.name}/')
+                    ],
+                }
+                for layer in diffstride_layers(self.model)
+            },
+            'versions': {
+                'diffstride': diffstride.__version__,
+                'keras': keras.__version__,
+                'backend': keras.backend.backend(),
+                'tensorflow': tf.__version__,
+                'python': platform.python_version(),
+            },
+            'history': history,
+        }
+        checkpoints.write(path, results)
+        self._plot_strides(results)
+        return checkpoints.read(path)
+
+    def _plot_strides(self, results):
+        rows = results['history']
+        columns = {
+            key: [row[key] for row in rows]
+            for key in rows[0]
+            if key.startswith('stride/')
+        }
+        if not columns:
+            return
+        initial = {
+            name: layer['initial_strides']
+            for name, layer in results['layers'].items()
+        }
+        try:
+            figure = plots.strides(columns, initial)
+        except ImportError:
+            logging.warning('No strides.png: pip install diffstride[plot]')
+            return
+        with checkpoints.unfinished(self.workdir / 'strides.png') as path:
+            figure.savefig(path, dpi=120)
+
+    def _tell(self, results):
         strides = ', '.join(
-            '({})'.format(' '.join(f'{s:.2f}' for s in layer['strides']))
-            for layer in result['layers'].values()
+            '({})'.format(', '.join(f'{s:.2f}' for s in layer['strides']))
+            for layer in results['layers'].values()
         )
         print(
-            f'| {name} | {100 * result["test_accuracy"]:.1f}% '
-            f'| {result["macs"] / 1e6:.2f} | {result["seconds"]:.0f} '
-            f'| {strides or "-"} |'
+            f'{results["epochs"]} epochs of {self.num_epochs} are done in '
+            f'{self.workdir}. Test accuracy of epoch {results["epoch"]}: '
+            f'{100 * results["test_accuracy"]:.2f}%'
+            + (f', {results["macs"] / 1e6:.2f} MMAC' if results['macs'] else '')
+            + (f', strides {strides}' if strides else ''),
+            flush=True,
         )
-    for path in sorted(workdir.glob('*/strides.png')):
-        print(f'\nStrides over the epochs: {path}')
-    return results
 
 
 class _Recorder(keras.callbacks.Callback):
-    """Writes down each epoch."""
+    """Writes a checkpoint after each epoch.
 
-    def __init__(self, workdir, history, seed):
+    It comes after the callbacks whose values it keeps and restores.
+    """
+
+    def __init__(self, workdir, state, callbacks, swap):
         super().__init__()
         self.workdir = workdir
-        self.history = history
-        self.seed = seed
+        self.state = state
+        self.callbacks = callbacks
+        self.swap = swap
+
+    def on_train_begin(self, logs=None):
+        for callback, values in zip(self.callbacks, self.state.callbacks):
+            vars(callback).update(values)
 
     def on_epoch_begin(self, epoch, logs=None):
         self.start = time.monotonic()
 
+    def on_train_batch_end(self, batch, logs=None):
+        if batch % _CHECK_STEPS == 0:
+            self._check(logs)
+
     def on_epoch_end(self, epoch, logs=None):
-        seconds = time.monotonic() - self.start
-        self.history.append(
-            {
-                'epoch': epoch + 1,
-                'steps_per_epoch': self.params['steps'],
-                **logs,
-                'seconds': seconds,
-            }
-        )
+        self._check(logs)
+        row = {key: float(value) for key, value in logs.items()}
+        row = {
+            'epoch': epoch + 1,
+            'steps': self.params['steps'],
+            **{k: v if math.isfinite(v) else None for k, v in row.items()},
+            'seconds': time.monotonic() - self.start,
+        }
+        self.state.history.append(row)
+        self.state.ended = self.model.stop_training
+        self.state.callbacks = [_remembered(x) for x in self.callbacks]
         checkpoints.save(
             self.model,
             self.workdir,
-            self.history,
-            _results(self.model, self.history, self.seed),
+            self.state,
+            self._averaged() if self.swap else None,
         )
-        _plot_strides(self.model, self.history, self.workdir / 'strides.png')
 
+    def _check(self, logs):
+        for key in ('loss', 'val_loss'):
+            if key in logs and not math.isfinite(logs[key]):
+                done = len(self.state.history)
+                raise Stop(
+                    f'The {key} of epoch {done + 1} is {float(logs[key])}. '
+                    f'The {done} epochs before are kept in {self.workdir}: '
+                    'lower the learning rate'
+                )
 
-@contextlib.contextmanager
-def _errors_of_a_full_disk():
-    """Turns those of TensorBoard's files and of callbacks into a WriteError."""
-    try:
+    @contextlib.contextmanager
+    def _averaged(self):
+        variables = self.model.trainable_variables
+        variables = [*variables, *self.model.optimizer.variables]
+        values = [keras.ops.convert_to_numpy(x) for x in variables]
+        self.swap.on_test_begin()
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        path, reason = error.filename or 'A file', error.strerror
-        raise checkpoints.WriteError(path, reason) from error
-    except tf.errors.OpError as error:
-        found = re.search(r'(\S*events\.out\.tfevents\S*); (.+)', error.message)
-        if found is None:
-            raise
-        raise checkpoints.WriteError(*found.groups()) from error
+        self.swap.on_test_end()
+        for variable, value in zip(variables, values):
+            variable.assign(value)  # Swapping twice has rounded it.
 
 
-def _are_of(results, history):
-    """Whether these results are whole, and not of an epoch that was cut."""
-    return isinstance(results, dict) and results.get('epochs') == len(history)
-
-
-def _results(model, history, seed):
-    last = history[-1]
+def _remembered(callback):
+    """Returns the numbers that a callback keeps beside its arguments."""
+    arguments = inspect.signature(type(callback)).parameters
     return {
-        'test_accuracy': last['val_accuracy'],
-        'best_test_accuracy': max(row['val_accuracy'] for row in history),
-        'epochs': len(history),
-        'steps': int(model.optimizer.iterations),
-        'seconds': sum(row['seconds'] for row in history),
-        'seed': seed,
-        'macs': last.get('macs'),
-        'layers': {
-            layer.name: {
-                'initial_strides': layer.get_config()['strides'],
-                'strides': layer.stride_values,
-                'sizes': [
-                    value
-                    for key, value in last.items()
-                    if key.startswith(f'size/{layer.name}/')
-                ],
-            }
-            for layer in pooling.diffstride_layers(model)
-        },
-        'versions': {
-            'diffstride': diffstride.__version__,
-            'keras': keras.__version__,
-            'backend': keras.backend.backend(),
-            'tensorflow': tf.__version__,
-            'python': platform.python_version(),
-        },
+        key: value
+        for key, value in vars(callback).items()
+        if isinstance(value, numbers.Number)
+        and not key.startswith('_')
+        and key not in arguments
     }
 
 
-def _make_deterministic():
-    tf.config.experimental.enable_op_determinism()
-    if keras.backend.backend() == 'torch':
-        import torch
-
-        torch.use_deterministic_algorithms(True)
-
-
-def _exclude_strides_from_weight_decay(optimizer, model):
-    strides = [layer.strides for layer in pooling.diffstride_layers(model)]
+def _innermost(optimizer):
     while hasattr(optimizer, 'inner_optimizer'):  # Of a LossScaleOptimizer.
         optimizer = optimizer.inner_optimizer
-    if strides:
-        optimizer.exclude_from_weight_decay(
-            strides,  # And what it excludes already:
-            getattr(optimizer, '_exclude_from_weight_decay_names', None),
-        )
+    return optimizer
 
 
 def _returned(name, function, kind, **kwargs):
-    """What an argument of `train` returns, which must be of this kind."""
+    """Returns what an argument of `train` makes, which must be of a kind."""
     made = resnet.configured(function)(**kwargs)
     if not isinstance(made, kind):
         raise ValueError(
@@ -344,67 +460,39 @@ def _returned(name, function, kind, **kwargs):
     return made
 
 
-def _made(callback):
-    made = resnet.configured(callback)() if callable(callback) else callback
-    if not isinstance(made, keras.callbacks.Callback):
-        raise ValueError(
-            'train.callbacks must be Keras callbacks, such as '
-            f'[@callbacks.SettleStrides()]. Received: {made!r}'
-        )
-    return made
-
-
-def _plot_strides(model, history, path):
-    layers = pooling.diffstride_layers(model)
-    initial = {x.name: x.get_config()['strides'] for x in layers}
-    keys = [key for key in history[0] if key.startswith('stride/')]
-    if not keys:
-        return
-    columns = {key: [row[key] for row in history] for key in keys}
-    try:
-        figure = plots.strides(columns, initial)
-    except ImportError:
-        if len(history) == 1:
-            logging.warning('No strides.png: pip install diffstride[plot]')
-        return
-    checkpoints.write_figure(path, figure)
-
-
-def checked_workdir(workdir, parameter='train.workdir'):
+def checked_workdir(workdir) -> pathlib.Path:
     """Returns the path of a folder that is or can be made and written."""
     is_path = isinstance(workdir, (str, os.PathLike))
     if not is_path or workdir == '' or '\0' in str(workdir):
         raise ValueError(
-            'workdir must be a folder, set as in '
-            f'--gin_bindings="{parameter} = \'/tmp/run\'". '
+            'train.workdir must be a folder, set as in '
+            '--gin_bindings="train.workdir = \'/tmp/run\'". '
             f'Received: {workdir!r}'
         )
-    with _refusals_of(workdir):
-        path = pathlib.Path(workdir).expanduser()
-        parents = (path, *path.absolute().parents)
-        existing = next(p for p in parents if p.exists())
-        if not existing.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, f'{existing} is a file')
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    path = pathlib.Path(workdir).expanduser()
+    parents = path, *path.absolute().parents
+    existing = next(parent for parent in parents if parent.exists())
+    require(
+        existing.is_dir() and os.access(existing, os.W_OK | os.X_OK),
+        f'train.workdir must be a folder that can be made and written, and '
+        f'{existing} cannot',
+        workdir=str(workdir),
+    )
     return path
 
 
-@contextlib.contextmanager
-def _refusals_of(workdir):
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # No home is a RuntimeError.
-        raise ValueError(
-            'workdir must be a folder that can be made and written. Received: '
-            f'{str(workdir)!r} ({getattr(error, "strerror", error)})'
-        ) from error
+def _check(**arguments):
+    for name, value in arguments.items():
+        holds, rule = _RULES[name]
+        require(
+            holds(value),
+            f'train.{name} must be {rule}',
+            **{name: value},
+        )
 
 
-def _make(folder):
-    with _refusals_of(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+def _is_count(value):
+    return is_integer(value, least=1) and value < 2**31
 
 
 def _is_policy_of_floats(name):
@@ -412,37 +500,56 @@ def _is_policy_of_floats(name):
         policy = keras.dtype_policies.get(name)
     except (TypeError, ValueError):
         return False
-    return keras.backend.is_float_dtype(policy.compute_dtype) and not getattr(
-        policy, 'quantization_mode', None
+    return (
+        bool(name)
+        and keras.backend.is_float_dtype(policy.compute_dtype)
+        and getattr(policy, 'quantization_mode', None) is None
     )
 
 
-_FUNCTION = callable, 'a class or another callable'
+_FORMATS = ('auto', 'channels_first', 'channels_last')
+_MAKER = callable, 'a class or another callable'
 _RULES = {
-    'load_data_fn': _FUNCTION,
-    'model_cls': _FUNCTION,
-    'optimizer_cls': _FUNCTION,
-    'loss_cls': _FUNCTION,
-    'num_epochs': (lambda x: data.is_int(x, 1, 2**31), 'an integer >= 1'),
+    'load_data_fn': _MAKER,
+    'model_cls': _MAKER,
+    'optimizer_cls': _MAKER,
+    'loss_cls': _MAKER,
+    'num_epochs': (_is_count, 'an integer >= 1'),
     'steps_per_epoch': (
-        lambda x: x is None or data.is_int(x, 1, 2**31),
+        lambda x: x is None or _is_count(x),
         'an integer >= 1 or None',
     ),
-    'data_format': (
-        lambda x: x in ('channels_first', 'channels_last', 'auto'),
-        "'channels_first', 'channels_last' or 'auto'",
-    ),
+    'data_format': (lambda x: x in _FORMATS, f'one of {_FORMATS}'),
     'dtype_policy': (
-        lambda x: x and _is_policy_of_floats(x),
+        _is_policy_of_floats,
         "the name of a policy of floats, such as 'mixed_bfloat16'",
     ),
     'jit_compile': (
         lambda x: isinstance(x, bool) or x == 'auto',
         "True, False or 'auto'",
     ),
-    'callbacks': (lambda x: isinstance(x, (list, tuple)), 'a list'),
-    'seed': (lambda x: data.is_int(x, 0, 2**32), 'an integer in [0, 2**32)'),
+    'distribution': (
+        lambda x: x in ('auto', 'none', _distribution_of_backend()),
+        "'auto', 'none' or, on TensorFlow, 'mirrored' or, on JAX, "
+        "'data_parallel'",
+    ),
+    'callbacks': (
+        lambda x: (
+            isinstance(x, (list, tuple))
+            and all(isinstance(y, keras.callbacks.Callback) for y in x)
+        ),
+        'a list of Keras callbacks, such as [@callbacks.StrideBudget()]',
+    ),
+    'seed': (
+        lambda x: is_integer(x, least=0) and x < 2**32,
+        'an integer in [0, 2**32)',
+    ),
     'deterministic': (lambda x: isinstance(x, bool), 'True or False'),
+    'on_changed_settings': (
+        lambda x: x in ('refuse', 'continue'),
+        "'refuse' or 'continue'",
+    ),
+    'labels': (lambda x: x is None or isinstance(x, dict), 'a dict or None'),
 }
 
 
@@ -454,7 +561,7 @@ def _channels_first(data_format):
 
 
 def _gpus():
-    """Names of the GPUs on which the backend computes."""
+    """Returns names of the GPUs on which the backend computes."""
     if keras.backend.backend() == 'tensorflow':
         return [device.name for device in tf.config.list_logical_devices('GPU')]
     if keras.backend.backend() == 'jax':
@@ -464,50 +571,41 @@ def _gpus():
     return list(range(torch.cuda.device_count()))
 
 
-_DISTRIBUTIONS = {'tensorflow': 'mirrored', 'jax': 'data_parallel'}
+def _distribution_of_backend():
+    known = {'tensorflow': 'mirrored', 'jax': 'data_parallel'}
+    return known.get(keras.backend.backend(), 'none')
 
 
 def _distributed(distribution):
-    """The scope in which the model is made, for one device or for several."""
-    backend = keras.backend.backend()
-    known = ('auto', 'none', *_DISTRIBUTIONS.values())
-    if distribution not in known:
-        raise ValueError(
-            f'train.distribution must be one of {known}. '
-            f'Received: {distribution!r}'
-        )
-    if distribution == 'auto':
-        several = len(_gpus()) > 1 and backend in _DISTRIBUTIONS
-        distribution = _DISTRIBUTIONS[backend] if several else 'none'
-    if distribution == 'none':
-        return contextlib.nullcontext()
-    if distribution != _DISTRIBUTIONS.get(backend):
-        raise ValueError(
-            f"train.distribution must be 'auto', 'none' or, on {backend}, "
-            f'{_DISTRIBUTIONS.get(backend)!r}. Received: {distribution!r}'
-        )
-    if backend == 'jax':
+    """Returns the scope in which the model is made for its devices."""
+    if distribution == 'auto' and len(_gpus()) > 1:
+        distribution = _distribution_of_backend()
+    if distribution == 'data_parallel':
         # All of Keras's own devices; it shards each batch over them.
-        return _globally(keras.distribution.DataParallel())
-    names = _gpus() or [d.name for d in tf.config.list_logical_devices('CPU')]
-    return tf.distribute.MirroredStrategy(names).scope()
+        keras.distribution.set_distribution(keras.distribution.DataParallel())
+    if distribution == 'mirrored':
+        cpus = tf.config.list_logical_devices('CPU')
+        names = _gpus() or [device.name for device in cpus]
+        return tf.distribute.MirroredStrategy(names).scope()
+    return contextlib.nullcontext()
 
 
-@contextlib.contextmanager
-def _globally(distribution):
-    """Sets it for all that Keras makes and trains from now on."""
-    keras.distribution.set_distribution(distribution)
-    yield
+def _make_deterministic():
+    tf.config.experimental.enable_op_determinism()
+    if keras.backend.backend() == 'torch':
+        import torch
+
+        torch.use_deterministic_algorithms(True)
 
 
 def _check_outputs(model, loss, datasets):
     images = np.zeros((2, *datasets.image_shape), 'float32')
     outputs = keras.ops.convert_to_numpy(model(images, training=False))
-    if outputs.shape != (2, datasets.num_classes):
-        raise ValueError(
-            f'train.model_cls must put out {datasets.num_classes} classes. '
-            f'Received: outputs of shape {outputs.shape}'
-        )
+    require(
+        outputs.shape == (2, datasets.num_classes),
+        f'train.model_cls must put out {datasets.num_classes} classes',
+        shape=outputs.shape,
+    )
     wants_probabilities = loss.get_config().get('from_logits') is False
     if wants_probabilities and not np.allclose(outputs.sum(1), 1, atol=1e-2):
         raise ValueError(
@@ -518,30 +616,13 @@ def _check_outputs(model, loss, datasets):
     labels = np.eye(datasets.num_classes, dtype='float32')[[0, 0]]
     try:
         value = float(keras.ops.convert_to_numpy(loss(labels, outputs)))
-    except Exception as error:
+    except Exception as error:  # Keras raises many kinds.
         raise ValueError(
             'train.loss_cls must return a loss of one-hot labels. Received: '
             f'{type(loss).__name__} ({checkpoints.first_line(error)})'
         ) from error
-    if not np.isfinite(value):
-        raise ValueError(
-            'The loss must be finite before training. Received: '
-            f'{type(loss).__name__} of {value}'
-        )
-
-
-@contextlib.contextmanager
-def setup_errors():
-    """Turns whatever goes wrong before training into a SetupError."""
-    try:
-        yield
-    except Exception as error:
-        logging.debug('Set up', exc_info=True)  # With --verbosity=1.
-        raise SetupError(_with_origin(error)) from error
-
-
-def _with_origin(error):
-    """The first line of an error, and what gin says raised it."""
-    line = checkpoints.first_line(error)
-    origins = re.findall(r"In call to configurable '(\w+)'", str(error))
-    return f'{line} (in {origins[0]})' if origins else line
+    require(
+        math.isfinite(value),
+        'The loss must be finite before training',
+        **{type(loss).__name__: value},
+    )

@@ -1,0 +1,124 @@
+"""Blurred subsampling, the antialiased baseline without a spectrum."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import gin
+import keras
+from keras import ops
+
+from diffstride import validation
+from diffstride.pooling import spatial_axes
+
+
+@keras.saving.register_keras_serializable(package='diffstride')
+@gin.register(module='pooling')
+class BlurPooling(keras.layers.Layer):
+    """Pooling that blurs with a binomial filter and keeps every S-th sample.
+
+    It is the antialiased counterpart of a strided convolution or, with a
+    `pool_size`, of maximum pooling.
+
+    Args:
+        strides: An integer >= 1, or one per axis.
+        kernel_size: Odd length of the filter, such as 3 for (1, 2, 1) / 4; None
+            for 2 S - 1 along an axis of stride S.
+        pool_size: Window of a maximum pooling at stride 1 before the blur; 1
+            for none.
+        data_format: 'channels_last', 'channels_first', or None for
+            `keras.config.image_data_format()`.
+        **kwargs: Arguments of `keras.layers.Layer`.
+
+    Input shape:
+        [batch, height, width, channels], or [batch, channels, height, width]
+        with `data_format='channels_first'`. Each axis must be longer than half
+        the filter, because its samples are reflected at the borders.
+
+    Output shape:
+        The same with each spatial size N replaced by ceil(N / S).
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+
+    >>> layer = BlurPooling(strides=2)
+    >>> tuple(layer(keras.ops.ones((1, 33, 32, 8))).shape)
+    (1, 17, 16, 8)
+
+    Reference:
+        Zhang, "Making convolutional networks shift-invariant again", ICML 2019,
+        arXiv:1904.11486.
+    """
+
+    def __init__(
+        self,
+        strides: int | Sequence[int] = 2,
+        kernel_size: int | None = None,
+        pool_size: int = 1,
+        data_format: str | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        strides = validation.standardize_strides(strides, 2)
+        validation.require(
+            all(stride.is_integer() for stride in strides),
+            '`strides` of BlurPooling must be integers',
+            strides=strides,
+        )
+        self.strides = tuple(map(int, strides))
+        validation.require(
+            kernel_size is None
+            or (validation.is_integer(kernel_size, 1) and kernel_size % 2),
+            '`kernel_size` must be None or an odd integer, at least 1',
+            kernel_size=kernel_size,
+        )
+        self.kernel_size = kernel_size
+        self.pool_size = validation.integer('pool_size', pool_size, least=1)
+        self.data_format = validation.one_of(
+            'data_format',
+            data_format or keras.config.image_data_format(),
+            ('channels_last', 'channels_first'),
+        )
+
+    def call(self, inputs):
+        x = inputs
+        if self.pool_size > 1:
+            x = ops.max_pool(x, self.pool_size, 1, 'same', self.data_format)
+        axes = spatial_axes(self.data_format, rank=2)
+        for axis, stride in zip(axes, self.strides):
+            x = _blurred(x, axis, stride, self.kernel_size or 2 * stride - 1)
+        return x
+
+    def compute_output_shape(self, input_shape):
+        shape = list(input_shape)
+        axes = spatial_axes(self.data_format, rank=2)
+        for axis, stride in zip(axes, self.strides):
+            if shape[axis] is not None:
+                shape[axis] = math.ceil(shape[axis] / stride)
+        return tuple(shape)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            'strides': self.strides,
+            'kernel_size': self.kernel_size,
+            'pool_size': self.pool_size,
+            'data_format': self.data_format,
+        }
+
+
+def _blurred(x, axis, stride, length):
+    """Returns every `stride`-th sample of a blurred axis, from the first on."""
+    half = length // 2
+    padding = [(0, 0)] * len(x.shape)
+    padding[axis] = (half, half)
+    padded = ops.pad(x, padding, mode='reflect') if half else x
+    total = 0.0
+    for i in range(length):
+        part = [slice(None)] * len(x.shape)
+        part[axis] = slice(i, i - 2 * half or None, stride)
+        weight = math.comb(length - 1, i) / 2 ** (length - 1)
+        total = total + weight * padded[tuple(part)]
+    return total

@@ -1,0 +1,165 @@
+"""A finished training as a classifier of images.
+
+The commands evaluate, predict and export share it:
+
+    python3 -m diffstride.examples.evaluate --workdir=/tmp/run
+    python3 -m diffstride.examples.predict --workdir=/tmp/run cat.jpg dog.png
+    python3 -m diffstride.examples.export --workdir=/tmp/run --format=onnx
+"""
+
+import contextlib
+import pathlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import app, flags, logging
+
+from diffstride.examples import checkpoints, folders
+
+_WORKDIR = flags.DEFINE_string(
+    'workdir',
+    None,
+    'The folder of a training that has finished an epoch.',
+    allow_override=True,  # `main` has a flag of this name, for a hint alone.
+)
+_OUTPUT = flags.DEFINE_string(
+    'output', None, 'The folder to write files to; it is made if need be.'
+)
+# The policies whose layers do not compute in float32.
+_REDUCED = ('bfloat16', 'mixed_bfloat16', 'float16', 'mixed_float16')
+
+
+def classifier(run: checkpoints.Run) -> keras.Model:
+    """Returns a model of raw images, which contains the preprocessing.
+
+    The model computes in float32 even if the training did not: runtimes of
+    exported files have no convolutions in bfloat16.
+
+    Args:
+        run: A training, as `checkpoints.load_run` returns it.
+
+    Returns:
+        A `keras.Model` from pixels in the range 0..255 to the probabilities of
+        the classes, float32 [batch, height, width, channels] -> float32
+        [batch, classes].
+    """
+    model = _in_float32(run.model)
+    images = keras.Input(run.image_shape, dtype='float32', name='images')
+    # With three axes they are per channel under any image_data_format.
+    mean, scale = (
+        np.broadcast_to(x, (1, 1, run.image_shape[-1])).astype(float)
+        for x in (run.mean, run.scale)
+    )
+    standardize = keras.layers.Rescaling(
+        scale=(1 / scale).tolist(),
+        offset=(-mean / scale).tolist(),
+        dtype='float32',
+    )
+    outputs = model(standardize(images))
+    if not _puts_out_probabilities(model, run.image_shape):
+        outputs = keras.layers.Softmax(dtype='float32')(outputs)
+    return keras.Model(images, outputs, name='classifier')
+
+
+def _in_float32(model):
+    """Returns the model, or a copy of it that computes in float32."""
+    if not any(
+        layer.dtype_policy.name in _REDUCED for layer in model._flatten_layers()
+    ):
+        return model
+    config = keras.tree.map_structure(
+        lambda leaf: 'float32' if leaf in _REDUCED else leaf,
+        keras.saving.serialize_keras_object(model),
+    )
+    copy = keras.saving.deserialize_keras_object(config)
+    copy.set_weights(model.get_weights())
+    return copy
+
+
+def _puts_out_probabilities(model, image_shape):
+    """Returns whether the outputs are probabilities and not logits."""
+    noise = np.random.default_rng(0).normal(size=(8, *image_shape))
+    outputs = keras.ops.convert_to_numpy(model(noise.astype('float32')))
+    return outputs.min() >= 0 and np.allclose(outputs.sum(-1), 1, atol=1e-3)
+
+
+def read_image(path: str, image_shape: tuple[int, int, int]) -> np.ndarray:
+    """Reads a picture the way training does.
+
+    Args:
+        path: The file of the picture.
+        image_shape: (height, width, channels). Pictures of another size are
+            resized to it, whatever their aspect ratio.
+
+    Returns:
+        The pixels in the range 0..255, float32 [height, width, channels]. Those
+        of 16-bit files are divided by 257.
+
+    Raises:
+        ValueError: If the file cannot be read or is no picture.
+    """
+    *size, channels = image_shape
+    try:
+        contents = tf.io.read_file(path)
+        image = folders.decode_image(contents, channels, tf.uint16)
+    except (tf.errors.OpError, OSError, ValueError) as error:
+        raise ValueError(f'{path} cannot be read as a picture') from error
+    return tf.image.resize(image, size, antialias=True).numpy() / 257
+
+
+def percent(share: float) -> str:
+    """Returns a share of 1 as text, such as '97.1%'."""
+    return f'{100 * share:.1f}%'
+
+
+def loaded_run() -> checkpoints.Run:
+    """Returns the training that the flag --workdir names.
+
+    Raises:
+        ValueError: If the flag is not set, or names no such folder.
+    """
+    if not _WORKDIR.value:
+        raise ValueError('--workdir must be the folder of a finished training')
+    return checkpoints.load_run(pathlib.Path(_WORKDIR.value))
+
+
+def output_folder(default: str | None = None) -> pathlib.Path | None:
+    """Returns the folder to write to, which exists from now on.
+
+    Args:
+        default: The name of the folder within the workdir that is used if the
+            flag --output is not set; None for no folder then.
+    """
+    if not _OUTPUT.value and default is None:
+        return None
+    folder = pathlib.Path(_OUTPUT.value or f'{_WORKDIR.value}/{default}')
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def written(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields the path of a file to write, and says afterwards that it is."""
+    with checkpoints.unfinished(path) as temporary:
+        yield temporary
+    print(f'Wrote {path}')
+
+
+def run_command(command: Callable[[Sequence[str]], None]) -> None:
+    """Runs a command on the arguments of the process.
+
+    Errors that its user can correct end it with one line and exit code 1; with
+    --verbosity=1 the place in the code is printed too.
+    """
+
+    def main(argv):
+        try:
+            command(argv[1:])
+        except (checkpoints.Stop, ImportError, OSError, ValueError) as error:
+            logging.debug('The command failed', exc_info=True)
+            sys.exit(f'error: {checkpoints.first_line(error)}')
+
+    app.run(main)

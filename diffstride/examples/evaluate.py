@@ -1,0 +1,191 @@
+r"""Measures a trained classifier, class by class.
+
+    python3 -m diffstride.examples.evaluate --workdir=/tmp/run --split=test
+
+--split is a split of the data that the training had, by default its test
+split. --folder=PATH takes other images, one folder per class: PATH/cat/1.jpg.
+
+It prints the accuracy and the classes with the lowest recall. The folder of
+--output, WORKDIR/evaluation unless it is set, receives
+
+    classes.csv      images, recall and precision of each class
+    confusion.csv    the number of images of each class (row) that were taken
+                     for each class (column)
+    confusion.png    the same as a picture, with matplotlib
+"""
+
+import csv
+import re
+from collections.abc import Sequence
+
+import gin
+import keras
+import numpy as np
+from absl import flags
+
+from diffstride.examples import data, folders
+from diffstride.examples.classifier import (
+    classifier,
+    loaded_run,
+    output_folder,
+    percent,
+    read_image,
+    run_command,
+    written,
+)
+
+_SPLIT = flags.DEFINE_string(
+    'split',
+    None,
+    'A split of the data; the test split of the training if unset.',
+)
+_FOLDER = flags.DEFINE_string(
+    'folder', None, 'A folder of images, one folder per class, to measure on.'
+)
+_BATCH = 250
+_PRINTED_CLASSES = 20
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """Measures the model of a training on labelled images.
+
+    Args:
+        arguments: There must be none beside the flags.
+
+    Raises:
+        ValueError: If there is an argument, no training in the workdir, no
+            image, or if there are classes that the model does not know.
+        OSError: If a file cannot be written.
+    """
+    if arguments:
+        raise ValueError(f'Unknown arguments: {arguments}')
+    run = loaded_run()
+    names = run.class_names
+    class_names, batches = (_of_folder if _FOLDER.value else _of_data)(run)
+    unknown = sorted(set(class_names) - set(names))
+    if unknown:
+        raise ValueError(
+            f'The classes must be among {list(names)}. Received: {unknown}'
+        )
+    indices = np.array([names.index(name) for name in class_names])
+    counts = np.zeros((len(names), len(names)), int)
+    for outputs, labels in batches:
+        outputs = keras.ops.convert_to_numpy(outputs)
+        np.add.at(counts, (indices[labels], outputs.argmax(-1)), 1)
+    images, taken, right = counts.sum(1), counts.sum(0), np.diag(counts)
+    recall = right / np.maximum(images, 1)
+    precision = right / np.maximum(taken, 1)
+    _print(names, counts, recall, precision)
+    folder = output_folder('evaluation')
+    _write_table(
+        folder / 'classes.csv',
+        ['class', 'images', 'recall', 'precision'],
+        zip(names, images, recall.round(4), precision.round(4)),
+    )
+    _write_table(
+        folder / 'confusion.csv',
+        ['class', *names],
+        ([name, *row] for name, row in zip(names, counts)),
+    )
+    _draw(folder / 'confusion.png', counts, names)
+
+
+def _of_data(run):
+    """Returns class names and pairs (outputs, labels) of its data."""
+    gin.parse_config(run.settings)
+    loader = re.search(r'load_data_fn = \\?\s*@([\w./]+)', run.settings)
+    load = gin.get_configurable(loader[1] if loader else data.load_datasets)
+    split = {'test_split': _SPLIT.value} if _SPLIT.value else {}
+    datasets = load(seed=0, **split)
+    return datasets.class_names, (
+        (run.model.predict_on_batch(images), labels.argmax(-1))
+        for images, labels in datasets.test.as_numpy_iterator()
+    )
+
+
+def _of_folder(run):
+    """Returns class names and pairs (outputs, labels) of a folder."""
+    folder = folders.read_folder(_FOLDER.value)
+    for note in folder.notes:
+        print(note)
+    splits = folder.splits
+    if _SPLIT.value:
+        splits = {k: v for k, v in splits.items() if k == _SPLIT.value}
+    if not splits:
+        raise ValueError(
+            '--folder must hold images, one folder per class. '
+            f'Received: {_FOLDER.value}'
+        )
+    paths, labels = map(np.concatenate, zip(*splits.values()))
+    model = classifier(run)
+    return folder.class_names, (
+        (
+            model.predict_on_batch(
+                np.stack([read_image(p, run.image_shape) for p in paths[batch]])
+            ),
+            labels[batch],
+        )
+        for batch in np.split(
+            np.arange(len(paths)), range(_BATCH, len(paths), _BATCH)
+        )
+    )
+
+
+def _print(names, counts, recall, precision):
+    """Prints the accuracy and a table of the classes with the lowest recall."""
+    images, right = counts.sum(1), np.diag(counts)
+    accuracy = right.sum() / counts.sum()
+    print(f'{counts.sum()} images, accuracy {percent(accuracy)}\n')
+    print('| class | images | recall | precision | most often taken for |')
+    print('| --- ' * 5 + '|')
+    wrong = counts - np.diag(right)
+    shown = [i for i in np.argsort(recall, kind='stable') if images[i]]
+    for i in shown[:_PRINTED_CLASSES]:
+        mistake = names[wrong[i].argmax()] if wrong[i].any() else '-'
+        print(
+            f'| {names[i]} | {images[i]} | {percent(recall[i])} '
+            f'| {percent(precision[i])} | {mistake} |'
+        )
+    if len(shown) > _PRINTED_CLASSES:
+        print(
+            f'({len(shown) - _PRINTED_CLASSES} classes have a higher recall.)'
+        )
+    print()
+
+
+def _write_table(path, header, rows):
+    with written(path) as temporary, temporary.open('w', newline='') as file:
+        table = csv.writer(file)
+        table.writerow(header)
+        table.writerows(rows)
+
+
+def _draw(path, counts, names):
+    """Draws the confusion matrix in shares of each class."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f'No {path.name}: it needs pip install diffstride[plot]')
+        return
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    size = 2 + 0.3 * min(len(names), 60)
+    figure = Figure(figsize=(size + 1, size), layout='constrained')
+    axes = figure.add_subplot(xlabel='taken for', ylabel='class')
+    shown = axes.imshow(shares, cmap='Blues', vmin=0, vmax=1)
+    figure.colorbar(shown, label='share of the images of the class')
+    if len(names) <= 60:
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+    if len(names) <= 20:
+        for (row, column), count in np.ndenumerate(counts):
+            if count:
+                axes.text(
+                    column, row, count, ha='center', va='center', fontsize=7,
+                    color='white' if shares[row, column] > 0.5 else 'black',
+                )  # fmt: skip
+    with written(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+if __name__ == '__main__':
+    run_command(evaluate)

@@ -1,0 +1,248 @@
+r"""Trains every variant from every start with every seed.
+
+    python3 -m diffstride.examples.grid --gin_config=cifar10_grid.gin \
+      --gin_bindings="train.workdir = '/tmp/exp/diffstride/grid'"
+
+Each run is one command of `main` with a workdir of its own. A run that is
+finished is not repeated, so the same command continues a grid that was stopped
+at any point. Several processes with the same command share the runs.
+"""
+
+import dataclasses
+import functools
+import itertools
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+import filelock
+import gin
+from absl import app
+
+from diffstride.examples import checkpoints, report, settings
+from diffstride.examples.checkpoints import Stop
+from diffstride.examples.train import checked_workdir
+from diffstride.validation import is_integer, require
+
+_POLL_SECONDS = 5
+_POOLINGS = {
+    'DiffStride': ['resnet.Resnet.pooling_cls = @pooling.DiffStride'],
+    'FixedSpectralPooling': [
+        'resnet.Resnet.pooling_cls = @pooling.FixedSpectralPooling'
+    ],
+    'strided convolution': ['resnet.Resnet.pooling_cls = None'],
+}
+
+
+def grid(
+    variants: dict[str, list[str]] | None = None,
+    strides: list[str] | None = None,
+    seeds: list[int] = (0,),
+    only: list[str] | None = None,
+    strides_parameter: str = 'resnet.resnet18.strides',
+) -> 'Grid':
+    """Prepares the commands of all runs; writes nothing yet.
+
+    The workdir, `train.workdir`, receives a folder for each run, in which
+    `train` leaves its files and log.txt, and what `report` makes of them.
+
+    Args:
+        variants: Dict from a name to a list of gin bindings, strings; None for
+            DiffStride, FixedSpectralPooling and strided convolution.
+        strides: Values of `strides_parameter`, each a string; None to leave it
+            as it is.
+        seeds: Of `train`.
+        only: Names of the variants to be trained; None for all.
+        strides_parameter: The gin parameter that takes initial strides.
+
+    Raises:
+        ValueError: If something is set wrong.
+    """
+    try:
+        workdir = gin.query_parameter('train.train.workdir')
+    except ValueError:  # It is not bound.
+        workdir = None
+    workdir = checked_workdir(workdir)
+    variants = _POOLINGS if variants is None else variants
+    require(
+        isinstance(variants, dict)
+        and _are(list(variants), _is_text)
+        and all(x == [] or _are(x, _is_text) for x in variants.values()),
+        'grid.variants must be a dict from a name to a list of bindings',
+        variants=variants,
+    )
+    require(
+        strides is None or _are(strides, _is_text),
+        'grid.strides must be a list of strings, each once, or None',
+        strides=strides,
+    )
+    require(
+        _are(seeds, lambda x: is_integer(x, least=0) and x < 2**32),
+        'grid.seeds must be a list of integers in [0, 2**32), each once',
+        seeds=seeds,
+    )
+    require(
+        only is None or (_are(only, _is_text) and set(only) <= set(variants)),
+        f'grid.only must be a list of some of {list(variants)}, or None',
+        only=only,
+    )
+    require(
+        _is_text(strides_parameter),
+        'grid.strides_parameter must be the name of a gin parameter',
+        strides_parameter=strides_parameter,
+    )
+    config = _without_grid(gin.config_str())
+    with gin.unlock_config():  # Gin must know all that the variants bind.
+        for name, bindings in variants.items():
+            text = '\n'.join(bindings)
+            with settings.naming(f'grid.variants[{name!r}]', text):
+                gin.parse_config(text)
+    runs = {}
+    for seed, start, name in itertools.product(
+        seeds, strides or [None], only or variants
+    ):
+        labels = {'variant': name, 'strides': start, 'seed': seed}
+        words = [name, *([start] if start else []), f'seed {seed}']
+        run = '-'.join(re.findall(r'[\w.]+', ' '.join(words)))
+        require(
+            run not in runs,
+            'grid.variants and grid.strides must differ in more than signs',
+            run=run,
+        )
+        runs[run] = [
+            *variants[name],
+            *([f'{strides_parameter} = {start!r}'] if start else []),
+            f'train.seed = {seed}',
+            f'train.labels = {labels!r}',
+            f'train.workdir = {str(workdir / run)!r}',
+        ]
+    return Grid(workdir, config, runs)
+
+
+def _without_grid(text):
+    """Returns a gin text without what only the process of the grid needs."""
+    before, *sections = text.split('# Parameters for ')
+    own = re.compile(r'((grid\.)?grid|(main\.)?run):')
+    sections = [x.split('\n', 2)[2] for x in sections if not own.match(x)]
+    return '\n'.join([before, *sections])
+
+
+def _is_text(value):
+    return isinstance(value, str) and value != ''
+
+
+def _are(values, is_allowed):
+    """Returns whether these are values that are allowed, each once."""
+    return (
+        isinstance(values, (list, tuple))
+        and len(values) > 0
+        and all(map(is_allowed, values))
+        and len(set(values)) == len(values)
+    )
+
+
+@dataclasses.dataclass
+class Grid:
+    """A grid that is prepared; see `grid`.
+
+    Attributes:
+        workdir: the folder of all runs.
+        config: the gin text that the runs have in common.
+        runs: for each name, the bindings of the run.
+    """
+
+    workdir: pathlib.Path
+    config: str
+    runs: dict[str, list[str]]
+
+    def run(self) -> None:
+        """Trains what is not finished, then reports on all runs in the workdir.
+
+        Raises:
+            checkpoints.Stop: If the folder holds a grid of other settings, or,
+                after all others, if a run failed.
+        """
+        path = self.workdir / 'grid.gin'
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(self.workdir / 'lock'):
+            before = path.read_text() if path.exists() else self.config
+            changes, _ = settings.changes(before, self.config)
+            if changes:
+                raise Stop(
+                    f'{self.workdir} is a grid of other settings: '
+                    f'{"; ".join(changes)}. Set train.workdir to another folder'
+                )
+            checkpoints.write(path, self.config)
+        failed = self._run_all()
+        with filelock.FileLock(self.workdir / 'lock'):
+            report.write(self.workdir)
+        if failed:
+            raise Stop(
+                f'{len(failed)} of {len(self.runs)} runs failed: '
+                f'{next(iter(failed.values()))}'
+            )
+
+    def _run_all(self):
+        """Returns the last lines of the runs that failed."""
+        failed = {}
+        while True:
+            left = [
+                run
+                for run in self.runs
+                if run not in failed and not self._is_finished(run)
+            ]
+            if not left:
+                return failed
+            free = [
+                run for run in left if not checkpoints.is_locked(self._of(run))
+            ]
+            if not free:  # Other processes have them.
+                time.sleep(_POLL_SECONDS)
+                continue
+            run = free[0]
+            done = len(self.runs) - len(left) - len(failed)
+            print(f'{run} ({done} of {len(self.runs)} are done)', flush=True)
+            line, succeeded = self._train(run)
+            if succeeded:
+                checkpoints.write(
+                    self._of(run) / 'command.txt', self._text(run)
+                )
+                print(line, flush=True)
+            elif not checkpoints.is_locked(self._of(run)):
+                print(f'failed: {line}', flush=True)
+                failed[run] = f'{run}: {line}'
+
+    def _of(self, run):
+        return self.workdir / run
+
+    def _text(self, run):
+        return '\n'.join([self.config, *self.runs[run]])
+
+    def _is_finished(self, run):
+        path = self._of(run) / 'command.txt'
+        return path.exists() and path.read_text() == self._text(run)
+
+    def _train(self, run):
+        """Returns the last line of the command, and whether it succeeded."""
+        command = [
+            *(sys.executable, '-m', 'diffstride.examples.main'),
+            f'--gin_config={self.workdir / "grid.gin"}',
+            *(f'--gin_bindings={binding}' for binding in self.runs[run]),
+        ]
+        self._of(run).mkdir(exist_ok=True)
+        path = self._of(run) / 'log.txt'
+        with path.open('a') as log:
+            ended = subprocess.run(command, stdout=log, stderr=log)
+        if ended.returncode == 130:
+            raise KeyboardInterrupt
+        lines = path.read_text().strip().splitlines()
+        line = lines[-1] if lines else f'it ended with {ended.returncode}'
+        return line, ended.returncode == 0
+
+
+if __name__ == '__main__':
+    from diffstride.examples import main
+
+    app.run(functools.partial(main.main, default_job='grid.grid'))

@@ -1,0 +1,76 @@
+r"""Says what is on pictures.
+
+    python3 -m diffstride.examples.predict --workdir=/tmp/run cat.jpg dog.png
+
+Each picture gets a line with its most likely classes:
+
+    cat.jpg: cat 97.1%, dog 2.0%, deer 0.4%
+
+Pictures of another size than the training's are resized, as in training. With
+--output=FOLDER the probabilities of all classes are written to
+FOLDER/predictions.csv too.
+"""
+
+import csv
+from collections.abc import Sequence
+
+import keras
+import numpy as np
+from absl import flags
+
+from diffstride.examples.classifier import (
+    classifier,
+    loaded_run,
+    output_folder,
+    percent,
+    read_image,
+    run_command,
+    written,
+)
+
+_TOP = flags.DEFINE_integer(
+    'top', 3, 'How many classes are printed for a picture.', lower_bound=1
+)
+
+
+def predict(paths: Sequence[str]) -> None:
+    """Prints the most likely classes of pictures.
+
+    Args:
+        paths: The files of the pictures.
+
+    Raises:
+        ValueError: If there is no path, or if a file is no picture.
+        OSError: If a file cannot be read.
+    """
+    if not paths:
+        raise ValueError('Name the pictures after the flags, as in: cat.jpg')
+    run = loaded_run()
+    images = np.stack([read_image(path, run.image_shape) for path in paths])
+    probabilities = keras.ops.convert_to_numpy(
+        classifier(run).predict(images, verbose=0)
+    )
+    for path, row in zip(paths, probabilities):
+        likely = np.argsort(-row, kind='stable')[: _TOP.value]
+        print(
+            f'{path}: '
+            + ', '.join(
+                f'{run.class_names[i]} {percent(row[i])}' for i in likely
+            )
+        )
+    folder = output_folder()
+    if folder is not None:
+        with (
+            written(folder / 'predictions.csv') as path,
+            path.open('w', newline='') as file,
+        ):
+            table = csv.writer(file)
+            table.writerow(['file', *run.class_names])
+            table.writerows(
+                [name, *map('{:.6f}'.format, row)]
+                for name, row in zip(paths, probabilities)
+            )
+
+
+if __name__ == '__main__':
+    run_command(predict)

@@ -1,0 +1,139 @@
+"""One table of all finished runs in a folder.
+
+    python3 -m diffstride.examples.report /tmp/exp/diffstride/grid
+
+It reads */results.json, prints a table, and writes runs.csv, one line per run,
+table.md and, with matplotlib, accuracy_macs.png.
+"""
+
+import collections
+import csv
+import io
+import pathlib
+import statistics
+import sys
+
+from absl import app, logging
+
+from diffstride import plots
+from diffstride.examples import checkpoints
+
+_COLUMNS = (
+    'run', 'variant', 'strides', 'seed', 'test_accuracy',
+    'validation_accuracy', 'epoch', 'epochs', 'macs', 'seconds',
+    'learned_strides',
+)  # fmt: skip
+
+
+def read_runs(folder: pathlib.Path) -> list[dict]:
+    """Returns the results of all finished runs, the variants together."""
+    runs = []
+    for path in folder.glob('*/results.json'):
+        results = checkpoints.read(path)
+        if results is not None:
+            name = path.parent.name
+            runs.append(
+                {'run': name, 'variant': name, 'strides': '', **results}
+            )
+    for run in runs:
+        run['strides'] = run['strides'] or ''
+    return sorted(runs, key=lambda x: (x['variant'], x['strides'], x['seed']))
+
+
+def table(runs: list[dict]) -> str:
+    """Returns means and standard deviations over seeds as Markdown."""
+    groups = collections.defaultdict(list)
+    for run in runs:
+        groups[run['variant'], run['strides']].append(run)
+    lines = [
+        '| pooling | initial strides | n | test accuracy (%) | MMAC per image '
+        '| seconds | learned strides (height, width) |',
+        '| --- ' * 7 + '|',
+    ]
+    for (variant, start), group in groups.items():
+        cells = [variant, start or '-', str(len(group))]
+        cells += [
+            _spread([factor * (run[key] or 0) for run in group], digits)
+            for key, factor, digits in (
+                ('test_accuracy', 100, 1),
+                ('macs', 1e-6, 2),
+                ('seconds', 1, 0),
+            )
+        ]
+        cells.append(_mean_strides(group))
+        lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+def _spread(values, digits):
+    text = f'{statistics.mean(values):.{digits}f}'
+    if len(values) > 1:
+        text += f' +- {statistics.stdev(values):.{digits}f}'
+    return text
+
+
+def _mean_strides(runs):
+    # Layers by their order, since names may differ.
+    layers = zip(*(run['layers'].values() for run in runs))
+    means = [
+        [statistics.mean(s) for s in zip(*(x['strides'] for x in layer))]
+        for layer in layers
+    ]
+    texts = (', '.join(f'{stride:.2f}' for stride in mean) for mean in means)
+    return ', '.join(f'({text})' for text in texts) or '-'
+
+
+def write(folder: pathlib.Path) -> None:
+    """Prints the table of the runs in a folder, and writes all files of it.
+
+    The figure has a point for each variant and start, the mean over seeds.
+    """
+    runs = read_runs(folder)
+    if not runs:
+        return
+    text = table(runs)
+    print(f'\n{text}')
+    checkpoints.write(folder / 'table.md', text + '\n')
+    rows = io.StringIO()
+    writer = csv.DictWriter(rows, _COLUMNS, extrasaction='ignore')
+    writer.writeheader()
+    for run in runs:
+        writer.writerow({**run, 'learned_strides': _mean_strides([run])})
+    checkpoints.write(folder / 'runs.csv', rows.getvalue())
+    groups = collections.defaultdict(lambda: collections.defaultdict(list))
+    for run in runs:
+        if run['macs']:
+            groups[run['variant']][run['strides']].append(run)
+    points = {
+        variant: [
+            (
+                statistics.mean(run['macs'] for run in group),
+                statistics.mean(run['test_accuracy'] for run in group),
+                statistics.pstdev(run['test_accuracy'] for run in group),
+            )
+            for group in starts.values()
+        ]
+        for variant, starts in groups.items()
+    }
+    try:
+        figure = plots.accuracy_macs(points)
+    except ImportError:
+        logging.warning('No accuracy_macs.png: pip install diffstride[plot]')
+        return
+    with checkpoints.unfinished(folder / 'accuracy_macs.png') as path:
+        figure.savefig(path, dpi=120)
+
+
+def main(argv):
+    """Reports on the folder that is named."""
+    folder = pathlib.Path(argv[1] if len(argv) == 2 else '')
+    if len(argv) != 2 or not read_runs(folder):
+        sys.exit(
+            'error: name a folder of finished runs, as in python3 -m '
+            f'diffstride.examples.report /tmp/exp/grid. Received: {argv[1:]}'
+        )
+    write(folder)
+
+
+if __name__ == '__main__':
+    app.run(main)

@@ -1,0 +1,211 @@
+"""Settings by gin: reading them, finding those without effect, comparing them.
+
+The text of all settings in effect is a gin file that parses on its own.
+"""
+
+import contextlib
+import difflib
+import pathlib
+import tokenize
+
+import gin
+from gin import config, config_parser
+
+from diffstride.examples.checkpoints import first_line
+
+_PACKAGED = pathlib.Path(__file__).parent
+_IMPORT = 'import diffstride.examples.external_configurables'
+# What the last call of `parse` has bound: in the command, in the user's files.
+_bound = {'command': set(), 'files': set()}
+# What the 2022 release had under another name.
+_HINTS = {
+    'augment_fn': 'data.load_datasets.flip and crop_padding have taken its '
+    'place',
+}
+# These say nothing of the result of a training.
+_FREE = {
+    'data.load_datasets.cache',
+    'data.load_datasets.data_dir',
+    'main.run.job',
+    'train.train.labels',
+    'train.train.num_epochs',
+    'train.train.on_changed_settings',
+    'train.train.workdir',
+}
+# A training can go on with others of these; all others make another model.
+_CONTINUABLE = (
+    *(f'train.train.{x}' for x in ('callbacks', 'deterministic', 'seed')),
+    *(f'train.train.{x}' for x in ('distribution', 'jit_compile', 'loss_cls')),
+    *('tf.keras.optimizers.', 'tf.keras.losses.', 'tf.keras.callbacks.'),
+    *('callbacks.', 'schedules.'),
+    *(f'data.load_datasets.{x}' for x in ('flip', 'crop_p', 'mixup_alpha')),
+)
+
+
+@gin.configurable(module='main')
+def run(job=None):
+    """Returns what the gin file asks for, such as `@grid.grid`, or None."""
+    return job
+
+
+def parse(files: list[str], bindings: list[str]) -> None:
+    """Parses gin files, then bindings, which override those of the files.
+
+    Raises:
+        ValueError: naming the file or the binding, and its line.
+    """
+    for keys in _bound.values():
+        keys.clear()
+    gin.add_config_file_search_path(str(_PACKAGED))  # For include statements.
+    gin.parse_config(_IMPORT)
+    for name in files:
+        path = pathlib.Path(name)
+        if not path.exists():
+            path = _PACKAGED / name
+        if not path.exists():
+            known = sorted(file.name for file in _PACKAGED.glob('*.gin'))
+            raise ValueError(
+                f'--gin_config must be a gin file, or one of {known}. '
+                f'Received: {name!r}'
+            )
+        with naming(name):
+            gin.parse_config_file(str(path))
+        if path.parent != _PACKAGED:
+            _bound['files'].update(_bindings_in(path.read_text()))
+    text = '\n'.join(bindings)
+    with naming('--gin_bindings', text):
+        gin.parse_config(text)
+    gin.finalize()
+    _bound['command'].update(_bindings_in(text))
+
+
+@contextlib.contextmanager
+def naming(source: str, text: str = ''):
+    """Turns errors of gin within into a ValueError that names the source."""
+    try:
+        yield
+    except SyntaxError as error:
+        line = error.text or text.splitlines()[error.lineno - 1]
+        raise ValueError(
+            f'{error.filename or source}, line {error.lineno}: '
+            f'{first_line(error.msg)} Received: {line.strip()}'
+        ) from error
+    except tokenize.TokenError as error:
+        raise ValueError(
+            f'{source}: {error.args[0]}. Received: {text.splitlines()[-1:]}'
+        ) from error
+    except Exception as error:  # A module that is imported may raise any.
+        words = ' '.join(str(error).split()).removesuffix(' ^')
+        hints = [hint for name, hint in _HINTS.items() if name in words]
+        if 'No configurable matching' in words:
+            hints.append(
+                'to add your own, decorate it with @gin.register in a module '
+                'and `import` that module in the gin file'
+            )
+        raise ValueError('; '.join([f'{source}: {words}', *hints])) from error
+
+
+class _Verbatim(config_parser.ParserDelegate):
+    """References and macros as they are written."""
+
+    def configurable_reference(self, scoped_configurable_name, evaluate):
+        return f'@{scoped_configurable_name}{"()" if evaluate else ""}'
+
+    def macro(self, macro_name):
+        return f'%{macro_name}'
+
+
+def _bindings_in(text):
+    """Returns {((scope, selector), parameter): value} of a gin text."""
+    found = {}
+    for line in config_parser.ConfigParser(text, _Verbatim()):
+        if isinstance(line, config_parser.BindingStatement):
+            key = line.scope, line.selector, line.arg_name
+            if not line.arg_name:  # A macro.
+                macro = '/'.join(filter(None, key[:2]))
+                key = macro, 'gin.macro', 'value'
+            with contextlib.suppress(ValueError):  # It exists no longer.
+                key = config.ParsedBindingKey.parse(key)
+                found[key.config_key, key.arg_name] = line.value
+    return found
+
+
+def _name(key):
+    (scope, selector), parameter = key
+    name = scope if selector == 'gin.macro' else f'{selector}.{parameter}'
+    return name.removeprefix('tf.')
+
+
+def check_reach() -> None:
+    """Refuses bindings of the command that have no effect.
+
+    Those of the user's files are only told, and those of packaged files are
+    let be. It is called when all that settings are for has been made.
+
+    Raises:
+        ValueError: naming the bindings, and those that were probably meant.
+    """
+    operative = {
+        ((scope, selector), parameter)
+        for (scopes, selector), parameters in config._OPERATIVE_CONFIG.items()
+        for scope in _outer(scopes)
+        for parameter in parameters
+    }
+    told = sorted(_bound['files'] - _bound['command'] - operative)
+    if told:
+        names = ', '.join(map(_name, told))
+        print(f'note: settings without effect in this job: {names}', flush=True)
+    wrong = sorted(_bound['command'] - operative)
+    if wrong:
+        raise ValueError(
+            '; '.join(_without_effect(key, operative) for key in wrong)
+        )
+
+
+def _without_effect(key, operative):
+    (_, selector), parameter = key
+    line = f'{_name(key)} has no effect'
+    if selector in {selector for (_, selector), _ in operative}:
+        line += f', since {parameter} is set by what calls {selector}'
+    elif selector != 'gin.macro':
+        line += f', since {selector} is not used in this job'
+    names = {_name(other) for other in operative}
+    same = [name for name in names if name.endswith(f'.{parameter}')]
+    meant = difflib.get_close_matches(
+        _name(key), same or names, 1, cutoff=0.0 if same else 0.6
+    )
+    return line + ''.join(f': did you mean {name}?' for name in meant)
+
+
+def _outer(scopes):
+    """Returns a scope and all around it, whose bindings it inherits."""
+    parts = scopes.split('/')
+    return {'', *('/'.join(parts[: i + 1]) for i in range(len(parts)))}
+
+
+def text() -> str:
+    """Returns all settings in effect so far, as gin parses them."""
+    return gin.operative_config_str()
+
+
+def changes(before: str, after: str) -> tuple[list[str], bool]:
+    """Compares two texts of settings.
+
+    Returns:
+        A line for each setting that differs, and whether a training of the
+        one can go on with the other.
+    """
+    before, after = _bindings_in(before), _bindings_in(after)
+    changed = [
+        key
+        for key in sorted({*before, *after})
+        if before.get(key) != after.get(key) and _name(key) not in _FREE
+    ]
+    # Other settings that come or go with these say nothing more.
+    changed = [x for x in changed if x in before and x in after] or changed
+    lines = [
+        f'{_name(key)} was {before.get(key)!r} and is {after.get(key)!r}'
+        for key in changed
+    ]
+    allowed = [key[0][1] + '.' + key[1] for key in changed]
+    return lines, all(x.startswith(_CONTINUABLE) for x in allowed)

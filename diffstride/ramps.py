@@ -1,0 +1,184 @@
+"""Which frequencies a pooling layer keeps, and how many samples that takes.
+
+A stride S keeps the frequencies up to the band edge b = N / (2 S) of an axis of
+N samples. `Ramp` lets the weight of a frequency fall to 0 around that edge, so
+that the stride gets a gradient. `Brickwall` keeps or drops each frequency.
+
+A size is an integer where it is known and an int32 scalar tensor elsewhere. A
+stride is a number or a float32 scalar tensor.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from diffstride import backend
+from diffstride.resampling import (
+    TOLERANCE,
+    known,
+    maximum,
+    minimum,
+    real,
+)
+
+RAMPS = ('outside', 'inside', 'straight_through')
+
+
+@dataclasses.dataclass(frozen=True)
+class Ramp:
+    """The response of DiffStride (Riad et al., Eq. 3).
+
+    Attributes:
+        kind: 'outside' falls from 1 at b to 0 at b + R; 'inside' from 1 at
+            b - min(R, b) to 0 at b. 'straight_through' is 1 in the forward
+            pass and has the gradient of 'inside'.
+        width: R > 0, in frequencies.
+        lower: The least stride, at least 1.
+        upper: The largest stride, or None.
+
+    Reference:
+        Riad et al., "Learning strides in convolutional neural networks", ICLR
+        2022, arXiv:2202.01653, Eq. 3.
+    """
+
+    kind: str
+    width: float
+    lower: float = 1.0
+    upper: float | None = None
+
+    def clip(self, stride: Any, size: Any) -> Any:
+        """Clips a stride to what the size allows, then to the limits.
+
+        With 'outside', S is at least N / (N - min(R, N / 2)), so that a part
+        of the ramp lies within the spectrum. S is at most N / 2, so that a band
+        of one frequency stays. The gradient passes straight through, so that a
+        stride beyond a limit can come back.
+        """
+        length, least = real(size), 1.0
+        if self.kind == 'outside':
+            least = length / (length - minimum(self.width, length / 2))
+        clipped = minimum(maximum(stride, least), maximum(least, length / 2))
+        clipped = maximum(clipped, self.lower)
+        if self.upper is not None:
+            clipped = minimum(clipped, self.upper)
+        return clipped if known(stride) else with_gradient_of(stride, clipped)
+
+    def band_edge(self, size: Any, stride: Any) -> Any:
+        """Returns b = N / (2 S) for the clipped stride, in cycles per N."""
+        return real(size) / (2.0 * self.clip(stride, size))
+
+    def output_size(self, size: Any, edge: Any) -> Any:
+        """Returns the even size M that holds the whole response, at most N."""
+        end = edge + self.width if self.kind == 'outside' else edge
+        half = end * (1 - TOLERANCE)
+        if known(size, edge):  # A NaN stride yields the smallest size.
+            half = 1 if math.isnan(half) else math.ceil(half)
+            return min(size, 2 * half)
+        half = ops.cast(ops.ceil(half), 'int32')
+        return ops.minimum(size, 2 * ops.maximum(1, half))
+
+    def response(self, frequencies: Any, edge: Any) -> Any:
+        """Returns the weights m(f), with the gradient of the band edge.
+
+        At a corner of the ramp the gradient is the mean of the slopes on both
+        sides, as a central difference gives it. 'straight_through' returns the
+        response of 'inside', which is its gradient's.
+
+        Args:
+            frequencies: int32 tensor [count], in cycles per N samples.
+            edge: The band edge, a float32 scalar tensor.
+        """
+        band, edge = edge, ops.stop_gradient(edge)
+        distance = edge - ops.cast(frequencies, 'float32')
+        tolerance = TOLERANCE * (edge + self.width)
+        if self.kind == 'outside':
+            width, level = self.width, distance / self.width + 1
+            slope = 1 / self.width
+        else:
+            width = ops.minimum(self.width, edge)
+            level = distance / width
+            # A ramp as wide as the band widens with it.
+            slope = (1 - level * _step(self.width - edge, tolerance)) / width
+        tolerance = tolerance / width
+        slope *= _step(level, tolerance) - _step(level - 1, tolerance)
+        weights = ops.clip(level, 0, 1) + slope * (band - edge)
+        return ops.where(frequencies > 0, weights, 1.0)
+
+    def constant_response(self, output_size: int, edge: float) -> np.ndarray:
+        """Returns the forward weights of f = 0 .. M // 2, float64."""
+        return _constant_response(self, output_size, edge)
+
+    def frequencies(self, size: Any, output_size: Any, edge: Any) -> Any:
+        """Returns the frequencies whose weight varies with the stride.
+
+        They are those on the ramp with its two corners, or a few more: int32
+        [count], where count is an integer if M or N is.
+        """
+        start = ops.stop_gradient(edge)
+        tolerance = TOLERANCE * (start + self.width)
+        if self.kind != 'outside':
+            start = start - ops.minimum(self.width, start)
+        count = math.floor(self.width + 0.01) + 1
+        count = minimum(count, (size if known(size) else output_size) // 2 + 1)
+        first = ops.cast(ops.ceil(start - tolerance), 'int32')
+        first = ops.minimum(first, output_size // 2 + 1 - count)
+        return first + ops.arange(count, dtype='int32')
+
+
+@functools.lru_cache(maxsize=256)
+def _constant_response(ramp, output_size, edge):
+    frequencies = np.arange(output_size // 2 + 1)
+    if ramp.kind == 'straight_through':
+        response = np.ones(len(frequencies))
+    else:
+        outside = ramp.kind == 'outside'
+        width = ramp.width if outside else min(ramp.width, edge)
+        end = edge + ramp.width if outside else edge
+        response = np.clip((end - frequencies) / width, 0.0, 1.0)
+        response[0] = 1.0
+    response.flags.writeable = False  # All callers share the array.
+    return response
+
+
+class Brickwall:
+    """The response of spectral pooling with fixed strides: 1 up to the edge.
+
+    Reference:
+        Rippel et al., "Spectral representations for convolutional neural
+        networks", NeurIPS 2015, arXiv:1506.03767, Algorithm 1.
+    """
+
+    @staticmethod
+    def output_size(size: Any, stride: float) -> Any:
+        """Returns N at stride 1, else N / S down to an even number, >= 2."""
+        if stride == 1:
+            return size
+        half = real(size) / (2 * stride) * (1 + TOLERANCE)
+        if known(size):
+            return min(size, max(2, 2 * math.floor(half)))
+        half = ops.cast(ops.floor(half), 'int32')
+        return ops.minimum(size, ops.maximum(2, 2 * half))
+
+
+def _step(x, tolerance):
+    """Returns 0 below zero, 1 above zero, and 1/2 at zero."""
+    above, not_below = x > tolerance, x > -tolerance
+    return (ops.cast(above, x.dtype) + ops.cast(not_below, x.dtype)) / 2
+
+
+def with_gradient_of(surrogate: Any, value: Any) -> Any:
+    """Returns `value`, with the gradient of `surrogate`."""
+    return ops.stop_gradient(value) + (surrogate - ops.stop_gradient(surrogate))
+
+
+def with_finite_gradient(x: Any) -> Any:
+    """Returns `x`; its gradient is 0 where it would be infinite or NaN."""
+
+    def gradients(kept, others, upstream):
+        return (ops.where(ops.isfinite(upstream), upstream, 0.0),)
+
+    return backend.custom_gradient(lambda x: (1.0 * x, None), gradients)(x)

@@ -1,0 +1,391 @@
+"""Spectral resampling along one axis.
+
+For a real signal x of length N, an output length M and a response r(f) over the
+frequencies f = 0 .. min(M, N) // 2 (in cycles per signal), the operator is
+
+    y = gain * irfft(r * rfft(x)[:M // 2 + 1], n=M)
+      = A x,  A[p, n] = gain / M * sum_f c_f r(f) cos(2 pi f (p / M - n / N)),
+
+with c_f = 1 where 2 f is 0 or min(M, N), and c_f = 2 elsewhere, where f stands
+for a pair of complex exponentials. Both forms are here: by FFT and by matrix.
+
+A size is a Python integer where it is known and an int32 scalar tensor where it
+is not. Tables that depend on numbers alone are computed by NumPy in float64.
+
+References: Riad et al., "Learning strides in convolutional neural networks",
+ICLR 2022, arXiv:2202.01653; Rippel et al., "Spectral representations for
+convolutional neural networks", NeurIPS 2015, arXiv:1506.03767.
+"""
+
+import functools
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from diffstride import backend
+
+METHODS = ('auto', 'fft', 'matmul')
+NORMS = ('forward', 'backward', 'ortho')
+
+# This is above the rounding errors of float32 and below any difference in size
+# that matters: the floor or ceiling of a number this near an integer is that
+# integer.
+TOLERANCE = 2.0**-19
+
+
+class Response(NamedTuple):
+    """The weights of the frequencies of an axis, and which of them vary.
+
+    Attributes:
+        weights: Tensor or NumPy array [min(M, N) // 2 + 1], a constant of the
+            forward pass; None for ones.
+        frequencies: int32 tensor [count], the frequencies whose weights receive
+            a gradient; None for none. The fewer they are, the faster it is.
+        varying: Tensor [count], a function of what is learned, whose gradient
+            is that of the weights at these frequencies.
+    """
+
+    weights: Any = None
+    frequencies: Any = None
+    varying: Any = None
+
+
+def resample(
+    inputs: Sequence,
+    axis: int,
+    output_size: Any,
+    norm: str = 'forward',
+    method: str = 'auto',
+    response: Response | None = None,
+) -> list:
+    """Resamples tensors along `axis` through their spectra, by one operator.
+
+    Args:
+        inputs: A list of float tensors [..., N, ...] of one N and one dtype.
+        axis: The axis of length N, counted from 0.
+        output_size: M, its length in the output: below, equal to or above N.
+        norm: 'forward' keeps the mean, 'backward' multiplies it by N / M, as
+            numpy.fft does by default, 'ortho' by sqrt(N / M).
+        method: 'fft', 'matmul', or 'auto' for the one that should be faster.
+        response: The weights of the frequencies; None for ones. An axis that
+            keeps its size without a response is left as it is.
+
+    Returns:
+        A list of tensors [..., M, ...] of the dtype of the inputs.
+    """
+    size = backend.shape_of(inputs[0])[axis]
+    if response is None:
+        if known(size, output_size) and size == output_size:
+            return list(inputs)
+        response = Response()
+    dtype = _table_dtype(inputs[0])
+    weights = response.weights
+    if weights is not None and not isinstance(weights, np.ndarray):
+        weights = ops.stop_gradient(weights)
+    if method == 'auto':
+        shape = backend.shape_of(inputs[0])
+        method = _fastest_method(shape, axis, output_size)
+    operators = _operators(method, size, output_size, weights, norm, dtype)
+    if response.frequencies is None:
+        if isinstance(method, str) and method == 'matmul':
+            # Automatic differentiation already yields the adjoint here.
+            return [operators[0](x, axis) for x in inputs]
+        return [_apply(x, axis, operators) for x in inputs]
+    scales = _scales(response.frequencies, size, output_size, norm)
+    varying = ops.cast(response.varying, dtype) * _cast(scales, dtype)
+    bases = [
+        _cast(_basis(response.frequencies, length), dtype)
+        for length in (size, output_size)
+    ]
+    # The gradient needs either the input or its spectrum on the ramp. On a
+    # short axis the input is no larger.
+    count = ops.shape(response.frequencies)[0]
+    keeps_input = known(size, count) and size < 4 * count
+    return [
+        _apply(x, axis, operators, bases, keeps_input, varying) for x in inputs
+    ]
+
+
+def _operators(method, *arguments):
+    """Returns the operator and its adjoint, functions of (tensor, axis).
+
+    Args:
+        method: 'fft', 'matmul', or a boolean tensor that is true for 'matmul'.
+        *arguments: The sizes, weights, norm and dtype of the tables.
+    """
+    if isinstance(method, str):
+        make = _products if method == 'matmul' else _filters
+        return make(*arguments)
+
+    # The tables are made within the branches: a matrix grows with the square of
+    # the size and must not be made where the FFT is chosen.
+    def chosen(index, inputs, axis):
+        return ops.cond(
+            method,
+            lambda: _products(*arguments)[index](inputs, axis),
+            lambda: _filters(*arguments)[index](inputs, axis),
+        )
+
+    return functools.partial(chosen, 0), functools.partial(chosen, 1)
+
+
+def _fastest_method(shape, axis, output_size):
+    """Returns the method of least time by a model of it.
+
+    It is 'matmul' or 'fft' where the known sizes decide, else a boolean tensor
+    that is true for 'matmul'.
+
+    A matrix takes time in proportion to M for each input, and more where it
+    multiplies few columns; the FFT in proportion to the logarithm of N, which
+    hardly varies. Where M > N it is the other way round, the adjoint's. The two
+    constants are fitted to measurements on a CPU, as benchmarks/pooling.py
+    makes them, of 3 to 64 channels and 224 to 1024 pixels.
+    """
+    sizes, columns = (shape[axis], output_size), shape[axis + 1 :]
+    waste = 1 + 12 / real(math.prod(columns)) if columns else 1.0
+    limit = 480 / waste
+    if known(limit) and any(known(size) and size < limit for size in sizes):
+        return 'matmul'
+    is_below = real(minimum(*sizes)) < limit
+    return 'fft' if known(limit, *sizes) else is_below
+
+
+def _apply(inputs, axis, operators, bases=(), keeps_input=False, *weights):
+    """Applies an operator along `axis`, with a gradient of its own.
+
+    The gradient of the inputs is the adjoint operator's. The gradient of the
+    weight of a frequency is the inner product of the spectra of the input and
+    of the output's gradient there.
+
+    Args:
+        inputs: Tensor [..., N, ...].
+        axis: The axis of length N.
+        operators: The operator and its adjoint, functions of (tensor, axis).
+        bases: The bases of an input's and an output's spectrum at the
+            frequencies whose weights receive a gradient, [2 count, N] and
+            [2 count, M].
+        keeps_input: Whether the input is kept for the gradient, or else its
+            spectrum at these frequencies.
+        *weights: Nothing, or one tensor [count].
+    """
+
+    def function(inputs, *weights):
+        kept = inputs
+        if weights and not keeps_input:
+            kept = _multiply(inputs, axis, bases[0])
+        return operators[0](inputs, axis), kept if weights else None
+
+    def gradients(kept, weights, upstream):
+        # The recursion gives second derivatives.
+        of_inputs = _apply(
+            upstream, axis, operators[::-1], bases[::-1], keeps_input, *weights
+        )
+        if not weights:
+            return (of_inputs,)
+        if keeps_input:
+            spectra = backend.matmul(bases[0], _outer(kept, upstream, axis))
+            products = ops.sum(spectra * bases[1], axis=1)
+        else:
+            # The diagonal of a matrix product is faster than sum(a * b).
+            spectrum = _multiply(upstream, axis, bases[1])
+            products = ops.diagonal(_outer(kept, spectrum, axis))
+        cosine, sine = ops.split(products, 2)
+        return of_inputs, cosine + sine
+
+    return backend.custom_gradient(function, gradients)(inputs, *weights)
+
+
+def _outer(a, b, axis):
+    """[..., n, ...] and [..., m, ...] -> [n, m], sums over all other axes."""
+    dtype, after = _table_dtype(a), ops.shape(a)[axis + 1 :]
+    rows = (math.prod(after),) if after else ()
+    a, b = (
+        ops.reshape(ops.cast(x, dtype), (-1, ops.shape(x)[axis], *rows))
+        for x in (a, b)
+    )
+    if not after:
+        return backend.matmul(ops.transpose(a), b)
+    return ops.sum(backend.matmul(a, ops.transpose(b, (0, 2, 1))), axis=0)
+
+
+def _products(size, output_size, weights, norm, dtype):
+    """Returns the product with the matrix, and with its transpose."""
+    matrix = resampling_matrix(size, output_size, weights, norm, dtype)
+    return (
+        functools.partial(_multiply, matrix=matrix),
+        functools.partial(_multiply, matrix=_transpose(matrix)),
+    )
+
+
+def _multiply(inputs, axis, matrix):
+    """[..., N, ...] -> [..., M, ...] by a matrix [M, N]."""
+    output_size = ops.shape(matrix)[0]
+    shape = backend.shape_of(inputs)
+    before, after = shape[:axis], shape[axis + 1 :]
+    if not after:
+        matrix = _transpose(matrix)
+    matrix = _cast(matrix, inputs.dtype)
+    if after:
+        columns = ops.reshape(inputs, (-1, shape[axis], math.prod(after)))
+        outputs = backend.matmul(matrix, columns)
+    else:
+        rows = ops.reshape(inputs, (-1, shape[axis]))
+        outputs = backend.matmul(rows, matrix)
+    new_shape = [*before, output_size, *after]
+    unknown = [i for i, size in enumerate(new_shape) if not known(size)]
+    if len(unknown) == 1:  # A graph need not compute this size.
+        new_shape[unknown[0]] = -1
+    return ops.reshape(outputs, new_shape)
+
+
+def _filters(size, output_size, response, norm, dtype):
+    """Returns the filter by FFT from N to M samples, and its adjoint."""
+    frequencies, xp = _frequencies(size, output_size)
+    scales = _scales(frequencies, size, output_size, norm)
+
+    def filter_to(length):
+        single = (frequencies == 0) | (2 * frequencies == length)
+        # The inverse FFT counts pairs twice and divides by the length.
+        weights = scales * real(xp.where(single, 1.0, 0.5)) * real(length)
+        if response is not None:
+            weights = _cast(weights, dtype) * _cast(response, dtype)
+        return functools.partial(
+            _filter, output_size=length, weights=weights, dtype=dtype
+        )
+
+    return filter_to(output_size), filter_to(size)
+
+
+def _filter(inputs, axis, output_size, weights, dtype):
+    """[..., N, ...] -> [..., M, ...], by weights of the first frequencies."""
+    weights = _cast(weights, dtype)
+    x = ops.cast(ops.moveaxis(inputs, axis, -1), dtype)
+    y = ops.moveaxis(backend.filter_spectrum(x, weights, output_size), -1, axis)
+    # The FFT loses the static shape, which this restores.
+    shape = ops.shape(inputs)
+    y = ops.reshape(y, (*shape[:axis], output_size, *shape[axis + 1 :]))
+    return ops.cast(y, inputs.dtype)
+
+
+def resampling_matrix(
+    size: Any,
+    output_size: Any,
+    response: Any = None,
+    norm: str = 'forward',
+    dtype: str = 'float32',
+) -> Any:
+    """Returns A, [output_size, size]: a NumPy array where all is known."""
+    if known(size, output_size) and (
+        response is None or isinstance(response, np.ndarray)
+    ):
+        weights = None if response is None else tuple(response.tolist())
+        return _constant_matrix(size, output_size, norm, weights)
+    frequencies, _ = _frequencies(size, output_size)
+    weights = _cast(_scales(frequencies, size, output_size, norm), dtype)
+    if response is not None:
+        weights = weights * ops.cast(response, dtype)
+    synthesis, analysis = (
+        _cast(_basis(frequencies, length), dtype)
+        for length in (output_size, size)
+    )
+    weights = ops.concatenate([weights, weights])
+    return backend.matmul(ops.transpose(synthesis) * weights, analysis)
+
+
+@functools.lru_cache(maxsize=64)
+def _constant_matrix(size, output_size, norm, response):
+    frequencies, _ = _frequencies(size, output_size)
+    weights = _scales(frequencies, size, output_size, norm)
+    if response is not None:
+        weights = weights * np.array(response)
+    weights = np.tile(weights, 2)
+    synthesis = _basis(frequencies, output_size).T
+    return (synthesis * weights) @ _basis(frequencies, size)
+
+
+def _basis(frequencies, size):
+    """Returns cos and sin of 2 pi f p / size, [2 F, size], from exact phases.
+
+    Raises:
+        ValueError: If the size is above 2^20, where int32 does not hold them.
+    """
+    if known(size) and size > 2**20:
+        raise ValueError(
+            'The size of an axis must be at most 2^20 for its stride to have '
+            f'a gradient. Received: size={size}'
+        )
+    xp = np if isinstance(frequencies, np.ndarray) else ops
+    f, p = frequencies[:, None], xp.arange(size, dtype='int32')
+    if known(size) and size < 2**16:
+        phases = f * p % size
+    else:  # The product may exceed int32, and is reduced in two steps.
+        phases = (f * (p // 1024) % size * 1024 + f * (p % 1024)) % size
+    angles = real(phases) * (2 * math.pi / real(size))
+    return xp.concatenate([xp.cos(angles), xp.sin(angles)])
+
+
+def _frequencies(size, output_size):
+    """Returns f = 0 .. min(M, N) // 2, [F], and the module that holds it."""
+    xp = np if known(size, output_size) else ops
+    count = minimum(size, output_size) // 2 + 1
+    return xp.arange(count, dtype='int32'), xp
+
+
+def _scales(frequencies, size, output_size, norm):
+    """Returns c_f gain / M, where f is one or a pair of exponentials."""
+    xp = np if isinstance(frequencies, np.ndarray) else ops
+    single = (frequencies == 0) | (
+        2 * frequencies == minimum(size, output_size)
+    )
+    scale = _gain(size, output_size, norm) / real(output_size)
+    return real(xp.where(single, 1.0, 2.0)) * scale
+
+
+def _gain(size, output_size, norm):
+    if norm == 'backward':
+        return 1.0
+    gain = real(output_size) / real(size)
+    return gain**0.5 if norm == 'ortho' else gain
+
+
+def _transpose(matrix):
+    return matrix.T if isinstance(matrix, np.ndarray) else ops.transpose(matrix)
+
+
+def known(*values: Any) -> bool:
+    """Tells whether all values are numbers, not tensors."""
+    return all(isinstance(value, numbers.Real) for value in values)
+
+
+def minimum(a: Any, b: Any) -> Any:
+    """Returns the lesser of two numbers or tensors."""
+    return min(a, b) if known(a, b) else ops.minimum(a, b)
+
+
+def maximum(a: Any, b: Any) -> Any:
+    """Returns the greater of two numbers or tensors."""
+    return max(a, b) if known(a, b) else ops.maximum(a, b)
+
+
+def real(value: Any) -> Any:
+    """Returns float64 for numbers and arrays, float32 for tensors."""
+    if isinstance(value, (numbers.Real, np.ndarray)):
+        return value * 1.0
+    return ops.cast(value, 'float32')
+
+
+def _cast(table, dtype):
+    """Returns a tensor of a table; float64 arrays convert directly to dtype."""
+    if isinstance(table, np.ndarray):
+        return ops.convert_to_tensor(table, dtype)
+    return ops.cast(table, dtype)
+
+
+def _table_dtype(inputs):
+    wide = keras.backend.standardize_dtype(inputs.dtype) == 'float64'
+    return 'float64' if wide else 'float32'

@@ -1,0 +1,214 @@
+"""The state of a layer with learned strides: which strides, which sizes.
+
+The state is two weights, so whatever saves, restores or averages weights does
+so with strides and sizes together: the strides, which the optimizer moves, and
+the `record`, float32 [1 + n], which it does not. The record holds 1 if the
+strides are held, and the n strides that sizes are computed from, or zeros while
+sizes follow the strides.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from diffstride import backend, validation
+from diffstride.ramps import with_gradient_of
+
+
+class StrideState:
+    """The strides that a layer uses, and those its sizes are computed from.
+
+    Learned strides are a weight that the optimizer moves. Held strides are
+    numbers: learning is over, and the weight has no effect until `release`.
+    Sizes follow the strides, or are static: those of the strides at one time.
+    Held strides have static sizes.
+
+    Args:
+        initial: The initial strides, one number or one per axis.
+        rank: The number of spatial axes.
+        lower: The least stride in use, at least 1.
+        upper: The largest stride in use, or None.
+        changed: Called without arguments after the numbers change eagerly.
+
+    Attributes:
+        weight: The strides, a trainable float32 variable [n], where n is the
+            rank, or 1 for a stride that all axes share.
+        record: The rest of the state, a non-trainable variable [1 + n].
+    """
+
+    def __init__(
+        self,
+        initial: Sequence[float],
+        rank: int,
+        lower: float,
+        upper: float | None,
+        changed: Callable[[], None],
+    ):
+        self.rank = rank
+        self.lower = lower
+        self.upper = upper
+        self.weight = _Variable(initial, 'strides', True, changed)
+        self.weight.constraint = StrideLimits(lower, upper)
+        zeros = [0.0] * (1 + len(initial))
+        self.record = _Variable(zeros, 'stride_record', False, changed)
+
+    @property
+    def held(self) -> bool:
+        """Whether learning is over."""
+        return self.record.numbers()[0] > 0
+
+    @property
+    def has_static_sizes(self) -> bool:
+        """Whether sizes stay as they are while the strides move."""
+        return self.record.numbers()[1] > 0
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The strides in use, as numbers within the limits, one per axis."""
+        is_held, *static = self.record.numbers()
+        return self._per_axis(static if is_held else self.weight.numbers())
+
+    @property
+    def size_values(self) -> tuple[float, ...]:
+        """The strides that sizes are computed from, as numbers."""
+        _, *static = self.record.numbers()
+        return self._per_axis(static if static[0] else self.weight.numbers())
+
+    def known_size_values(self) -> tuple[float, ...] | None:
+        """As `size_values`, or None where values are not known in a trace."""
+        record = backend.known_values(self.record)
+        weight = backend.known_values(self.weight)
+        if record is None or weight is None:
+            return None
+        return self._per_axis(record[1:] if record[1] else weight)
+
+    def _per_axis(self, values):
+        upper = math.inf if self.upper is None else self.upper
+        # In this order, a NaN stays NaN.
+        values = tuple(
+            value if math.isnan(value) else min(max(value, self.lower), upper)
+            for value in values
+        )
+        return values * (self.rank // len(values))
+
+    def tensor(self) -> Any:
+        """Returns the strides in use, float32 [rank], with their gradient."""
+        record = ops.convert_to_tensor(self.record)
+        strides = ops.convert_to_tensor(self.weight)
+        clipped = with_gradient_of(strides, self.weight.constraint(strides))
+        return self._broadcast(ops.where(record[0] > 0, record[1:], clipped))
+
+    def size_tensor(self) -> Any:
+        """Returns the strides that sizes are computed from, float32 [rank]."""
+        record = ops.convert_to_tensor(self.record)
+        strides = ops.convert_to_tensor(self.weight)
+        return ops.stop_gradient(
+            self._broadcast(ops.where(record[1:] > 0, record[1:], strides))
+        )
+
+    def _broadcast(self, strides):
+        return ops.broadcast_to(strides, (self.rank,))
+
+    def hold(self) -> None:
+        """Ends learning: the strides in use and the sizes stay as they are."""
+        values = self.values[: self.weight.shape[0]]
+        self.record.assign([1.0, *values])
+
+    def make_sizes_static(self) -> None:
+        """Computes sizes from the strides in use as they are now."""
+        validation.require(
+            not self.held,
+            'The sizes of held strides must stay until `release()`',
+            held=True,
+        )
+        values = self.values[: self.weight.shape[0]]
+        self.record.assign([0.0, *values])
+
+    def release(self) -> None:
+        """Goes on learning from the strides in use; sizes follow them."""
+        self.weight.assign(self.values[: self.weight.shape[0]])
+        self.record.assign([0.0] * self.record.shape[0])
+
+    def assign(self, strides: Any) -> None:
+        """Sets learned strides to new values, which sizes then follow."""
+        validation.require(
+            not self.held,
+            '`strides` must be released by `release()` before they change',
+            held=True,
+        )
+        self.weight.assign(strides)
+
+    def get_config(self) -> dict | None:
+        """Returns the state as plain numbers, None for sizes that follow."""
+        if not self.has_static_sizes:
+            return None
+        return {
+            'strides': list(self.weight.numbers()),
+            'record': list(self.record.numbers()),
+        }
+
+    def set_config(self, config: dict | None) -> None:
+        """Sets the state that `get_config` returned."""
+        if config is not None:
+            self.weight.assign(config['strides'])
+            self.record.assign(config['record'])
+
+
+class _Variable(keras.Variable):
+    """A float32 variable that remembers its numbers and tells of changes.
+
+    On JAX a variable has no values while `fit` runs; the last ones that were
+    assigned are what is known of it then.
+    """
+
+    def __init__(self, values, name, trainable, changed):
+        self._numbers = tuple(map(float, values))
+        self._changed = None  # Initialization is no change.
+        super().__init__(
+            lambda shape, dtype: ops.convert_to_tensor(values, dtype),
+            shape=(len(values),),
+            dtype='float32',
+            trainable=trainable,
+            autocast=False,
+            name=name,
+        )
+        self._changed = changed
+
+    def numbers(self):
+        """Returns the present values, one float each."""
+        values = backend.stored_values(self)
+        if values is not None:
+            self._numbers = values
+        return self._numbers
+
+    def assign(self, value):
+        if self._changed is None or backend.is_symbolic():
+            return super().assign(value)
+        before = self.numbers()
+        value = super().assign(value)
+        if self.numbers() != before:
+            self._changed()
+        return value
+
+
+@keras.saving.register_keras_serializable(package='diffstride')
+class StrideLimits(keras.constraints.Constraint):
+    """Keeps strides within limits after each step of the optimizer."""
+
+    def __init__(self, lower: float = 1.0, upper: float | None = None):
+        self.lower = lower
+        self.upper = upper
+
+    def __call__(self, strides: Any) -> Any:
+        upper = math.inf if self.upper is None else self.upper
+        lower, upper = (
+            ops.convert_to_tensor(limit, strides.dtype)
+            for limit in (self.lower, upper)
+        )
+        return ops.clip(strides, lower, upper)
+
+    def get_config(self) -> dict:
+        return {'lower': self.lower, 'upper': self.upper}

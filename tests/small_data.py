@@ -1,0 +1,68 @@
+"""Data and models of small trainings, which a gin file of tests imports."""
+
+import gin
+import keras
+import numpy as np
+import tensorflow as tf
+
+from diffstride.examples.data import Datasets
+
+EPOCH = 4  # Batches of 8 images.
+
+
+@gin.configurable(module='small_data')
+def images(seed=0, validation=True, brightness=1.0, class_weights=None):
+    """Returns data of two classes, dark and light; 12 x 16 pixels."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(64) % 2
+    pixels = rng.normal(size=(64, 12, 16, 3)) + labels[:, None, None, None]
+    pixels = (brightness * pixels).astype('float32')
+    labels = np.eye(2, dtype='float32')[labels]
+
+    def batches(*limits):
+        part = slice(*limits)
+        return tf.data.Dataset.from_tensor_slices(
+            (pixels[part], labels[part])
+        ).batch(8, drop_remainder=True)
+
+    def noisy(epoch, x, y):
+        key = tf.stack([tf.constant(seed, tf.int64), epoch])
+        return x + 0.1 * tf.random.stateless_normal(x.shape, key), y
+
+    def train(initial_epoch=0):
+        return tf.data.Dataset.range(initial_epoch, 10**6).flat_map(
+            lambda epoch: batches(0, 8 * EPOCH).map(
+                lambda x, y: noisy(epoch, x, y)
+            )
+        )
+
+    return Datasets(
+        train=train,
+        validation=batches(32, 48) if validation else None,
+        test=batches(48, 64),
+        steps_per_epoch=EPOCH,
+        num_classes=2,
+        image_shape=(12, 16, 3),
+        class_names=('dark', 'light'),
+        train_examples=32,
+        validation_examples=16 if validation else 0,
+        test_examples=16,
+        mean=np.zeros(3, 'float32'),
+        scale=np.ones(3, 'float32'),
+        class_weights=class_weights,
+        summary='32 images of 2 classes',
+    )
+
+
+@gin.register(module='small_data')
+def linear(num_output_classes, channels_first, units=0):
+    """Returns the smallest classifier."""
+    del channels_first
+    hidden = [keras.layers.Dense(units)] if units else []
+    return keras.Sequential(
+        [
+            keras.layers.GlobalAveragePooling2D(),
+            *hidden,
+            keras.layers.Dense(num_output_classes, activation='softmax'),
+        ]
+    )

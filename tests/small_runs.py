@@ -1,0 +1,84 @@
+"""A small training for tests: its settings and its command."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import gin
+from absl import flags
+
+from diffstride.examples import main, settings, train
+
+SMALL = """
+import small_data
+train.load_data_fn = @small_data.images
+train.model_cls = @resnet.Resnet
+train.optimizer_cls = @keras.optimizers.SGD
+train.num_epochs = 2
+optimizers.SGD.learning_rate = 0.05
+optimizers.SGD.momentum = 0.9
+resnet.Resnet.filters = [2, 2]
+resnet.Resnet.strides = '1, 3'
+resnet.Resnet.num_layers = 1
+resnet.Resnet.output_activation = 'softmax'
+resnet.Resnet.pooling_cls = @pooling.DiffStride
+pooling.DiffStride.smoothness_factor = 1.0
+"""
+
+
+def command(*bindings, workdir, module='main', gin_config=()):
+    """Returns the arguments of a command after `python -m`."""
+    return [
+        f'diffstride.examples.{module}',
+        *(f'--gin_config={path}' for path in gin_config),
+        f"--gin_bindings=train.workdir = '{workdir}'",
+        *(f'--gin_bindings={binding}' for binding in bindings),
+    ]
+
+
+def run_here(*bindings, default_job='train.train', **kwargs):
+    """Runs a command within this process."""
+    gin.clear_config()
+    flags.FLAGS.unparse_flags()
+    flags.FLAGS(command(*bindings, **kwargs))
+    try:
+        main.main(['main'], default_job=default_job)
+    finally:
+        for name in ('gin_config', 'gin_bindings', 'workdir'):
+            flags.FLAGS[name].unparse()
+
+
+def prepared(*bindings, gin_config=()):
+    """Returns a `train.Training` that is prepared and not run."""
+    gin.clear_config()
+    settings.parse(
+        [str(path) for path in gin_config],
+        ["train.workdir = 'never_made'", *bindings],
+    )
+    return train.train()
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def environment(**variables):
+    return {
+        **os.environ,
+        'PYTHONPATH': os.pathsep.join(
+            [str(pathlib.Path(__file__).parent), *sys.path]
+        ),
+        **variables,
+    }
+
+
+def run_apart(*arguments, **kwargs):
+    """Runs a command in a process of its own; returns how it ended."""
+    return subprocess.run(
+        [sys.executable, '-m', *arguments],
+        **{'env': environment(), **kwargs},
+        capture_output=True,
+        text=True,
+    )

@@ -1,0 +1,94 @@
+"""Blurred subsampling against NumPy, and in a network."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from diffstride import resnet
+from diffstride.blurring import BlurPooling
+
+FILTERS = {
+    1: [1.0],
+    3: [0.25, 0.5, 0.25],
+    5: [0.0625, 0.25, 0.375, 0.25, 0.0625],
+}
+
+
+def expected(x, strides, lengths):
+    for axis, stride, length in zip((1, 2), strides, lengths):
+        half = length // 2
+        x = np.apply_along_axis(
+            lambda v, half=half, length=length: np.convolve(
+                np.pad(v, half, mode='reflect'), FILTERS[length], 'valid'
+            ),
+            axis,
+            np.asarray(x, 'float64'),
+        )
+        x = x.take(range(0, x.shape[axis], stride), axis)
+    return x
+
+
+@pytest.mark.parametrize(
+    'strides, kernel_size, lengths',
+    [
+        (2, None, (3, 3)),
+        ((3, 1), None, (5, 1)),
+        ((1, 2), 5, (5, 5)),
+        (2, 1, (1, 1)),
+    ],
+)
+@pytest.mark.parametrize('shape', [(16, 13), (7, 8)])
+def test_values_agree_with_numpy(strides, kernel_size, lengths, shape):
+    x = np.random.default_rng(0).normal(size=(2, *shape, 3)).astype('float32')
+    layer = BlurPooling(strides, kernel_size)
+    y = ops.convert_to_numpy(layer(x))
+    np.testing.assert_allclose(
+        y, expected(x, layer.strides, lengths), atol=1e-6
+    )
+    assert layer.compute_output_shape(x.shape) == y.shape
+    first = BlurPooling(strides, kernel_size, data_format='channels_first')
+    z = ops.convert_to_numpy(first(x.transpose(0, 3, 1, 2)))
+    np.testing.assert_array_equal(z.transpose(0, 2, 3, 1), y)
+
+
+def test_maximum_comes_before_the_blur():
+    x = np.zeros((1, 9, 9, 1), 'float32')
+    x[0, 4, 4] = 1.0
+    y = ops.convert_to_numpy(BlurPooling(2, pool_size=3)(x))
+    line = np.convolve([0, 0, 0, 1, 1, 1, 0, 0, 0], FILTERS[3], 'same')[::2]
+    np.testing.assert_allclose(y[0, :, :, 0], np.outer(line, line), atol=1e-6)
+
+
+def test_the_highest_frequency_is_removed_and_the_mean_is_kept():
+    n = np.arange(16)
+    x = (3.0 + np.cos(np.pi * n))[None, :, None, None] * np.ones((1, 1, 16, 1))
+    y = ops.convert_to_numpy(BlurPooling(2)(x.astype('float32')))
+    np.testing.assert_allclose(y, 3.0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        ({'strides': 1.5}, '`strides` of BlurPooling must be integers'),
+        ({'strides': 0}, '`strides` must be .*=0'),
+        ({'kernel_size': 4}, '`kernel_size` must be None or an odd .*=4'),
+        ({'pool_size': 0}, '`pool_size` must be .*=0'),
+        ({'data_format': 'last'}, "`data_format` must be .*='last'"),
+    ],
+)
+def test_wrong_arguments_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        BlurPooling(**kwargs)
+
+
+def test_a_network_with_blurred_strides_is_saved(tmp_path):
+    model = resnet.Resnet(
+        [2, 3], '2, (3, 1)', 2, pooling_cls=BlurPooling, num_layers=1
+    )
+    x = np.random.default_rng(0).normal(size=(2, 18, 16, 3)).astype('float32')
+    y = ops.convert_to_numpy(model(x))
+    assert y.shape == (2, 2) and np.isfinite(y).all()
+    model.save(tmp_path / 'model.keras')
+    loaded = keras.models.load_model(tmp_path / 'model.keras')
+    np.testing.assert_array_equal(ops.convert_to_numpy(loaded(x)), y)

@@ -1,0 +1,320 @@
+"""The commands after a training: evaluate, predict and export."""
+
+import csv
+import json
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from absl.testing import flagsaver
+from PIL import Image
+
+from diffstride import DiffStride
+from diffstride.examples import (
+    checkpoints,
+    classifier,
+    evaluate,
+    export,
+    predict,
+)
+
+NAMES = ('red', 'green', 'blue')
+SHAPE = (12, 16, 3)
+MEAN, SCALE = [100.0, 110.0, 120.0], [50.0, 60.0, 70.0]
+# Keras sets `np.object` for tf2onnx where NumPy has none.
+pytestmark = pytest.mark.filterwarnings(
+    'ignore:In the future `np.object`:FutureWarning'
+)
+
+
+def color_model(activation='softmax', mean=MEAN, scale=SCALE):
+    """A network of standardized images whose logits are mean colors / 20."""
+    model = keras.Sequential(
+        [
+            keras.Input(SHAPE),
+            DiffStride((2.0, 1.5), norm='forward'),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(3, activation=activation, dtype='float32'),
+        ]
+    )
+    weights = np.diag(np.broadcast_to(scale, 3)) / 20
+    bias = np.broadcast_to(mean, 3) / 20
+    model.layers[-1].set_weights([weights, bias])
+    return model
+
+
+def reference(pixels):
+    """The probabilities that `color_model` should give, in float64."""
+    logits = np.mean(pixels, (1, 2), np.float64) / 20
+    powers = np.exp(logits - logits.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def picture(channel, seed=0, size=(12, 16)):
+    """Noise in which one channel is brighter by 40 levels."""
+    pixels = np.random.default_rng(seed).integers(60, 120, (*size, 3))
+    pixels[..., channel] += 40
+    return pixels.astype(np.uint8)
+
+
+def write_pictures(folder, channels):
+    folder.mkdir(parents=True)
+    for i, channel in enumerate(channels):
+        Image.fromarray(picture(channel, i)).save(folder / f'{i}.jpg')
+
+
+def make_workdir(folder, model, mean=MEAN, scale=SCALE, settings=''):
+    """Writes what a training leaves behind."""
+    folder.mkdir()
+    (folder / 'config.gin').write_text(settings)
+    checkpoints.write(
+        folder / 'data.json',
+        {
+            'class_names': NAMES,
+            'image_shape': SHAPE,
+            'mean': mean,
+            'scale': scale,
+        },
+    )
+    state = checkpoints.State(history=[{'epoch': 1, 'val_accuracy': 1.0}])
+    checkpoints.save(model, folder, state)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+    return make_workdir(tmp_path_factory.mktemp('after') / 'run', color_model())
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of 4 red, 3 green and 2 blue images; a blue one looks red."""
+    folder = tmp_path / 'pictures'
+    for name, channels in (
+        ('red', [0] * 4),
+        ('green', [1] * 3),
+        ('blue', [2, 0]),
+    ):
+        write_pictures(folder / name, channels)
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Runs a command in a folder that stays empty: (exit code, output)."""
+    here = tmp_path / 'here'
+    here.mkdir()
+    monkeypatch.chdir(here)
+
+    def run(command, *arguments):
+        monkeypatch.setattr(sys, 'argv', ['command', *map(str, arguments)])
+        with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+            classifier.run_command(command)
+        assert not list(here.iterdir())
+        return ended.value.code, capsys.readouterr().out
+
+    return run
+
+
+def read_csv(path):
+    with path.open(newline='') as file:
+        return list(csv.reader(file))
+
+
+def test_from_a_workdir_to_the_class_of_a_jpeg(
+    workdir, pictures, run, tmp_path
+):
+    output = tmp_path / 'exported'
+    code, text = run(
+        export.export,
+        f'--workdir={workdir}',
+        '--format=onnx',
+        f'--output={output}',
+    )
+    assert not code
+    files = sorted(path.name for path in output.iterdir())
+    assert files == ['labels.txt', 'model.onnx']
+    assert f'Wrote {output / "model.onnx"}' in text
+    assert 'float32 [batch, 12, 16, 3]' in text
+
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(output / 'model.onnx')
+    labels = (output / 'labels.txt').read_text().splitlines()
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert tuple(labels) == tuple(json.loads(metadata['class_names'])) == NAMES
+    for name in NAMES:
+        image = Image.open(pictures / name / '0.jpg').resize((16, 12))
+        pixels = np.asarray(image, 'float32')[None]
+        (probabilities,) = session.run(None, {'images': pixels})
+        np.testing.assert_allclose(probabilities, reference(pixels), atol=1e-5)
+        assert labels[probabilities[0].argmax()] == name
+
+
+def run_litert(path, pixels):
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(str(path / 'model.tflite'))
+    index = interpreter.get_input_details()[0]['index']
+    interpreter.resize_tensor_input(index, pixels.shape)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(index, pixels)
+    interpreter.invoke()
+    return interpreter.get_tensor(interpreter.get_output_details()[0]['index'])
+
+
+def run_saved_model(path, pixels):
+    model = tf.saved_model.load(str(path / 'saved_model'))
+    return model.serve(pixels)
+
+
+@pytest.mark.parametrize(
+    'name, load', [('litert', run_litert), ('tf_saved_model', run_saved_model)]
+)
+def test_other_formats_contain_the_preprocessing(workdir, run, name, load):
+    (workdir / 'export/saved_model').mkdir(parents=True, exist_ok=True)
+    code, _ = run(export.export, f'--workdir={workdir}', f'--format={name}')
+    assert not code
+    pixels = np.stack([picture(i, i) for i in range(3)]).astype('float32')
+    probabilities = load(workdir / 'export', pixels)
+    np.testing.assert_allclose(probabilities, reference(pixels), atol=1e-5)
+
+
+def test_bfloat16_becomes_float32(tmp_path):
+    keras.config.set_dtype_policy('mixed_bfloat16')
+    model = color_model()
+    keras.config.set_dtype_policy('float32')
+    workdir = make_workdir(tmp_path / 'run', model)
+    exact = classifier.classifier(checkpoints.load_run(workdir))
+    pixels = np.stack([picture(channel) for channel in range(3)])
+    probabilities = exact.predict(pixels, verbose=0)
+    np.testing.assert_allclose(probabilities, reference(pixels), atol=1e-5)
+
+
+def test_predict_says_the_likely_classes(workdir, run, tmp_path):
+    images = [picture(channel, seed=channel) for channel in (1, 0)]
+    paths = tmp_path / 'a.png', tmp_path / 'b.png'
+    for image, path in zip(images, paths):
+        Image.fromarray(image).save(path)
+    code, text = run(predict.predict, f'--workdir={workdir}', '--top=2', *paths)
+    assert not code
+    lines = [line for line in text.splitlines() if '.png' in line]
+    for path, line, expected in zip(
+        paths, lines, reference(np.stack(images)), strict=True
+    ):
+        first, second = np.argsort(-expected)[:2]
+        assert line == (
+            f'{path}: {NAMES[first]} {100 * expected[first]:.1f}%, '
+            f'{NAMES[second]} {100 * expected[second]:.1f}%'
+        )
+
+
+def test_predict_resizes_and_makes_logits_probabilities(tmp_path, run):
+    workdir = make_workdir(tmp_path / 'run', color_model(activation=None))
+    pixels = picture(1, size=(36, 32))
+    Image.fromarray(pixels).save(tmp_path / 'large.png')
+    code, _ = run(
+        predict.predict,
+        f'--workdir={workdir}',
+        f'--output={tmp_path / "out"}',
+        tmp_path / 'large.png',
+    )
+    assert not code
+    header, row = read_csv(tmp_path / 'out/predictions.csv')
+    assert header == ['file', *NAMES]
+    assert row[0] == str(tmp_path / 'large.png')
+    # Resizing keeps mean colors, to the rounding of pixels.
+    np.testing.assert_allclose(
+        np.array(row[1:], float), reference(pixels[None])[0], atol=0.02
+    )
+
+
+CONFUSION = [
+    ['class', *NAMES],
+    ['red', '4', '0', '0'],
+    ['green', '0', '3', '0'],
+    ['blue', '1', '0', '1'],
+]
+
+
+def check_evaluation(text, output):
+    assert '9 images, accuracy 88.9%' in text
+    assert '| blue | 2 | 50.0% | 100.0% | red |' in text
+    assert '| red | 4 | 100.0% | 80.0% | - |' in text
+    assert read_csv(output / 'confusion.csv') == CONFUSION
+    assert read_csv(output / 'classes.csv') == [
+        ['class', 'images', 'recall', 'precision'],
+        ['red', '4', '1.0', '0.8'],
+        ['green', '3', '1.0', '1.0'],
+        ['blue', '2', '0.5', '1.0'],
+    ]
+    with Image.open(output / 'confusion.png') as image:
+        assert image.format == 'PNG'
+
+
+def test_evaluate_on_a_folder(workdir, pictures, run, tmp_path):
+    output = tmp_path / 'out'
+    code, text = run(
+        evaluate.evaluate,
+        f'--workdir={workdir}',
+        f'--folder={pictures}',
+        f'--output={output}',
+    )
+    assert not code
+    check_evaluation(text, output)
+
+
+def test_evaluate_on_a_split_of_the_training(pictures, run, tmp_path):
+    for name, channel in zip(NAMES, range(3)):
+        write_pictures(tmp_path / 'data/train' / name, [channel])
+    pictures.rename(tmp_path / 'data/unseen')
+    settings = f"""
+import diffstride.examples.data
+data.load_datasets:
+  name = '{tmp_path / 'data'}'
+  test_split = 'train'
+  batch_size = 2
+  normalization = None
+"""
+    model = color_model(mean=0, scale=1)
+    workdir = make_workdir(tmp_path / 'run', model, 0, 1, settings)
+    code, text = run(
+        evaluate.evaluate, f'--workdir={workdir}', '--split=unseen'
+    )
+    assert not code
+    check_evaluation(text, workdir / 'evaluation')
+    code, text = run(evaluate.evaluate, f'--workdir={workdir}')
+    assert '3 images, accuracy 100.0%' in text
+
+
+@pytest.mark.parametrize(
+    'command', [evaluate.evaluate, predict.predict, export.export]
+)
+def test_workdir_without_a_training_ends_in_one_line(command, tmp_path, run):
+    arguments = ['cat.jpg'] if command is predict.predict else []
+    code, _ = run(command, *arguments)
+    assert code == 'error: --workdir must be the folder of a finished training'
+    code, _ = run(command, f'--workdir={tmp_path / "none"}', *arguments)
+    assert code.startswith('error: ') and str(tmp_path / 'none') in code
+    assert '\n' not in code
+    assert not (tmp_path / 'none').exists()
+
+
+def test_wrong_arguments_end_in_one_line(workdir, pictures, run, tmp_path):
+    (tmp_path / 'text.jpg').write_text('no picture')
+    write_pictures(tmp_path / 'others/cat', [0])
+    (tmp_path / 'empty').mkdir()
+    for command, arguments, message in (
+        (predict.predict, [], 'Name the pictures after the flags'),
+        (predict.predict, [tmp_path / 'text.jpg'], 'text.jpg cannot be read'),
+        (predict.predict, [tmp_path / 'none.jpg'], 'none.jpg cannot be read'),
+        (evaluate.evaluate, ['x'], "Unknown arguments: ['x']"),
+        (evaluate.evaluate, [f'--folder={tmp_path}/others'], "['cat']"),
+        (evaluate.evaluate, [f'--folder={tmp_path}/empty'], 'must hold images'),
+        (export.export, ['x'], "Unknown arguments: ['x']"),
+    ):
+        code, _ = run(command, f'--workdir={workdir}', *arguments)
+        assert code.startswith('error: ') and message in code, code
+        assert '\n' not in code

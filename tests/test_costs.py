@@ -1,0 +1,143 @@
+"""Costs by hand, their gradients, and their way into the loss."""
+
+import keras
+import numpy as np
+import pytest
+from backends import gradients
+from keras import layers, ops
+
+from diffstride import DiffStride, diffstride_layers
+from diffstride.costs import ActivationCost, StrideCost
+
+STRIDES = [(1.5, 2.0), (2.0, 3.0), (2.5, 1.25)]
+
+
+def network(weight=0.2):
+    return keras.Sequential(
+        [
+            keras.Input((16, 12, 3)),
+            DiffStride(STRIDES[0], 1.0),
+            keras.Sequential([layers.ReLU(), DiffStride(STRIDES[1], 1.0)]),
+            DiffStride(STRIDES[2], 1.0),
+            layers.GlobalAveragePooling2D(),
+            ActivationCost(weight),
+        ]
+    )
+
+
+def cost_of(model):
+    model(np.zeros((1, 16, 12, 3), 'float32'))
+    return sum(float(ops.convert_to_numpy(loss)) for loss in model.losses)
+
+
+def by_hand(strides, weight=0.2):
+    areas = np.prod(strides, axis=-1)
+    return weight * np.sum(1 / np.cumprod(areas))
+
+
+@pytest.mark.parametrize('shared_stride', [False, True])
+def test_stride_cost_of_a_layer(shared_stride):
+    layer = DiffStride(
+        2.5, shared_stride=shared_stride, strides_regularizer=StrideCost(0.3)
+    )
+    (loss,) = layer.losses
+    assert float(loss) == pytest.approx(0.3 / 2.5**2)
+
+
+def test_gradient_of_stride_cost():
+    (gradient,) = gradients(StrideCost(3.0), [[2.0, 4.0]])
+    np.testing.assert_allclose(gradient, [-3 / (4 * 4), -3 / (2 * 16)])
+
+
+def test_activation_cost_is_the_papers_and_leaves_the_output():
+    model = network()
+    x = np.random.normal(size=(2, 16, 12, 3)).astype('float32')
+    expected = keras.Sequential(model.layers[:-1])(x)
+    np.testing.assert_array_equal(model(x), expected)
+    assert cost_of(model) == pytest.approx(by_hand(STRIDES))
+
+
+def test_gradient_of_activation_cost():
+    model = network()
+    variables = [layer.strides for layer in diffstride_layers(model)]
+
+    def cost():
+        model(np.zeros((1, 16, 12, 3), 'float32'))
+        return sum(model.losses)
+
+    found = np.stack([np.array(x) for x in gradients(cost, (), variables)])
+    for index in np.ndindex(3, 2):
+        step = np.zeros((3, 2))
+        step[index] = 1e-5
+        difference = by_hand(STRIDES + step) - by_hand(STRIDES - step)
+        assert found[index] == pytest.approx(difference / 2e-5, rel=1e-4)
+
+
+@pytest.mark.parametrize('policy', ['float32', 'mixed_bfloat16'])
+def test_costs_are_kept_by_saving_and_cloning(policy, tmp_path):
+    keras.config.set_dtype_policy(policy)
+    model = network()
+    diffstride_layers(model)[0].strides = (4.0, 3.0)
+    expected = by_hand([(4.0, 3.0), *STRIDES[1:]])
+    assert cost_of(model) == pytest.approx(expected)
+    model.save(tmp_path / 'model.keras')
+    loaded = keras.models.load_model(tmp_path / 'model.keras')
+    assert cost_of(loaded) == pytest.approx(expected)
+    assert cost_of(keras.models.clone_model(model)) == pytest.approx(
+        by_hand(STRIDES)
+    )
+    layer = DiffStride(2.0, strides_regularizer=StrideCost(0.5))
+    copy = DiffStride.from_config(layer.get_config())
+    assert float(copy.losses[0]) == 0.125
+
+
+@pytest.mark.parametrize('holder', ['sequential', 'functional', 'nested'])
+def test_strides_are_trained_by_their_cost(holder):
+    """One step of gradient descent on the cost alone, in `fit`."""
+    model = network(weight=1.0)
+    if holder == 'functional':
+        model = keras.Model(model.inputs, model.outputs)
+    elif holder == 'nested':
+        model = keras.Sequential([keras.Input((16, 12, 3)), model])
+    model.compile(keras.optimizers.SGD(0.1), lambda y, p: 0 * ops.sum(p, -1))
+    x = np.zeros((2, 16, 12, 3))
+    model.fit(x, np.zeros((2, 3)), verbose=0)
+    step = 1e-5 * np.eye(6).reshape(6, 3, 2)
+    slopes = [
+        (by_hand(STRIDES + x, 1.0) - by_hand(STRIDES - x, 1.0)) / 2e-5
+        for x in step
+    ]
+    expected = STRIDES - 0.1 * np.reshape(slopes, (3, 2))
+    found = [layer.stride_values for layer in diffstride_layers(model)]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_adamw_can_be_told_not_to_decay_strides():
+    """Without a gradient, only the decay moves strides."""
+    for excluded, expected in (([], False), (['strides'], True)):
+        model = keras.Sequential(
+            [keras.Input((8, 8, 1)), layers.Conv2D(1, 1), DiffStride(2.0)]
+        )
+        optimizer = keras.optimizers.AdamW(0.1, weight_decay=0.1)
+        optimizer.exclude_from_weight_decay(var_names=excluded)
+        model.compile(optimizer, lambda y, p: 0.0 * ops.sum(p, axis=(1, 2, 3)))
+        x = np.ones((4, 8, 8, 1))
+        model.fit(x, x, verbose=0)
+        (layer,) = diffstride_layers(model)
+        assert (layer.stride_values == (2.0, 2.0)) == expected
+
+
+@pytest.mark.parametrize(
+    'make, message',
+    [
+        (lambda: StrideCost(-1), '`weight` must be a finite number, at least'),
+        (lambda: ActivationCost('1'), '`weight` must be'),
+        (
+            lambda: keras.Sequential([ActivationCost()])(np.zeros((1, 2))),
+            'must have DiffStride layers',
+        ),
+    ],
+)
+def test_wrong_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

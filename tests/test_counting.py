@@ -1,0 +1,407 @@
+"""MACs, shapes and parameters against counts by hand."""
+
+import dataclasses
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+from diffstride import (
+    DiffStride,
+    FixedSpectralPooling,
+    SpatialPooling,
+    models,
+    resnet,
+)
+from diffstride.counting import complexity
+
+
+def rows(model, shape):
+    """Returns {class name: row}; of equal classes the last one."""
+    return {row.class_name: row for row in complexity(model, shape).layers}
+
+
+# Layer, input shape, output shape, parameters, MACs. DiffStride has a record of
+# its state beside the strides: 1 + n more parameters for n strides.
+# fmt: off
+LAYERS = [
+    (layers.Conv1D(8, 5), (20, 3), (16, 8), 5 * 3 * 8 + 8, 16 * 8 * 5 * 3),
+    (layers.Conv2D(8, (3, 5), strides=2, padding='same', groups=2),
+     (12, 10, 4), (6, 5, 8), 3 * 5 * 2 * 8 + 8, (6 * 5) * 8 * (3 * 5 * 2)),
+    (layers.Conv2D(8, 3, dilation_rate=2, use_bias=False),
+     (12, 10, 4), (8, 6, 8), 3 * 3 * 4 * 8, (8 * 6) * 8 * (3 * 3 * 4)),
+    (layers.Conv3D(2, 3),
+     (5, 6, 7, 3), (3, 4, 5, 2), 27 * 3 * 2 + 2, (3 * 4 * 5) * 2 * (27 * 3)),
+    (layers.Conv1DTranspose(4, 3, strides=2),
+     (5, 3), (11, 4), 3 * 4 * 3 + 4, 5 * 3 * 4 * 3),
+    (layers.Conv2DTranspose(4, (3, 5), strides=2, padding='same'),
+     (5, 6, 3), (10, 12, 4), 3 * 5 * 4 * 3 + 4, (5 * 6) * 3 * 4 * (3 * 5)),
+    (layers.Conv3DTranspose(2, 2),
+     (2, 3, 4, 3), (3, 4, 5, 2), 8 * 2 * 3 + 2, (2 * 3 * 4) * 3 * 2 * 8),
+    (layers.DepthwiseConv1D(3, depth_multiplier=2),
+     (10, 4), (8, 8), 3 * 4 * 2 + 8, 8 * (4 * 2) * 3),
+    (layers.DepthwiseConv2D((3, 5), depth_multiplier=2),
+     (10, 9, 4), (8, 5, 8), 3 * 5 * 4 * 2 + 8, (8 * 5) * (4 * 2) * (3 * 5)),
+    (layers.SeparableConv1D(6, 3, depth_multiplier=2),
+     (10, 4), (8, 6), 3 * 4 * 2 + 8 * 6 + 6, 8 * (4 * 2 * 3 + 8 * 6)),
+    (layers.SeparableConv2D(6, (3, 5), strides=2, padding='same'),
+     (10, 8, 4), (5, 4, 6), 3 * 5 * 4 + 4 * 6 + 6, 20 * (4 * 3 * 5 + 4 * 6)),
+    (layers.Dense(7), (5,), (7,), 5 * 7 + 7, 5 * 7),
+    (layers.Dense(7), (3, 4, 5), (3, 4, 7), 5 * 7 + 7, (3 * 4) * 5 * 7),
+    (layers.EinsumDense('abc,cde->abde', (None, 2, 6), bias_axes='de'),
+     (4, 5), (4, 2, 6), 5 * 2 * 6 + 2 * 6, 4 * 5 * 2 * 6),
+    (layers.EinsumDense('...x,xy->...y', 6),
+     (3, 4, 5), (3, 4, 6), 5 * 6, (3 * 4) * 5 * 6),
+    (layers.Embedding(9, 4), (6,), (6, 4), 9 * 4, 0),
+    (layers.BatchNormalization(), (4, 4, 3), (4, 4, 3), 4 * 3, 0),
+    (layers.LayerNormalization((1, 2)), (4, 3), (4, 3), 2 * 4 * 3, 0),
+    (layers.PReLU(), (4, 3), (4, 3), 4 * 3, 0),
+    (layers.MaxPooling2D(2), (6, 6, 3), (3, 3, 3), 0, 0),
+    (SpatialPooling(strides=3), (8, 8, 3), (3, 3, 3), 0, 0),
+    # With R = 4, 32 becomes 24 at stride 2 and 20 at stride 3, and 4 stays 4.
+    (DiffStride((2.0, 3.0)),
+     (32, 32, 5), (24, 20, 5), 5, (32 * 24 * 32 + 32 * 20 * 24) * 5),
+    (DiffStride(2.0, shared_stride=True, method='fft'),
+     (32, 4, 5), (24, 4, 5), 3, (32 * 24 * 4 + 4 * 4 * 24) * 5),
+    (DiffStride((2.0, 3.0), data_format='channels_first'),
+     (5, 32, 32), (5, 24, 20), 5, (32 * 24 * 32 + 32 * 20 * 24) * 5),
+    (FixedSpectralPooling((1.6, 3.0)),
+     (32, 32, 5), (20, 10, 5), 0, (32 * 20 * 32 + 32 * 10 * 20) * 5),
+    # An axis that stays as it is costs nothing.
+    (FixedSpectralPooling((1.0, 2.0)),
+     (9, 8, 5), (9, 4, 5), 0, (8 * 4 * 9) * 5),
+    (FixedSpectralPooling(2.0), (2, 2, 5), (2, 2, 5), 0, 0),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(
+    'layer, shape, output_shape, parameters, macs',
+    LAYERS,
+    ids=[type(case[0]).__name__ for case in LAYERS],
+)
+def test_a_layer_is_counted_as_by_hand(
+    layer, shape, output_shape, parameters, macs
+):
+    result = complexity(layer, shape)
+    (row,) = result.layers
+    assert row.output_shape == output_shape
+    assert row.activations == np.prod(output_shape)
+    assert row.parameters == parameters
+    assert row.macs == macs
+    assert not result.is_lower_bound
+    totals = result.parameters, result.activations, result.macs
+    assert totals == (row.parameters, row.activations, row.macs)
+
+
+def test_channels_first_costs_the_same():
+    layer = layers.Conv2D(8, 3, data_format='channels_first')
+    model = keras.Sequential([layer])
+    try:
+        row = rows(model, (3, 12, 10))['Conv2D']
+    except Exception as error:
+        pytest.skip(f'the backend has no such convolution: {error}')
+    assert row.output_shape == (8, 10, 8)
+    assert row.macs == (10 * 8) * 8 * (3 * 3 * 3)
+
+
+@pytest.mark.parametrize('quantize', ['before', 'never'])
+def test_a_quantized_layer_costs_as_many(quantize):
+    model = keras.Sequential([keras.Input((8,)), layers.Dense(4)])
+    if quantize == 'before':
+        model.layers[0].quantize('int8')
+    assert complexity(model, (8,)).macs == 8 * 4
+
+
+def test_static_sizes_are_those_that_are_computed():
+    layer = DiffStride(strides=2.0)
+    layer.make_sizes_static()
+    layer.strides.assign([4.0, 4.0])
+    assert complexity(layer, (32, 32, 1)).layers[0].output_shape == (24, 24, 1)
+    layer.release()
+    assert complexity(layer, (32, 32, 1)).layers[0].output_shape == (16, 16, 1)
+
+
+# Models
+
+
+def test_rows_of_nested_models_come_in_the_order_of_their_calls():
+    inner = keras.Sequential(
+        [
+            layers.Conv2D(4, 3, padding='same', name='conv'),
+            DiffStride(strides=2.0, name='pool'),
+        ],
+        name='inner',
+    )
+    model = keras.Sequential(
+        [inner, layers.GlobalMaxPooling2D(name='max'), layers.Dense(3)]
+    )
+    result = complexity(model, (32, 32, 2))
+    assert [row.name for row in result.layers[:3]] == [
+        'inner/conv',
+        'inner/pool',
+        'max',
+    ]
+    assert [row.macs for row in result.layers] == [
+        (32 * 32) * 4 * (3 * 3 * 2),
+        (32 * 24 * 32 + 32 * 24 * 24) * 4,
+        0,
+        4 * 3,
+    ]
+    assert result.activations == 32 * 32 * 4 + 24 * 24 * 4 + 4 + 3
+    assert result.parameters == (3 * 3 * 2 * 4 + 4) + 5 + (4 * 3 + 3)
+
+
+def residual_macs(size, pooled):
+    """Returns MACs for 2 -> 4 channels and a square map."""
+    pool = size * pooled * size + size * pooled * pooled
+    return {
+        'convs': size**2 * 9 * 2 * 4 + pooled**2 * 9 * 4 * 4,
+        'shortcut': pooled**2 * 2 * 4,
+        'pool': pool * 2 + pool * 4,  # For the shortcut and the branch.
+    }
+
+
+def test_a_residual_layer_follows_its_strides():
+    layer = resnet.ResidualLayer(
+        4, strides=2, pooling_cls=DiffStride, project=True
+    )
+    model = keras.Sequential([layer])
+    for stride, size in [(2.0, 24), (4.0, 16), (3.0, 20)]:
+        layer.pool.strides.assign([stride, stride])
+        result = complexity(model, (32, 32, 2))
+        pool = rows(model, (32, 32, 2))['DiffStride']
+        macs = residual_macs(32, size)
+        assert pool.calls == 1  # It gets both maps in a list.
+        assert pool.output_shape == ((size, size, 2), (size, size, 4))
+        assert pool.activations == size**2 * (2 + 4)
+        assert pool.macs == macs['pool']
+        assert result.macs == sum(macs.values())
+        assert result.parameters == model.count_params()
+
+
+def test_a_shared_layer_has_one_row_with_the_sums():
+    dense = layers.Dense(5)
+    x = keras.Input((4, 5))
+    model = keras.Model(x, dense(dense(x)))
+    result = complexity(model, (4, 5))
+    (row,) = result.layers
+    assert row.calls == 2
+    assert row.output_shape == (4, 5)
+    assert row.activations == 2 * 4 * 5
+    assert row.macs == 2 * (4 * 5 * 5)
+    assert result.parameters == row.parameters == 5 * 5 + 5
+
+
+def test_tied_weights_are_counted_once():
+    first, second = layers.Dense(4, use_bias=False), TiedDense()
+    first.build((None, 4))
+    second.kernel = first.kernel
+    result = complexity(keras.Sequential([first, second]), (4,))
+    assert result.parameters == 4 * 4
+    assert [row.macs for row in result.layers] == [4 * 4, None]
+
+
+class TiedDense(layers.Layer):
+    def call(self, inputs):
+        return ops.matmul(inputs, self.kernel)
+
+
+class WithOwnWeights(keras.Model):
+    """Holds weights beside its layers, and a layer that is not called."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shift = self.add_weight(shape=shape, name='shift')
+        self.dense = layers.Dense(3, activation=layers.PReLU())
+        self.spare = layers.Dense(2)
+        self.spare.build((None, 5))
+
+    def call(self, inputs):
+        return self.dense(inputs + self.shift)
+
+
+def test_weights_of_containers_and_of_idle_layers_are_counted():
+    model = WithOwnWeights((4,))
+    result = complexity(model, (4,))
+    own, dense, activation, spare = result.layers
+    assert (own.parameters, own.activations, own.macs) == (4, 0, 0)
+    assert (dense.parameters, dense.macs) == (4 * 3 + 3, 4 * 3)
+    assert (activation.parameters, activation.activations) == (3, 3)
+    assert (spare.output_shape, spare.calls, spare.macs) == (None, 0, 0)
+    assert spare.parameters == 5 * 2 + 2
+    assert result.activations == 3
+    assert result.parameters == 4 + 15 + 3 + 12 == model.count_params()
+
+
+def test_a_layer_in_every_time_step_is_counted_at_each():
+    layer = layers.TimeDistributed(layers.Conv2D(4, 3))
+    assert complexity(layer, (5, 8, 8, 3)).macs == 5 * (6 * 6) * 4 * 27
+
+
+@pytest.mark.parametrize(
+    'layer',
+    [
+        layers.LSTM(3),
+        layers.Bidirectional(layers.GRU(3)),
+        layers.MultiHeadAttention(2, 4),
+        WithOwnWeights((2, 4)),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_unknown_macs_make_the_total_a_lower_bound(layer):
+    x = keras.Input((2, 4))
+    is_attention = isinstance(layer, layers.MultiHeadAttention)
+    y = layer(x, x) if is_attention else layer(x)
+    model = keras.Model(x, layers.Dense(3)(y))
+    result = complexity(model, (2, 4))
+    assert result.is_lower_bound
+    assert None in [row.macs for row in result.layers]
+    assert result.macs == sum(row.macs or 0 for row in result.layers) > 0
+    assert result.parameters == model.count_params()
+    lines = str(result).splitlines()
+    assert any(line.endswith(' ?') for line in lines)
+    assert lines[-1].endswith(f'>= {result.macs:,}')
+
+
+class Reversible(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.embedding = layers.ReversibleEmbedding(9, 4)
+
+    def call(self, inputs):
+        return self.embedding(self.embedding(inputs), reverse=True)
+
+
+@pytest.mark.skipif(
+    not hasattr(layers, 'ReversibleEmbedding'), reason='Keras is too old'
+)
+def test_an_embedding_that_multiplies_is_unknown():
+    assert complexity(Reversible(), (6,)).is_lower_bound
+
+
+class Mapped(layers.Layer):
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(3)
+
+    def build(self, input_shape):
+        self.dense.build(input_shape)
+        self.built = True
+
+    def call(self, inputs):
+        return ops.vectorized_map(self.dense, inputs)
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != 'tensorflow', reason='TensorFlow has graphs'
+)
+def test_a_layer_that_is_traced_is_unknown():
+    assert complexity(Mapped(), (6, 4)).is_lower_bound
+
+
+def test_several_inputs():
+    a, b = keras.Input((4,), name='a'), keras.Input((6,), name='b')
+    y = layers.Dense(3)(layers.Concatenate()([a, b]))
+    shapes = {'a': (4,), 'b': (6,)}
+    assert complexity(keras.Model({'a': a, 'b': b}, y), shapes).macs == 10 * 3
+    assert complexity(keras.Model([a, b], y), [(4,), [6]]).macs == 10 * 3
+
+
+def test_the_table_is_aligned_and_the_result_immutable():
+    model = keras.Sequential(
+        [
+            layers.Conv2D(8, 3, padding='same', name='conv'),
+            DiffStride(strides=2.0, name='pool'),
+        ]
+    )
+    result = complexity(model, (32, 32, 3))
+    assert str(result).splitlines() == [
+        'layer  class       output   parameters  activations     MACs',
+        'conv   Conv2D      32x32x8         224        8,192  221,184',
+        'pool   DiffStride  24x24x8           5        4,608  344,064',
+        'total                              229       12,800  565,248',
+    ]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        result.parameters = 0
+
+
+# The model is left as it was
+
+
+class Stateful(layers.Layer):
+    """Changes its state at every call, in inference too."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = self.add_weight(name='calls', trainable=False)
+        self.norm = layers.BatchNormalization()
+        self.dropout = layers.Dropout(0.5)
+        self.fails = False
+
+    def build(self, input_shape):
+        self.norm.build(input_shape)
+        self.built = True
+
+    def call(self, inputs):
+        self.calls.assign_add(1.0)
+        self.add_loss(ops.sum(inputs))
+        if self.fails:
+            raise RuntimeError('as asked')
+        return self.dropout(self.norm(inputs + 1, training=True), training=True)
+
+
+@pytest.mark.parametrize('fails', [False, True])
+def test_nothing_of_a_built_model_changes(fails):
+    layer = Stateful()
+    pool = DiffStride(strides=2.0)
+    pool.call = own_call = pool.call  # The user set it.
+    model = keras.Sequential([keras.Input((12, 12, 2)), layer, pool])
+    model(np.ones((2, 12, 12, 2), 'float32'))
+    before = [np.array(x) for x in model.variables]
+    attributes = {x: set(vars(x)) for x in models.flatten(model)}
+    layer.fails = fails
+    if fails:
+        with pytest.raises(RuntimeError, match='as asked'):
+            complexity(model, (12, 12, 2))
+    else:
+        complexity(model, (12, 12, 2))
+    assert len(before) == len(model.variables) > 0
+    for old, new in zip(before, model.variables):
+        np.testing.assert_array_equal(old, new)
+    assert {x: set(vars(x)) for x in models.flatten(model)} == attributes
+    assert vars(pool)['call'] is own_call
+    assert not model.losses  # The loss of the zeros is gone.
+
+
+def test_an_unbuilt_model_is_built_for_any_batch_and_size():
+    model = resnet.Resnet([4, 4, 6], '1, 1, 2', 3, pooling_cls=DiffStride)
+    result = complexity(model, (16, 12, 3))
+    assert result.parameters == model.count_params()
+    assert model.input_shape == (None, 16, 12, 3)
+    assert tuple(model(np.ones((4, 16, 12, 3), 'float32')).shape) == (4, 3)
+    assert result == complexity(model, (16, 12, 3))
+
+
+# Wrong arguments
+
+
+@pytest.mark.parametrize(
+    'shape',
+    [
+        None,
+        32,
+        '32',
+        (0, 3),
+        (4.0, 3),
+        (None, 3),
+        (4, 'a'),
+        (True, 3),
+        [(4,), 3],
+    ],
+    ids=repr,
+)
+def test_wrong_shapes_are_named(shape):
+    with pytest.raises(ValueError, match=r'`input_shape` must be .*at least 1'):
+        complexity(layers.Dense(3), shape)
