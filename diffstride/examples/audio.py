@@ -10,6 +10,7 @@ audio.load_datasets:
 """
 
 import ast
+import operator
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -129,12 +130,13 @@ def load_datasets(
     if not rate:
         raise ValueError(f'dataset {name!r} does not tell its sample rate')
     samples = round(duration * rate)
-    extract = {
-        'log_mel': lambda: _log_mel(rate, samples, num_mel_bins, num_frames),
-        'waveform': lambda: lambda waveforms: waveforms[..., None],
-    }[features]()
-    text_key = None
+    if features == 'log_mel':
+        extract = _log_mel(rate, samples, num_mel_bins, num_frames)
+    else:
+        extract = operator.itemgetter((..., None))
+    text_key = pattern = None
     if test_filter is not None:
+        pattern = re.compile(test_filter)
         text_key, test_split = _text_key(builder, filter_feature), train_split
     pieces = sources.resolve_splits(
         builder.info.splits, train_split, validation_split, test_split
@@ -142,10 +144,10 @@ def load_datasets(
     splits = {}
     for split, parts in pieces.items():
         if parts:
-            arrays = _read(builder, parts, text_key, samples, extract)
-            inputs, labels, texts = arrays
-            if text_key is not None:
-                pattern = re.compile(test_filter)
+            inputs, labels, texts = _read(
+                builder, parts, text_key, samples, extract
+            )
+            if pattern is not None:
                 found = np.array([bool(pattern.search(x)) for x in texts])
                 chosen = found == (split == 'test')
                 require(
@@ -163,16 +165,18 @@ def load_datasets(
         return shift(inputs, key, most), labels
 
     label = builder.info.features[_audio_keys(builder)[1]]
+    mean, scale = data.statistics(splits['train'])
     return data.make_datasets(
         name,
         splits,
         tuple(label.names),
-        *data.statistics(splits['train']),
+        mean,
+        scale,
         prepare,
         batch_size,
         seed,
         class_weights,
-        () if test_filter else sources.notes_on(builder.info.splits, pieces),
+        () if pattern else [*sources.notes_on(builder.info.splits, pieces)],
     )
 
 
