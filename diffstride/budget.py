@@ -608,7 +608,7 @@ def recalibrate(model: keras.Model, batches: Iterable) -> None:
     with contextlib.ExitStack() as stack:
         for layer in norms:
             layer.trainable = True  # Else it takes no notice of `training`.
-            stack.enter_context(counting.intercepted(layer, call_in_training))
+            stack.enter_context(models.intercepted(layer, call_in_training))
         try:
             for batch in batches:
                 x, _, _ = keras.utils.unpack_x_y_sample_weight(batch)

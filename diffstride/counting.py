@@ -200,7 +200,7 @@ def measure(
         stack.callback(_running.pop)
         for layer in paths:
             stack.enter_context(
-                intercepted(layer, functools.partial(record, layer))
+                models.intercepted(layer, functools.partial(record, layer))
             )
         with keras.StatelessScope():
             backend.call_for_shapes(lambda x: model(x, training=False), inputs)
@@ -250,33 +250,6 @@ def _paths(layer, path='', paths=None):
             for inner in models.inner_layers(layer):
                 _paths(inner, f'{path}/{inner.name}'.lstrip('/'), paths)
     return paths
-
-
-@contextlib.contextmanager
-def intercepted(layer: keras.layers.Layer, function: Callable):
-    """A context within which a function runs in the place of a layer's call.
-
-    Args:
-        layer: Any layer.
-        function: Takes the layer's own `call`, then the arguments of the call;
-            returns the outputs.
-    """
-    is_quantized = getattr(layer, 'quantization_mode', None) is not None
-    name = 'quantized_call' if is_quantized else 'call'
-    attributes = vars(layer)
-    before = {name: attributes[name]} if name in attributes else {}
-    call = getattr(layer, name)
-
-    @functools.wraps(call)
-    def wrapper(*args, **kwargs):
-        return function(call, *args, **kwargs)
-
-    attributes[name] = wrapper
-    try:
-        yield
-    finally:
-        del attributes[name]
-        attributes.update(before)
 
 
 def _shapes(tensors):

@@ -8,9 +8,8 @@ from typing import Any
 
 import keras
 
-from diffstride import models, spectral, validation
-from diffstride.pooling import SpectralResampling
-from diffstride.regularizers import StrideCostModel
+from diffstride import models, resampling, validation
+from diffstride.pooling import DiffStride, SpectralResampling
 
 
 def freeze(
@@ -36,9 +35,10 @@ def freeze(
     have no convolutions in bfloat16 or float64.
 
     The copy is made by saving the model and loading it, so it has the custom
-    objects, names and state that a saved model has. It is not compiled. Sizes
-    that are static remain as they are. The copy can be saved, loaded and frozen
-    again.
+    objects, names and state that a saved model has. It is not compiled. Static
+    sizes become those of the strides as they are now. The copy can be saved and
+    loaded; a subclass of Model, whose config does not tell of its layers, must
+    be frozen again after loading to be exported.
 
     Args:
         model: A `keras.Model` that is built, with layers of this package at any
@@ -66,25 +66,27 @@ def freeze(
     >>> freeze(model).output_shape
     (None, 24, 24, 3)
     """
-    validation.one_of('method', method, spectral.METHODS)
+    validation.one_of('method', method, resampling.METHODS)
     validation.one_of('dtype', dtype, ('float32', None))
-    while isinstance(model, StrideCostModel):
-        model = model.model
     validation.require(
         isinstance(model, keras.Model) and model.built,
         '`model` must be a Keras model that is built',
         model=getattr(model, 'name', model),
     )
-    frozen = _copied(model, dtype)
-    for layer in models.flatten(frozen):
-        if isinstance(layer, SpectralResampling):
-            layer.freeze(method)
-    frozen = _copied(frozen)  # Its symbolic shapes know the sizes.
+    frozen = model
+    for _ in range(2):  # The symbolic shapes of the second copy know the sizes.
+        frozen = _copied(frozen, dtype)
+        for layer in models.flatten(frozen):
+            if isinstance(layer, SpectralResampling):
+                layer.method = method
+            if isinstance(layer, DiffStride):
+                layer.hold()
+                layer.trainable = False
     _call_symbolically(frozen)  # Keras exports only what was called.
     return frozen
 
 
-def _copied(model, dtype=None):
+def _copied(model, dtype):
     """Returns a copy of a model, not compiled, with the state that it saves."""
     custom_objects = {
         type(layer).__name__: type(layer)

@@ -71,15 +71,15 @@ def sync(model: keras.Model) -> None:
 
 
 @contextlib.contextmanager
-def recorded(
-    layer: keras.layers.Layer, begin: Callable[[], Callable]
+def intercepted(
+    layer: keras.layers.Layer, function: Callable[..., Any]
 ) -> Iterator[None]:
-    """Tells of each call of a layer within the context.
+    """A context within which a function runs in the place of a layer's call.
 
     Args:
         layer: Any layer.
-        begin: Called at the beginning of each call. It returns the function
-            that is called at its end, with its arguments and its outputs.
+        function: Takes the layer's own `call`, then the arguments of the call;
+            it returns the outputs.
     """
     is_quantized = getattr(layer, 'quantization_mode', None) is not None
     name = 'quantized_call' if is_quantized else 'call'
@@ -88,13 +88,10 @@ def recorded(
     call = getattr(layer, name)
 
     @functools.wraps(call)
-    def recording_call(*args: Any, **kwargs: Any) -> Any:
-        end = begin()
-        outputs = call(*args, **kwargs)
-        end((args, kwargs), outputs)
-        return outputs
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(call, *args, **kwargs)
 
-    attributes[name] = recording_call
+    attributes[name] = wrapper
     try:
         yield
     finally:
@@ -117,3 +114,66 @@ def model_of(layer: keras.layers.Layer) -> keras.layers.Layer:
         if issubclass(type(x), keras.Model) and layer in flatten(x)
     ]
     return min(holders, key=lambda x: len(flatten(x)), default=outermost)
+
+
+def is_graph(layer: keras.layers.Layer) -> bool:
+    """Tells whether a layer is a Sequential or Functional model."""
+    return isinstance(layer, keras.Sequential) or (
+        isinstance(layer, keras.Model) and hasattr(layer, '_run_through_graph')
+    )
+
+
+def run_graph(model: keras.Model, inputs: Any, call: Callable[..., Any]) -> Any:
+    """Runs a Sequential or Functional model with another way to call layers.
+
+    Args:
+        model: The model.
+        inputs: Its inputs, in its structure: tensors or any other objects.
+        call: Called as call(layer, *args, **kwargs) in place of each layer.
+
+    Returns:
+        The outputs, in the structure of the model's.
+    """
+    inputs = flat_inputs(model, inputs)
+    if isinstance(model, keras.Sequential):
+        (x,) = inputs
+        for layer in model.layers:
+            x = call(layer, x)
+        return x
+    return model._run_through_graph(
+        inputs, operation_fn=lambda layer: functools.partial(call, layer)
+    )
+
+
+def flat_inputs(model: keras.Model, inputs: Any) -> list:
+    """Returns the inputs of a model in the order of `model.inputs`."""
+    if isinstance(inputs, dict) and not isinstance(model.input, dict):
+        inputs = [inputs[x.name] for x in model.inputs]
+    return keras.tree.flatten(inputs)
+
+
+def source(tensor: keras.KerasTensor) -> keras.layers.Layer:
+    """Returns the layer that a symbolic tensor is an output of."""
+    return tensor._keras_history.operation
+
+
+def copy_layer(layer: keras.layers.Layer) -> keras.layers.Layer:
+    """Returns a layer made from the config of another, without its weights."""
+    if isinstance(layer, keras.layers.Lambda):
+        # The copy shares the functions: Keras refuses to restore a Python
+        # lambda from a config, and would not know the names that it uses.
+        return type(layer)(
+            layer.function,
+            output_shape=layer._output_shape,
+            mask=layer.mask,
+            arguments=layer.arguments,
+            name=layer.name,
+            dtype=layer.dtype_policy,
+            trainable=layer.trainable,
+        )
+    return type(layer).from_config(layer.get_config())
+
+
+def set_trainable(model: keras.Model, value: bool) -> None:
+    """Sets whether a model is trainable, without a change to its layers."""
+    model._trainable = value

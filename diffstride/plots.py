@@ -1,125 +1,88 @@
 """Plots of strides, costs and spectra. They need matplotlib: the extra `plot`.
 
-Every function returns a `matplotlib.figure.Figure`, which belongs to no window:
+Every function returns a `matplotlib.figure.Figure` that belongs to no window:
 `plots.strides(history).savefig('strides.png')`.
 """
 
 import collections
 import contextlib
 import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import keras
 import numpy as np
 from keras import ops, tree
 
-from diffstride import validation
-from diffstride.complexity import recorded
+from diffstride import models, validation
 from diffstride.pooling import DiffStride, SpectralPooling
 
 _LINES = ('-', '--', ':')
 
 
-def strides(history, initial=None):
-    """Strides over the epochs.
+def strides(
+    history: Mapping[str, Sequence[float]],
+    initial: Mapping[str, Sequence[float]] | None = None,
+) -> Any:
+    """Plots strides over the epochs.
 
     Args:
-        history: Dict of lists, one value per epoch, as `fit` returns it in
-            `.history` where `callbacks.StrideLogger` is at work.
-        initial: Dict from the name of a layer to its initial strides, one per
-            axis, shown as epoch 0; None for none.
+        history: From a name to one value per epoch, as in the `.history` that
+            `fit` returns with `callbacks.StrideLogger`.
+        initial: From the name of a layer to its initial strides, one per axis,
+            which are drawn as epoch 0; None to leave them out.
 
     Returns:
         A figure.
 
     Raises:
-        ValueError: If no stride is in the history.
+        ValueError: If the history has no strides, or if `initial` has another
+            number of them.
 
     Example:
 
     >>> history = model.fit(x, y, callbacks=[StrideLogger()]).history
     >>> plots.strides(history).savefig('strides.png')
     """
+    keys = [key for key in history if key.startswith('stride/')]
+    validation.require(
+        keys,
+        '`history` must have strides, as callbacks.StrideLogger adds them',
+        history=list(history),
+    )
+    counts = collections.Counter(key.split('/')[1] for key in keys)
+    validation.require(
+        not initial
+        or all(len(initial.get(x, ())) == n for x, n in counts.items()),
+        f'`initial` must have as many strides of each layer: {dict(counts)}',
+        initial=initial,
+    )
     figure, axes = _figure('epoch', 'stride')
-    draw_strides(axes, history, initial)
+    for color, name in enumerate(counts):
+        of_layer = [key for key in keys if key.split('/')[1] == name]
+        for index, key in enumerate(of_layer):
+            values = list(history[key])
+            if initial:
+                values = [initial[name][index], *values]
+            axes.plot(
+                np.arange(len(values)) + (0 if initial else 1),
+                values,
+                linestyle=_LINES[index],
+                marker='.',
+                color=f'C{color}',
+                label=f'{name}, {key.split("/")[2]}',
+            )
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
     return figure
 
 
-def draw_strides(axes, history, initial=None, **style):
-    """As `strides`, on given axes of matplotlib, in a style of lines."""
-    keys = [key for key in history if key.startswith('stride/')]
-    if not keys:
-        raise ValueError(
-            'The history must have strides, as callbacks.StrideLogger adds '
-            f'them. Received: {list(history)}'
-        )
-    per_name = collections.Counter(key.split('/')[1] for key in keys)
-    validation.require(
-        not initial
-        or all(len(initial.get(x, ())) == n for x, n in per_name.items()),
-        f'`initial` must have as many strides of each layer: {dict(per_name)}',
-        initial=initial,
-    )
-    names = list(per_name)
-    drawn = dict.fromkeys(names, 0)
-    for key in keys:
-        _, name, axis = key.split('/')
-        index = drawn[name]
-        drawn[name] += 1
-        start = [initial[name][index]] if initial else []
-        values = start + list(history[key])
-        axes.plot(
-            np.arange(len(values)) + (0 if start else 1),
-            values,
-            **{
-                'linestyle': _LINES[index],
-                'marker': '.',
-                'color': f'C{names.index(name)}',
-                'label': f'{name}, {axis}',
-                **style,
-            },
-        )
-    axes.xaxis.get_major_locator().set_params(integer=True)
-
-
-def strides_of_runs(groups):
-    """Strides over the epochs of many runs, one panel for each group of them.
+def accuracy_macs(points: Mapping[str, Sequence[tuple]]) -> Any:
+    """Plots accuracy against multiply-accumulates, one marker per group.
 
     Args:
-        groups: Dict from the name of a group to a list of (history, initial),
-            as `strides` takes them.
-
-    Returns:
-        A figure.
-
-    Raises:
-        ValueError: If there is no group, and as `strides`.
-    """
-    validation.require(
-        groups, '`groups` must have at least one group', groups=groups
-    )
-    figure = _new_figure((5 * len(groups), 4))
-    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
-    for axes, (name, runs) in zip(panels, groups.items()):
-        for history, initial in runs:
-            draw_strides(axes, history, initial, alpha=0.6, marker='')
-        axes.set_title(name)
-        axes.set_xlabel('epoch')
-    lines = {
-        label: line
-        for axes in panels
-        for line, label in zip(*axes.get_legend_handles_labels())
-    }
-    panels[0].set_ylabel('stride')
-    panels[0].legend(lines.values(), lines.keys())
-    return figure
-
-
-def accuracy_macs(points):
-    """Accuracy against multiply-accumulates, a marker for each group.
-
-    Args:
-        points: Dict from the name of a group to a list of (MACs, accuracy) or
-            (MACs, accuracy, standard deviation), accuracies from 0 to 1.
+        points: From the name of a group to a list of (MACs, accuracy) or
+            (MACs, accuracy, standard deviation), with accuracies from 0 to 1.
 
     Returns:
         A figure.
@@ -159,20 +122,20 @@ def accuracy_macs(points):
     return figure
 
 
-def response(layer, size, index=0):
-    """The response m(f) of a DiffStride layer, and what the crop keeps.
+def response(layer: DiffStride, size: int, index: int = 0) -> Any:
+    """Plots the response m(f) of a DiffStride layer and what the crop keeps.
 
     Args:
         layer: A `DiffStride`, at its present strides.
-        size: N, of the axis in the input.
-        index: Of the spatial axis, from 0.
+        size: N, the size of the axis in the input.
+        index: The spatial axis, counted from 0.
 
     Returns:
         A figure.
 
     Raises:
-        ValueError: If the layer is no DiffStride, if the size is not an integer
-            of at least 1, or if there is no such axis.
+        ValueError: If the layer is not a DiffStride, if the size is not an
+            integer >= 1, or if there is no such axis.
 
     Example:
 
@@ -183,15 +146,11 @@ def response(layer, size, index=0):
         '`layer` must be a DiffStride',
         layer=layer,
     )
-    validation.require(
-        validation.is_integer(size, least=1),
-        '`size` must be an integer, at least 1',
-        size=size,
-    )
+    validation.integer('size', size, least=1)
     validation.one_of('index', index, tuple(range(layer.rank)))
     figure, axes = _figure('frequency f (cycles per map)', 'response m(f)')
     values = layer.response(size, index)
-    output_size = layer.present_size(index, size)
+    output_size = layer.output_size(size, index)
     stride = layer.stride_values[index]
     axes.plot(values, marker='.', label='m(f)')
     axes.axvspan(
@@ -210,8 +169,8 @@ def response(layer, size, index=0):
     return figure
 
 
-def pooled(model, image):
-    """The map with most variance, before and after each pooling of a model.
+def pooled(model: keras.Model, image: Any) -> Any:
+    """Plots the map with most variance before and after each pooling.
 
     Args:
         model: A built Keras model of images with spectral pooling layers.
@@ -229,21 +188,23 @@ def pooled(model, image):
     """
     rows = []
 
-    def keep(layer, inputs, outputs):
+    def keep(layer, call, inputs):
+        outputs = call(inputs)
         pair = tree.flatten(inputs)[0], tree.flatten(outputs)[0]
         rows.append((layer, *map(ops.convert_to_numpy, pair)))
+        return outputs
 
     with contextlib.ExitStack() as stack:
-        for layer in model._flatten_layers():
+        for layer in models.flatten(model):
             if isinstance(layer, SpectralPooling) and layer.rank == 2:
-                end = functools.partial(keep, layer)
-                stack.enter_context(recorded(layer, lambda end=end: end))
+                function = functools.partial(keep, layer)
+                stack.enter_context(models.intercepted(layer, function))
         model(ops.convert_to_tensor(image)[None], training=False)
-    if not rows:
-        raise ValueError(
-            'The model must have spectral pooling layers of two spatial axes. '
-            f'Received: {model.name}'
-        )
+    validation.require(
+        rows,
+        '`model` must have spectral pooling layers of two spatial axes',
+        model=model.name,
+    )
     figure = _new_figure((5, 2.3 * len(rows)))
     grid = figure.subplots(len(rows), 2, squeeze=False)
     for axes, (layer, *maps) in zip(grid, rows):

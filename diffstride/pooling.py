@@ -452,7 +452,10 @@ class DiffStride(SpectralPooling):
             else self.output_size(key[1], key[0])
             for key in self._compiled
         }
-        if now != self._compiled:
+        # XLA must not go on with constant sizes that are static no more.
+        has_sizes = len(self._compiled) > 1
+        is_stale = has_sizes and not self.supports_jit
+        if now != self._compiled or is_stale:
             self._compiled = {}
             models.recompile_models_with(self)
 

@@ -92,7 +92,8 @@ def resample(
         method = _fastest_method(shape, axis, output_size)
     operators = _operators(method, size, output_size, weights, norm, dtype)
     if response.frequencies is None:
-        if method == 'matmul':  # Autodiff already yields the adjoint here.
+        if isinstance(method, str) and method == 'matmul':
+            # Automatic differentiation already yields the adjoint here.
             return [operators[0](x, axis) for x in inputs]
         return [_apply(x, axis, operators) for x in inputs]
     scales = _scales(response.frequencies, size, output_size, norm)

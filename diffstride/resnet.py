@@ -8,7 +8,6 @@ Gin knows everything here as `resnet.<name>`.
 import ast
 import functools
 import inspect
-import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,8 +15,8 @@ import gin
 import keras
 from keras import ops
 
+from diffstride.costs import ActivationCost
 from diffstride.pooling import SpectralPooling, diffstride_layers
-from diffstride.regularizers import ActivationCost, StrideCostModel
 from diffstride.validation import (
     finite,
     integer,
@@ -240,10 +239,10 @@ def Resnet(
     channels_first: bool | None = None,
     pooling_cls: PoolingClass | None = None,
     weight_decay: float = 5e-3,
-    stride_cost: Any = None,
+    stride_cost: float | None = None,
     pool_after: str = 'convolution',
     **kwargs,
-) -> keras.Model:
+) -> keras.Sequential:
     """Returns a pre-activation ResNet for image classification.
 
     Args:
@@ -260,10 +259,9 @@ def Resnet(
         pooling_cls: The class of pooling layers, see `ResidualLayer`; None for
             strided convolutions.
         weight_decay: L2 penalty of all kernels and of the last bias.
-        stride_cost: What learned strides cost in the loss: None or 0 for
-            nothing; a number for the paper's cost of that weight, see
-            `regularizers.ActivationCost`; or another cost of a model, such as
-            `regularizers.MacsCost`. Without learned strides it has no effect.
+        stride_cost: Weight of the paper's cost of learned strides in the loss,
+            see `costs.ActivationCost`; None for no cost. Without learned
+            strides it has no effect.
         pool_after: Where residual layers pool, see `ResidualLayer`. With
             'activation', a pooling layer after the first convolution has a
             normalization and an activation before it, too.
@@ -271,8 +269,7 @@ def Resnet(
 
     Returns:
         A `keras.Sequential`, built at its first call,
-        [batch, height, width, channels] -> float32 [batch, num_output_classes];
-        within a `regularizers.StrideCostModel` if strides cost something.
+        [batch, height, width, channels] -> float32 [batch, num_output_classes].
 
     Raises:
         ValueError: If an argument is out of its range; if `filters` and
@@ -311,6 +308,10 @@ def Resnet(
         )
         for block, (width, stride) in enumerate(zip(filters[1:], strides[1:]))
     ]
+    if stride_cost is not None:
+        finite('stride_cost', stride_cost, least=0)
+    if stride_cost and any(map(diffstride_layers, layers)):
+        layers.append(ActivationCost(stride_cost))
     layers += [
         norm(),
         keras.layers.ReLU(),
@@ -324,13 +325,7 @@ def Resnet(
             dtype='float32',
         ),
     ]
-    model = keras.Sequential(layers)
-    if isinstance(stride_cost, numbers.Real):
-        weight = finite('stride_cost', stride_cost, least=0)
-        stride_cost = ActivationCost(weight) if weight else None
-    if stride_cost is None or not diffstride_layers(model):
-        return model
-    return StrideCostModel(model, stride_cost)
+    return keras.Sequential(layers)
 
 
 @gin.configurable(module='resnet')
@@ -338,7 +333,7 @@ def resnet18(
     strides: str | Sequence[Strides] = (1, 1, 2, 2, 2),
     width: int = 64,
     **kwargs,
-) -> keras.Model:
+) -> keras.Sequential:
     """Returns a `Resnet` of 4 blocks of 2 layers.
 
     Args:
@@ -352,7 +347,7 @@ def resnet18(
 @gin.configurable(module='resnet')
 def resnet56(
     strides: str | Sequence[Strides] = (1, 1, 2, 2), width: int = 16, **kwargs
-) -> keras.Model:
+) -> keras.Sequential:
     """Returns a `Resnet` of 3 blocks of 9 layers, see `resnet18`."""
     return _resnet((1, 1, 2, 4), strides, width, num_layers=9, **kwargs)
 

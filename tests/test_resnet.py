@@ -383,6 +383,18 @@ def test_weight_decay_penalizes_kernels_and_the_last_bias(weight_decay):
     assert float(sum(model.losses)) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    'pooling_cls, cost',
+    [(DiffStride, 0.5 * (1 / 4 + 1 / 12)), (FixedSpectralPooling, 0.0)],
+)
+def test_stride_cost_is_that_of_the_paper(pooling_cls, cost):
+    model = small_resnet(
+        '1, 2, (3, 1)', pooling_cls=pooling_cls, stride_cost=0.5, weight_decay=0
+    )
+    model(images(1, 16, 16, 3))
+    assert float(sum(model.losses)) == pytest.approx(cost, rel=1e-5)
+
+
 # Errors
 
 
@@ -416,8 +428,8 @@ LAYER = {'strides': 2, 'project': True}
         (small_resnet, {'weight_decay': None}, '`weight_decay` .*=None'),
         (small_resnet, {'weight_decay': -1}, '`weight_decay` .*=-1'),
         (small_resnet, {'pool_after': 'norm'}, "`pool_after` must.*='norm'"),
-        (small_resnet, {'pooling_cls': DiffStride, 'stride_cost': -1},
-         '`stride_cost` .*=-1'),
+        (small_resnet, {'stride_cost': -1}, '`stride_cost` .*=-1'),
+        (small_resnet, {'stride_cost': {}}, '`stride_cost` .*={}'),
         (small_resnet, {'pooling_cls': lambda **unused: 'pool'},
          "`pooling_cls` must return a layer.*='pool'"),
         (small_resnet, {'pooling_cls': 3}, '`pooling_cls` must be .*=3'),

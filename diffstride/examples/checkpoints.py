@@ -237,9 +237,14 @@ def save(
         with averaged or contextlib.nullcontext():
             model.save(folder / 'model.keras')
         write(folder / 'state.json', dataclasses.asdict(state))
-    _keep_if_best(workdir, state.history)
+    _tidy(workdir, state.history)
+
+
+def _tidy(workdir, history):
+    """Keeps the two last epochs, and the last one if it is the best."""
     for old in epoch_folders(workdir)[2:]:
         shutil.rmtree(old)
+    _keep_if_best(workdir, history)
 
 
 def _keep_if_best(workdir, history):
@@ -305,7 +310,7 @@ def restore(
             f'{name.name}, and {folder.name} is continued instead',
             flush=True,
         )
-    _keep_if_best(workdir, state.history)
+    _tidy(workdir, state.history)
     return state
 
 

@@ -18,7 +18,7 @@ import tensorflow as tf
 from absl import logging
 
 import diffstride
-from diffstride import plots, resnet
+from diffstride import diffstride_layers, plots, resnet
 from diffstride.callbacks import StrideLogger, UpdateSizes
 from diffstride.examples import checkpoints, data, schedules, settings
 from diffstride.examples.checkpoints import Stop
@@ -119,7 +119,7 @@ def train(
         )
         model.build((None, *datasets.image_shape))
         _check_outputs(model, loss, datasets)
-        strides = [x.strides for x in diffstride.diffstride_layers(model)]
+        strides = [x.strides for x in diffstride_layers(model)]
         if strides:
             _innermost(optimizer).exclude_from_weight_decay(strides)
         model.compile(
@@ -221,6 +221,7 @@ class Training:
 
     def _fit(self, state):
         data, done = self.datasets, len(state.history)
+        weights = data.class_weights
         checkpoints.write(self.workdir / 'config.gin', self.settings)
         names = ('class_names', 'image_shape', 'mean', 'scale')
         checkpoints.write(
@@ -243,7 +244,7 @@ class Training:
             steps_per_epoch=self.steps_per_epoch,
             shuffle=False,
             validation_data=data.validation,
-            class_weight=data.class_weights,
+            class_weight=weights and dict(enumerate(weights)),
             callbacks=[
                 # First, so that its line does not list every stride.
                 keras.callbacks.ProgbarLogger(),
@@ -314,7 +315,7 @@ class Training:
                         if key.startswith(f'size/{layer.name}/')
                     ],
                 }
-                for layer in diffstride.diffstride_layers(self.model)
+                for layer in diffstride_layers(self.model)
             },
             'versions': {
                 'diffstride': diffstride.__version__,
@@ -436,7 +437,9 @@ def _remembered(callback):
     return {
         key: value
         for key, value in vars(callback).items()
-        if isinstance(value, numbers.Number) and key not in arguments
+        if isinstance(value, numbers.Number)
+        and not key.startswith('_')
+        and key not in arguments
     }
 
 

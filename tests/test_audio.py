@@ -1,0 +1,344 @@
+"""Tests of the example's recordings and of its networks for them."""
+
+import functools
+
+import gin
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from diffstride import DiffStride, FixedSpectralPooling
+from diffstride.examples import audio
+
+RATE = 1000
+SPEAKERS = 'anna', 'ben', 'carl'
+# Recordings shorter and longer than a second, one digit a tone of 110 Hz and
+# the other of 310 Hz; of each digit four by each speaker.
+LENGTHS = 600, 1000, 1500, 801
+
+
+def recording(digit, length):
+    time = np.arange(length) / RATE
+    return np.round(9000 * np.cos(2 * np.pi * (110, 310)[digit] * time))
+
+
+class TinyTones(tfds.core.GeneratorBasedBuilder):
+    """Tones of three speakers."""
+
+    VERSION = tfds.core.Version('1.0.0')
+    code_path = None
+
+    def _features(self):
+        return {
+            'audio': tfds.features.Audio(sample_rate=RATE),
+            'file': tfds.features.Text(),
+            'label': tfds.features.ClassLabel(names=['low', 'high']),
+        }
+
+    def _info(self):
+        features = tfds.features.FeaturesDict(self._features())
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {'train': self._generate_examples()}
+
+    def _generate_examples(self):
+        for digit in range(2):
+            for speaker in SPEAKERS:
+                for index, length in enumerate(LENGTHS):
+                    name = f'{digit}_{speaker}_{index}.wav'
+                    samples = recording(digit, length).astype(np.int64)
+                    yield (
+                        name,
+                        {'audio': samples, 'file': name, 'label': digit},
+                    )
+
+
+class TinyTonesOfTwoTexts(TinyTones):
+    """The same with a second text."""
+
+    def _features(self):
+        return super()._features() | {'speaker': tfds.features.Text()}
+
+    def _generate_examples(self):
+        for key, example in super()._generate_examples():
+            yield key, example | {'speaker': key.split('_')[1]}
+
+
+@pytest.fixture(scope='session')
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp('tfds')
+
+
+@pytest.fixture(scope='session')
+def load(data_dir):
+    """A function that loads `TinyTones`, once for the same arguments."""
+    defaults = {
+        'batch_size': 4,
+        'validation_split': None,
+        'test_filter': '_ben_',
+        'time_shift': 0,
+    }
+    return functools.cache(
+        lambda **arguments: audio.load_datasets(
+            **{'name': 'tiny_tones', 'data_dir': data_dir}
+            | defaults
+            | arguments
+        )
+    )
+
+
+def take(dataset, count=None):
+    """The first batches as arrays (inputs, labels), in a row."""
+    batches = dataset if count is None else dataset.take(count)
+    inputs, labels = zip(*batches.as_numpy_iterator(), strict=True)
+    return np.concatenate(inputs), np.concatenate(labels)
+
+
+def raw(dataset, datasets):
+    """Inputs before standardization, and labels as integers."""
+    inputs, labels = take(dataset)
+    return inputs * datasets.scale + datasets.mean, labels.argmax(-1)
+
+
+def test_filter_holds_a_speaker_out(load):
+    datasets = load()
+    assert datasets.class_names == ('low', 'high')
+    assert datasets.num_classes == 2
+    assert datasets.image_shape == (64, 64, 1)
+    assert datasets.train_examples == 16
+    assert datasets.test_examples == 8
+    assert datasets.validation is None
+    assert datasets.steps_per_epoch == 4
+    assert datasets.summary == (
+        'tiny_tones: 16 train (8 to 8 of a class), no validation, 8 test (4 to '
+        '4 of a class) examples of 64 x 64 x 1 in 2 classes'
+    )
+    # The speaker is told by a text feature of any name.
+    same = load(
+        name='tiny_tones_of_two_texts',
+        filter_feature='speaker',
+        test_filter='^ben$',
+    )
+    assert (same.train_examples, same.test_examples) == (16, 8)
+
+
+def test_filter_may_select_by_index(load, data_dir):
+    datasets = load(test_filter=r'_[01]\.wav$', features='waveform')
+    lengths = [
+        np.count_nonzero(np.abs(x) > 1e-3, axis=(1, 2))
+        for x in (
+            raw(datasets.test, datasets)[0],
+            raw(datasets.train().take(3), datasets)[0],
+        )
+    ]
+    # Indices 0 and 1 are of 600 and 1,000 samples.
+    assert sorted(np.round(lengths[0], -2)) == [600] * 6 + [1000] * 6
+    assert sorted(np.round(lengths[1], -2)) == [800] * 6 + [1000] * 6
+
+
+def test_splits_without_filter_are_shares(load):
+    datasets = load(test_filter=None, test_split=0.25, validation_split=0.5)
+    assert datasets.train_examples == 9
+    assert datasets.validation_examples == 9
+    assert datasets.test_examples == 6
+
+
+def test_waveform_is_centred_and_scaled_to_its_peak(load):
+    datasets = load(features='waveform')
+    assert datasets.image_shape == (RATE, 1)
+    waveforms, digits = raw(datasets.test, datasets)
+    expected = []
+    for digit in range(2):
+        for length in LENGTHS:
+            samples = recording(digit, length)
+            samples /= np.abs(samples).max()
+            missing = max(RATE - length, 0)
+            samples = np.pad(samples, (missing // 2, missing - missing // 2))
+            start = (len(samples) - RATE) // 2
+            expected.append(samples[start : start + RATE])
+    distance = np.abs(waveforms[:, None, :, 0] - np.array(expected)[None]).max(
+        -1
+    )
+    np.testing.assert_allclose(distance.min(1), 0, atol=1e-5)
+    assert sorted(distance.argmin(1)) == list(range(8))
+    np.testing.assert_array_equal(distance.argmin(1) // 4, digits)
+    # Training inputs are standardized.
+    inputs, _ = take(datasets.train(), datasets.steps_per_epoch)
+    np.testing.assert_allclose(inputs.mean(), 0, atol=1e-4)
+    np.testing.assert_allclose(inputs.std(), 1, atol=1e-4)
+
+
+def test_log_mel_is_that_of_each_recording_alone(load):
+    arguments = {'num_mel_bins': 20, 'num_frames': 26}
+    datasets = load(**arguments)
+    plain = load(features='waveform')
+    waveforms, _ = raw(plain.test, plain)
+    spectrograms, digits = raw(datasets.test, datasets)
+    assert spectrograms.shape == (8, 20, 26, 1)
+    # 25 steps of 40 samples, windows of 80, in float64.
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(80) / 80)
+    for waveform, spectrogram in zip(waveforms[..., 0], spectrograms):
+        padded = np.pad(waveform, 128, mode='reflect')
+        frames = np.stack([padded[i : i + 256] for i in range(0, 1001, 40)])
+        frames = frames * np.pad(window, 88)
+        power = np.abs(np.fft.rfft(frames)) ** 2
+        mel = power @ np.float64(mel_matrix(20, 129))
+        expected = 10 * np.log10(np.maximum(mel.T, 1e-4))
+        np.testing.assert_allclose(spectrogram[..., 0], expected, atol=0.05)
+    # The loudest bin lies at the tone.
+    loudest = spectrograms[..., 13, 0].argmax(-1)
+    assert len(set(loudest[digits == 0])) == len(set(loudest[digits == 1])) == 1
+    assert loudest[digits == 0][0] < loudest[digits == 1][0]
+
+
+def mel_matrix(bins, frequencies):
+    """Triangles on the mel scale from 20 Hz to half the sample rate."""
+
+    def mel(frequency):
+        return 1127 * np.log1p(frequency / 700)
+
+    edges = np.linspace(mel(20), mel(RATE / 2), bins + 2)
+    x = mel(np.linspace(0, RATE / 2, frequencies))[:, None]
+    rising = (x - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - x) / (edges[2:] - edges[1:-1])
+    matrix = np.maximum(0, np.minimum(rising, falling))
+    matrix[0] = 0
+    return matrix
+
+
+@pytest.mark.parametrize('features', ['waveform', 'log_mel'])
+def test_training_resumes_at_any_epoch(load, features):
+    arguments = {'features': features, 'time_shift': 0.2}
+    inputs, labels = take(load(**arguments).train(), 8)
+    resumed, resumed_labels = take(load(**arguments).train(1), 4)
+    np.testing.assert_array_equal(inputs[16:], resumed)
+    np.testing.assert_array_equal(labels[16:], resumed_labels)
+    assert (inputs[:16] != resumed).any()
+
+
+def test_shift_moves_each_example_and_repeats_the_edges():
+    ramp = np.arange(10.0, dtype=np.float32)
+    inputs = np.tile(ramp[:, None], (200, 3, 1, 1))
+    shifted = audio.shift(tf.constant(inputs), tf.constant([1, 2]), 3).numpy()
+    assert shifted.shape == inputs.shape
+    offsets = shifted[:, 0, 4, 0] - 4
+    assert set(offsets) == {-3, -2, -1, 0, 1, 2, 3}
+    expected = np.clip(ramp + offsets[:, None], 0, 9)
+    np.testing.assert_array_equal(
+        shifted, np.broadcast_to(expected[:, None, :, None], shifted.shape)
+    )
+
+
+# The networks.
+
+
+def test_spectrogram_net_downsamples_each_axis():
+    model = audio.spectrogram_net(
+        5,
+        strides='(2, 1), (1, 4), 2',
+        pooling_cls=FixedSpectralPooling,
+        filters=[3, 4, 6],
+    )
+    x = np.random.default_rng(0).normal(size=(2, 16, 24, 1)).astype('float32')
+    y = keras.ops.convert_to_numpy(model(x))
+    np.testing.assert_allclose(y.sum(-1), [1, 1], atol=1e-6)
+    shapes = [
+        tuple(layer.output.shape[1:])
+        for layer in model.layers
+        if isinstance(layer, audio.ResidualConv)
+    ]
+    assert shapes == [(8, 24, 3), (8, 6, 4), (4, 2, 6)]
+
+
+def test_channels_first_is_the_same_network():
+    x = np.random.default_rng(0).normal(size=(2, 16, 16, 2)).astype('float32')
+    outputs = []
+    for channels_first in False, True:
+        keras.utils.set_random_seed(0)
+        model = audio.spectrogram_net(
+            3, channels_first, [1, (2, 1)], FixedSpectralPooling, [4, 4]
+        )
+        model.build(x.shape)
+        try:
+            outputs.append(keras.ops.convert_to_numpy(model(x)))
+        except Exception as error:  # TensorFlow on some CPUs.
+            assert 'NHWC' in str(error) or 'NCHW' in str(error)
+            return
+    np.testing.assert_allclose(*outputs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    'net, shape',
+    [(audio.spectrogram_net, (12, 16, 1)), (audio.waveform_net, (256, 1))],
+)
+def test_nets_learn_and_are_saved(tmp_path, net, shape):
+    model = net(2, strides=(1, 2), filters=(2, 3))
+    x = np.random.default_rng(0).normal(size=(8, *shape)).astype('float32')
+    y = np.eye(2, dtype='float32')[np.arange(8) % 2]
+    model.build((None, *shape))
+    before = [layer.stride_values for layer in strided(model)]
+    model.compile(keras.optimizers.SGD(0.1), 'categorical_crossentropy')
+    losses = model.fit(x, y, epochs=4, verbose=0).history['loss']
+    assert losses[-1] < losses[0]
+    assert [layer.stride_values for layer in strided(model)] != before
+    model.save(tmp_path / 'model.keras')
+    loaded = keras.saving.load_model(tmp_path / 'model.keras')
+    np.testing.assert_allclose(
+        loaded.predict(x, verbose=0), model.predict(x, verbose=0), atol=1e-6
+    )
+
+
+def strided(model):
+    return [layer for layer in model.layers if hasattr(layer, 'stride_values')]
+
+
+@pytest.mark.parametrize('strides', ['2, 2', [2, 2], '2, 2, x', 2])
+def test_strides_must_be_as_many_as_filters(strides):
+    with pytest.raises(ValueError, match=r'`strides` must be .* 3 stages'):
+        audio.spectrogram_net(2, strides=strides)
+
+
+def test_config_of_spoken_digits_is_parsed():
+    with gin.unlock_config():
+        gin.parse_config("""
+            audio.spectrogram_net.strides = '(2, 1), (2, 2)'
+            audio.spectrogram_net.filters = [2, 3]
+        """)
+    model = audio.spectrogram_net(2)
+    layers = [x for x in model.layers if isinstance(x, DiffStride)]
+    assert [x.get_config()['strides'] for x in layers] == [(2, 1), (2, 2)]
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    'argument, value, rule',
+    [
+        ('name', '', 'a name'),
+        ('batch_size', 0, 'an integer, at least 1'),
+        ('features', 'mfcc', 'one of'),
+        ('duration', 0, 'a number of seconds, above 0'),
+        ('num_mel_bins', 0, 'an integer, at least 1'),
+        ('num_frames', 1, 'an integer, at least 2'),
+        ('num_frames', 2000, 'at most 1001 in 1000 samples'),
+        ('time_shift', 1.0, 'a number of seconds, at least 0 and below'),
+        ('test_filter', '(', 'a regular expression or None'),
+        ('test_filter', 'nobody', 'match some recordings and not all'),
+        ('test_filter', 'wav', 'match some recordings and not all'),
+        ('filter_feature', 'name', "one of \\('file',\\)"),
+        ('class_weights', 'equal', 'one of'),
+    ],
+)
+def test_wrong_argument_is_named(load, argument, value, rule):
+    verb = '' if argument == 'test_filter' and 'match' in rule else 'be '
+    with pytest.raises(ValueError, match=f'^`{argument}` must {verb}{rule}'):
+        load(**{argument: value})
+
+
+def test_dataset_of_images_is_explained(load):
+    with pytest.raises(ValueError, match='one Audio and one ClassLabel'):
+        load(name='gratings')

@@ -1,0 +1,367 @@
+"""MACs of strides against `complexity`; sizes within a budget; recalibration.
+
+`complexity` is checked against counts by hand in test_counting.py.
+"""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+from diffstride import (
+    DiffStride,
+    DiffStride1D,
+    FixedSpectralPooling,
+    SpectralResizing,
+    complexity,
+    diffstride_layers,
+    recalibrate,
+    replace_strides,
+    set_budget,
+)
+from diffstride.budget import MacsOfStrides
+
+SHAPE = (32, 24, 3)
+
+
+def conv(filters=4, **kwargs):
+    return layers.Conv2D(filters, 3, padding='same', **kwargs)
+
+
+def sequential(**kwargs):
+    """Three pooling layers, of which the last one shares its stride."""
+    return keras.Sequential(
+        [
+            keras.Input(SHAPE),
+            conv(),
+            DiffStride((1.5, 2.0), 1.0, name='a', **kwargs),
+            conv(8),
+            FixedSpectralPooling((1.0, 1.5)),
+            DiffStride(2.0, 1.0, name='b', **kwargs),
+            layers.ZeroPadding2D((1, 2)),
+            layers.Conv2D(8, 3),
+            DiffStride(2.0, 1.0, shared_stride=True, name='c', **kwargs),
+            conv(8),
+            layers.GlobalAveragePooling2D(),
+            layers.Dense(10),
+        ]
+    )
+
+
+def residual():
+    """Both branches of a block share a pooling layer, which gets a list."""
+    inputs = keras.Input(SHAPE)
+    x = DiffStride((1.5, 2.0), 1.0)(conv()(inputs))
+    shortcut, x = DiffStride((2.0, 1.5), 1.0)([x, conv(8)(x)])
+    x = layers.Add()([conv(8)(shortcut), conv(8)(x)])
+    return keras.Model(inputs, layers.GlobalAveragePooling2D()(x))
+
+
+def unet():
+    inputs = keras.Input(SHAPE)
+    skip = DiffStride((1.5, 2.0), 1.0, ramp='inside')(conv()(inputs))
+    x = conv(8)(DiffStride((2.0, 3.0), 1.0, ramp='inside')(skip))
+    x = conv(4)(SpectralResizing()([x, skip]))
+    return keras.Model(inputs, conv(2)(SpectralResizing()([x, inputs])))
+
+
+def branches():
+    """Two branches with sizes of their own, and a vector beside the image."""
+    image, vector = keras.Input(SHAPE), keras.Input((5,))
+    pools = DiffStride(2.0, 1.0)(image), DiffStride((3.0, 1.5), 1.0)(image)
+    means = [layers.GlobalAveragePooling2D()(conv()(x)) for x in pools]
+    y = layers.Dense(2)(layers.Concatenate()([*means, vector]))
+    return keras.Model([image, vector], y)
+
+
+def mobilenet():
+    return replace_strides(
+        keras.applications.MobileNetV2(
+            (32, 32, 3), alpha=0.35, weights=None, classes=3
+        ),
+        smoothness_factor=1.0,
+    )
+
+
+def sound():
+    return keras.Sequential(
+        [
+            keras.Input((400, 2)),
+            layers.Conv1D(4, 9),
+            DiffStride1D(2.5),
+            layers.Conv1D(8, 5, data_format='channels_last'),
+            DiffStride1D(3.0),
+            layers.Conv1D(8, 3),
+            layers.GlobalAveragePooling1D(),
+        ]
+    )
+
+
+MODELS = [sequential, residual, unet, branches, mobilenet, sound]
+
+
+def input_shape(model):
+    shape = model.input_shape
+    is_list = isinstance(shape, list)
+    return [x[1:] for x in shape] if is_list else shape[1:]
+
+
+def macs_of(model, shape=None):
+    return MacsOfStrides(model, shape, diffstride_layers(model))
+
+
+def total(model):
+    return complexity(model, input_shape(model)).macs
+
+
+def sizes_of(model):
+    return [
+        x.output_shape[:2]
+        for x in complexity(model, input_shape(model)).layers
+        if x.class_name == 'DiffStride'
+    ]
+
+
+@pytest.mark.parametrize('make', MODELS)
+def test_macs_at_all_strides_are_those_of_complexity(make):
+    model = make()
+    function = macs_of(model)
+    rng = np.random.default_rng(0)
+    start = function.strides()
+    for strides in (start, *(start * rng.uniform(0.7, 2, len(start)),) * 2):
+        strides = np.maximum(strides, 1)
+        function.assign(strides)
+        # By arithmetic, at the sizes that the strides give.
+        sizes = function._integer_sizes(strides)[1]
+        expected = total(model)
+        assert function._total(sizes) == pytest.approx(expected, abs=0.5)
+        assert function.count(strides) == expected
+
+
+def by_hand(strides):
+    """The smooth MACs of the model of the next test."""
+    a, b, c, d = strides
+    h, w = 32 / a, 24 / b + 0
+    i, j = (h - 2) / c, (w - 2) / d
+    pools = 3 * (h * 32 * 24 + h * w * 24)
+    pools += 4 * (i * (h - 2) * (w - 2) + i * j * (w - 2))
+    return pools + (h - 2) * (w - 2) * 27 * 4 + i * j * 9 * 4 * 5
+
+
+def test_smooth_macs_and_their_gradient():
+    model = keras.Sequential(
+        [
+            keras.Input(SHAPE),
+            DiffStride((2.0, 3.0), ramp='inside'),
+            layers.Conv2D(4, 3),
+            DiffStride((2.0, 2.0), ramp='inside'),
+            conv(5),
+        ]
+    )
+    function = macs_of(model)
+    strides = np.array([1.7, 2.3, 1.9, 1.4])
+    assert function(strides) == pytest.approx(by_hand(strides), rel=1e-9)
+    expected = [
+        (by_hand(strides + step) - by_hand(strides - step)) / 2e-6
+        for step in 1e-6 * np.eye(4)
+    ]
+    np.testing.assert_allclose(function.gradient(strides), expected, rtol=1e-5)
+
+
+def test_the_ramp_outside_adds_its_width_to_a_size():
+    model = keras.Sequential(
+        [keras.Input((64, 1)), DiffStride1D(2.0, 3.0), layers.Conv1D(8, 1)]
+    )
+    # 64 / 2.5 + 2 3 samples; the least stride that changes a size is 64 / 58.
+    function = macs_of(model)
+    size = 64 / 2.5 + 6
+    assert function([2.5]) == pytest.approx(size * (64 + 8))
+    assert function([1.1]) == function([1.0]) == 64 * (64 + 8)
+    assert function([1e6]) == pytest.approx(8 * (64 + 8))
+
+
+@pytest.mark.parametrize('metric', [1.0, (1.0, 3.0, 0.5, 2.0, 1.0)])
+@pytest.mark.parametrize('share', [0.5, 1.2])
+def test_projection_is_the_nearest_point_of_the_budget(share, metric):
+    """The way there is parallel to metric * gradient: Lagrange's condition."""
+    function = macs_of(sequential(ramp='inside'))
+    start = function.strides() + 0.1
+    budget = share * function(start)
+    found = function.project(start, budget, metric)
+    assert function(found) == pytest.approx(budget)
+    ratios = (found - start) / (metric * function.gradient(found))
+    np.testing.assert_allclose(ratios, ratios[0], rtol=0.1)
+
+
+def test_projection_stays_within_limits():
+    model = sequential(
+        ramp='inside', lower_limit_stride=1.3, upper_limit_stride=2.1
+    )
+    function = macs_of(model)
+    start = function.strides()
+    found = function.project(start, 0.75 * function(start))
+    assert function(found) == pytest.approx(0.75 * function(start))
+    assert max(found) == 2.1
+    np.testing.assert_allclose(function.project(start, 1e9), 1.3)
+
+
+@pytest.mark.parametrize('share', [0.4, 0.9, 1.3])
+@pytest.mark.parametrize('make', MODELS)
+def test_a_budget_is_used_up_by_sizes_that_cannot_grow(make, share):
+    model = make()
+    budget = share * total(model)
+    macs = set_budget(model, macs=budget, input_shape=input_shape(model))
+    pools = diffstride_layers(model)
+    assert all(pool.state.held for pool in pools)
+    assert macs == total(model) <= budget
+    function = macs_of(model)
+    strides = function.strides()
+    for index in range(len(strides)):
+        lower = strides.copy()
+        lower[index] = 1
+        # The next size up, with all later maps as they are.
+        sizes = function._integer_sizes(strides)[1]
+        for _, larger in function._larger_sizes(sizes, strides):
+            grown = function._strides_for(larger, strides)
+            if function.count(grown) > macs:
+                assert function.count(grown) > budget
+
+
+def test_sizes_that_just_fit_are_found():
+    """Where 32 became 14, 8 and 4, 16, 8 and 4 fit, too."""
+    model = keras.Sequential(
+        [keras.Input(SHAPE)]
+        + [
+            layer
+            for stride in (2.4, 1.8, 2.1)
+            for layer in (
+                DiffStride(
+                    stride, 1.0, shared_stride=True, ramp='straight_through'
+                ),
+                conv(8),
+            )
+        ]
+    )
+    for layer, stride in zip(diffstride_layers(model), (2.0, 2.0, 2.0)):
+        layer.strides.assign([stride])
+    budget = total(model)
+    for layer, stride in zip(diffstride_layers(model), (2.4, 1.8, 2.1)):
+        layer.strides.assign([stride])
+    assert set_budget(model, macs=budget) == budget
+    assert sizes_of(model) == [(16, 12), (8, 6), (4, 4)]
+
+
+def test_sizes_that_fit_already_keep_their_strides():
+    model = sequential(ramp='inside')
+    set_budget(model, share=0.6)
+    strides = [x.stride_values for x in diffstride_layers(model)]
+    set_budget(model, macs=total(model))
+    assert [x.stride_values for x in diffstride_layers(model)] == strides
+
+
+def test_strides_that_are_not_trainable_stay():
+    model = keras.Sequential(
+        [
+            keras.Input(SHAPE),
+            DiffStride(2.0, trainable=False),
+            DiffStride(2.0, cropping=False),
+            DiffStride(2.0),
+            conv(8),
+        ]
+    )
+    set_budget(model, share=0.9)
+    *fixed, learned = (x.stride_values for x in diffstride_layers(model))
+    assert fixed == [(2.0, 2.0), (2.0, 2.0)]
+    assert max(learned) > 2
+
+
+def test_predictions_follow_a_new_budget():
+    model = sequential(ramp='inside')
+    x = np.random.normal(size=(4, *SHAPE)).astype('float32')
+    model.compile('sgd', 'mse')
+    before = model.predict(x, verbose=0)
+    for share in (0.8, 0.4):
+        set_budget(model, share=share)
+        after = model.predict(x, verbose=0)
+        np.testing.assert_allclose(after, model(x), rtol=1e-4, atol=1e-5)
+        assert np.abs(after - before).max() > 1e-3
+
+
+def test_a_share_is_one_of_the_initial_strides():
+    model = sequential(ramp='inside')
+    initial = total(model)
+    for _ in range(2):
+        assert 0.45 * initial < set_budget(model, share=0.5) <= 0.5 * initial
+
+
+def apart():
+    inputs = keras.Input(SHAPE)
+    x = [DiffStride(2.0, name=name)(inputs) for name in 'ab']
+    return keras.Model(inputs, layers.Add()(x))
+
+
+def shared(*between):
+    pool, inputs = DiffStride(2.0, 1.0, name='pool'), keras.Input(SHAPE)
+    return keras.Model(inputs, pool(pool(inputs)))
+
+
+def attention():
+    inputs = keras.Input((8, 8, 3))
+    x = DiffStride(1.5)(inputs)
+    return keras.Model(inputs, layers.MultiHeadAttention(1, 2)(x, x))
+
+
+@pytest.mark.parametrize(
+    'make, arguments, message',
+    [
+        (sequential, {}, 'Either `macs` or `share` must be given'),
+        (sequential, {'macs': 1e6, 'share': 0.5}, 'Either `macs` or `share`'),
+        (sequential, {'macs': 0}, '`macs` must be a finite number, above 0'),
+        (sequential, {'share': '1'}, '`share` must be a finite number'),
+        (sequential, {'macs': 1e3}, r'at least 193,\d\d\d MACs'),
+        (keras.Sequential, {'macs': 1e6}, 'must have trainable DiffStride'),
+        (
+            lambda: keras.Sequential([DiffStride(2.0)]),
+            {'macs': 1e6},
+            '`input_shape` must be given',
+        ),
+        (attention, {'share': 0.5}, 'multi_head_attention.*" must be known'),
+        (apart, {'share': 0.5}, '"a" must take maps of any size'),
+        (shared, {'share': 0.5}, '"pool" must pool maps of one size'),
+    ],
+)
+def test_budgets_that_are_refused(make, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        set_budget(make(), **arguments)
+
+
+@pytest.mark.parametrize('as_pairs', [False, True])
+def test_recalibration_averages_over_batches(as_pairs):
+    """Against NumPy, for batches of unequal sizes, in two layers in turn."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(2, 3, (10, 4)).astype('float32')
+    batches = [x[:6], x[6:]]
+    frozen = layers.BatchNormalization(momentum=0.9, trainable=False)
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            frozen,
+            layers.Dropout(0.5),
+            layers.Dense(3, kernel_initializer='ones'),
+            layers.BatchNormalization(),
+        ]
+    )
+    kernel = np.array(model.layers[2].kernel)
+    recalibrate(model, [(x, None) for x in batches] if as_pairs else batches)
+    normalized = [(x - x.mean(0)) / np.sqrt(x.var(0) + 1e-3) for x in batches]
+    inner = [x @ kernel for x in normalized]
+    for layer, values in ((frozen, batches), (model.layers[-1], inner)):
+        mean = (6 * values[0].mean(0) + 4 * values[1].mean(0)) / 10
+        var = (6 * values[0].var(0) + 4 * values[1].var(0)) / 10
+        np.testing.assert_allclose(layer.moving_mean, mean, atol=1e-5)
+        np.testing.assert_allclose(layer.moving_variance, var, rtol=1e-4)
+    assert frozen.momentum == 0.9 and not frozen.trainable
+    np.testing.assert_array_equal(model.layers[2].kernel, kernel)
+    assert ops.is_tensor(model(x, training=False))
+    with pytest.raises(ValueError, match='at least one batch'):
+        recalibrate(model, [])

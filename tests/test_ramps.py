@@ -1,0 +1,207 @@
+"""Responses and output sizes, against exact arithmetic and by hand."""
+
+import itertools
+
+import numpy as np
+import pytest
+import reference
+from backends import array, gradients, jacobian, of_unknown_sizes, some
+from keras import ops
+
+from diffstride.ramps import RAMPS, Brickwall, Ramp
+
+# The size and the gradient of 'straight_through' are those of 'inside'.
+KINDS = RAMPS[:2]
+SIZES = (*range(1, 66), 224, 1000)
+STRIDES = (1, 1.1, 1.25, 1.5, 1.6, 2, 2.2, 3, 3.3, 4, 5, 7, 10, 16, 100)
+WIDTHS = (0.5, 1, 2.5, 4, 100)
+every_kind = pytest.mark.parametrize('kind', KINDS)
+
+
+# Sizes
+
+
+@every_kind
+def test_sizes_and_clipped_strides_are_the_exact_ones(kind):
+    for case in itertools.product(SIZES, WIDTHS, STRIDES):
+        size, width, stride = case
+        ramp = Ramp(kind, width)
+        exact = reference.clip_stride(stride, size, width, kind)
+        clipped = ramp.clip(stride, size)
+        assert clipped == pytest.approx(float(exact), rel=1e-12), case
+        expected = reference.diffstride_size(size, exact, width, kind)
+        # A stride that went through float32 has the same size.
+        for value in (stride, float(np.float32(clipped))):
+            actual = ramp.output_size(size, ramp.band_edge(size, value))
+            assert isinstance(actual, int)
+            assert actual == expected, case
+
+
+def test_fixed_sizes_are_the_exact_ones():
+    for size, stride in itertools.product(SIZES, STRIDES):
+        actual = Brickwall.output_size(size, stride)
+        assert isinstance(actual, int)
+        assert actual == reference.fixed_size(size, stride), (size, stride)
+
+
+@pytest.mark.parametrize('width', [0.5, 4, 100])
+@every_kind
+def test_sizes_of_tensors_are_those_of_numbers(kind, width):
+    ramp = Ramp(kind, width)
+    size_of = of_unknown_sizes(
+        lambda size, stride: ramp.output_size(
+            size, ramp.band_edge(size, stride)
+        ),
+        ([], 'int32'),
+        ([], 'float32'),
+    )
+    for size, stride in some(itertools.product(SIZES[::7], STRIDES)):
+        exact = reference.clip_stride(stride, size, width, kind)
+        expected = reference.diffstride_size(size, exact, width, kind)
+        actual = size_of(
+            ops.convert_to_tensor(size, 'int32'),
+            ops.convert_to_tensor(stride, 'float32'),
+        )
+        assert int(actual) == expected, (size, stride)
+
+
+def test_fixed_sizes_of_tensors_are_those_of_numbers():
+    def sizes_of(size):
+        return [Brickwall.output_size(size, stride) for stride in STRIDES]
+
+    sizes_of = of_unknown_sizes(sizes_of, ([], 'int32'))
+    for size in some(SIZES[::3]):
+        expected = [reference.fixed_size(size, stride) for stride in STRIDES]
+        actual = sizes_of(ops.convert_to_tensor(size, 'int32'))
+        assert list(map(int, actual)) == expected, size
+
+
+@pytest.mark.parametrize(
+    'kind, sizes',
+    [
+        ('outside', {1.5: 30, 2: 24, 3: 20, 4: 16}),
+        ('inside', {1.5: 22, 2: 16, 3: 12, 4: 8}),
+        ('straight_through', {1.5: 22, 2: 16, 3: 12, 4: 8}),
+    ],
+)
+def test_sizes_of_32_pixels_by_hand(kind, sizes):
+    ramp = Ramp(kind, 4.0)
+    for stride, size in sizes.items():
+        assert ramp.output_size(32, ramp.band_edge(32, stride)) == size
+
+
+@pytest.mark.parametrize(
+    'stride, kind, limits, expected',
+    [
+        (2.0, 'outside', {}, 2.0),
+        (1.0, 'outside', {}, 32 / 28),
+        (99.0, 'outside', {}, 16.0),
+        (0.0, 'inside', {}, 1.0),
+        (99.0, 'inside', {}, 16.0),
+        (2.0, 'outside', {'lower': 3}, 3.0),
+        (2.0, 'outside', {'upper': 1.5}, 1.5),
+        (1.0, 'outside', {'upper': 1.0}, 1.0),
+        (99.0, 'outside', {'lower': 20}, 20.0),
+    ],
+)
+def test_strides_are_clipped_with_a_gradient_of_one(
+    stride, kind, limits, expected
+):
+    ramp = Ramp(kind, 4.0, **limits)
+    assert ramp.clip(stride, 32) == pytest.approx(expected, rel=1e-12)
+    tensor = ops.convert_to_tensor(stride, 'float32')
+    clipped = ramp.clip(tensor, 32)
+    assert float(clipped) == pytest.approx(expected, rel=1e-6)
+    assert gradients(lambda s: ramp.clip(s, 32), [tensor])[0] == 1
+
+
+# Responses
+
+
+@every_kind
+def test_responses_agree_with_reference(kind):
+    """Those of tensors and those of numbers do."""
+    for size, width, stride in some(
+        itertools.product((1, 2, 3, 8, 15, 32, 224), WIDTHS, STRIDES[::4])
+    ):
+        ramp = Ramp(kind, width)
+        exact = reference.clip_stride(stride, size, width, kind)
+        output_size = reference.diffstride_size(size, exact, width, kind)
+        expected = reference.diffstride_response(
+            size, output_size, exact, width, kind
+        )
+        frequencies = ops.arange(output_size // 2 + 1, dtype='int32')
+        edge = ramp.band_edge(size, ops.convert_to_tensor(stride, 'float32'))
+        response = array(ramp.response(frequencies, edge))
+        # b has a relative error of 1e-7, in units of the ramp's width.
+        ramp_width = min(width, size / (2 * exact))
+        tolerance = 2e-7 * max(1, size / float(ramp_width))
+        np.testing.assert_allclose(response, expected, rtol=0, atol=tolerance)
+        constant = ramp.constant_response(
+            output_size, ramp.band_edge(size, stride)
+        )
+        np.testing.assert_allclose(constant, expected, rtol=0, atol=1e-12)
+        assert response[0] == constant[0] == 1
+
+
+def response_and_jacobian(size, output_size, stride, ramp):
+    def response(stride):
+        frequencies = ops.arange(output_size // 2 + 1, dtype='int32')
+        return ramp.response(frequencies, ramp.band_edge(size, stride))
+
+    stride = ops.convert_to_tensor(float(stride), 'float32')
+    return array(response(stride)), jacobian(response, stride)
+
+
+@pytest.mark.parametrize(
+    'kind, size, stride, width, response, jacobian',
+    [
+        # b = 2, db/dS = -1: corners at 2 (start) and 6 (end, cropped off).
+        (
+            'outside', 8, 2, 4,
+            [1, 1, 1, 0.75, 0.5], [0, 0, -1 / 8, -1 / 4, -1 / 4],
+        ),
+        # b = 2.5, db/dS = -1.25: a corner at the end of the ramp alone.
+        (
+            'outside', 10, 2, 1.5,
+            [1, 1, 1, 2 / 3, 0], [0, 0, 0, -5 / 6, -5 / 12],
+        ),
+        # b = 4, db/dS = -2: ramp from 2 to 4, corners at both ends.
+        (
+            'inside', 16, 2, 2,
+            [1, 1, 1, 0.5, 0], [0, 0, -1 / 2, -1, -1 / 2],
+        ),
+        # b = 2 = R: the ramp fills the band and is as wide as the smaller.
+        (
+            'inside', 8, 2, 2,
+            [1, 0.5, 0], [0, -0.5 * (1 + 0.5) / 2, -0.5 * (1 / 2)],
+        ),
+        # R > b = 2: the ramp is b wide, m = 1 - f / b.
+        (
+            'inside', 8, 2, 9,
+            [1, 0.5, 0], [0, -1 / 4, -1 / 4],
+        ),
+    ],
+)  # fmt: skip
+def test_response_and_its_gradient_by_hand(
+    kind, size, stride, width, response, jacobian
+):
+    output_size = 2 * (len(response) - 1)
+    actual = response_and_jacobian(size, output_size, stride, Ramp(kind, width))
+    np.testing.assert_allclose(actual[0], response, atol=1e-6)
+    np.testing.assert_allclose(actual[1], jacobian, atol=1e-6)
+
+
+@every_kind
+def test_frequencies_hold_every_slope(kind):
+    for case in some(itertools.product((1, 2, 8, 15), WIDTHS, STRIDES[::5])):
+        size, width, stride = case
+        ramp = Ramp(kind, width)
+        edge = ramp.band_edge(size, stride)
+        output_size = ramp.output_size(size, edge)
+        edge = ops.convert_to_tensor(edge, 'float32')
+        frequencies = array(ramp.frequencies(size, output_size, edge))
+        assert len(set(frequencies)) == len(frequencies) <= width + 2, case
+        assert frequencies.max() <= output_size // 2, case
+        _, slopes = response_and_jacobian(size, output_size, stride, ramp)
+        assert set(np.flatnonzero(slopes)) <= set(frequencies), case

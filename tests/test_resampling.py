@@ -1,0 +1,369 @@
+"""The resampling operator, against the reference and by its formula."""
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+import reference
+from backends import (
+    BACKEND,
+    array,
+    dtype_of,
+    error_of,
+    gradients,
+    image,
+    of_any_image,
+    of_unknown_sizes,
+    only,
+    random,
+    skip_unless_there_is,
+    some,
+)
+from keras import ops
+
+from diffstride import DiffStride1D, FixedSpectralPooling1D, resampling
+from diffstride.resampling import METHODS, NORMS, Response
+
+SIZES = (1, 2, 3, 4, 5, 8, 9, 16, 31, 32)
+every_method = pytest.mark.parametrize('method', METHODS[1:])
+
+
+def resample(x, axis, size, weights=None, norm='forward', method='auto'):
+    """Resamples one tensor."""
+    response = None if weights is None else Response(weights)
+    return resampling.resample([x], axis, size, norm, method, response)[0]
+
+
+def weights_for(size, output_size, seed):
+    """Returns weights up to the band of both sizes."""
+    return 0.1 + np.abs(random(min(size, output_size) // 2 + 1, seed=seed))
+
+
+# Values
+
+
+@pytest.mark.parametrize('has_weights', [False, True])
+@pytest.mark.parametrize('norm', NORMS)
+@every_method
+def test_values_agree_with_reference_down_and_up(method, norm, has_weights):
+    pairs = itertools.product(SIZES, SIZES)
+    for i, (size, output_size) in some(enumerate(pairs)):
+        axis = i % 4
+        x = random(*(size if a == axis else 2 for a in range(4)), seed=i)
+        weights = weights_for(size, output_size, i) if has_weights else None
+        y = resample(
+            ops.convert_to_tensor(x),
+            axis,
+            output_size,
+            ops.convert_to_tensor(weights) if has_weights else None,
+            norm,
+            method,
+        )
+        expected = reference.resample(x, axis, output_size, weights, norm)
+        assert error_of(y, expected) <= 2e-6, (size, output_size)
+
+
+@only('tensorflow', 'elsewhere sizes are known')
+@pytest.mark.parametrize('method', METHODS)
+def test_values_of_unknown_sizes_agree_with_reference(method):
+    resample_unknown = of_unknown_sizes(
+        lambda x, size, weights: resample(x, 1, size, weights, method=method),
+        ([None, None, 2], 'float32'),
+        ([], 'int32'),
+        ([None], 'float32'),
+    )
+    for size, output_size in itertools.product((*SIZES, 150), repeat=2):
+        x = random(2, size, 2, seed=size)
+        weights = weights_for(size, output_size, output_size)
+        y = resample_unknown(
+            ops.convert_to_tensor(x),
+            output_size,
+            ops.convert_to_tensor(weights),
+        )
+        expected = reference.resample(x, 1, output_size, weights)
+        assert error_of(y, expected) <= 2e-6, (size, output_size)
+
+
+@every_method
+def test_float64_is_exact_to_float64(method):
+    skip_unless_there_is('float64')
+    for size, output_size in [(33, 12), (32, 13), (224, 150), (9, 30)]:
+        x = random(2, size).astype('float64')
+        y = resample(ops.convert_to_tensor(x), 1, output_size, method=method)
+        assert dtype_of(y) == 'float64'
+        assert error_of(y, reference.resample(x, 1, output_size)) <= 1e-13
+
+
+@pytest.mark.parametrize(
+    'method, size, output_size',
+    [('fft', 4095, 2050), ('matmul', 4096, 600), ('auto', 4096, 1241)],
+)
+def test_long_axes_are_accurate(method, size, output_size):
+    x = random(2, size)
+    weights = np.linspace(1, 0.1, output_size // 2 + 1).astype('float32')
+    y = resample(
+        ops.convert_to_tensor(x),
+        1,
+        output_size,
+        ops.convert_to_tensor(weights),
+        method=method,
+    )
+    expected = reference.resample(x, 1, output_size, weights)
+    assert error_of(y, expected) <= 1e-5
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_the_same_size_without_weights_returns_the_input(method):
+    x = ops.convert_to_tensor(random(2, 9))
+    assert np.array_equal(array(resample(x, 1, 9, method=method)), array(x))
+
+
+@pytest.mark.parametrize('norm', NORMS)
+@pytest.mark.parametrize('size, output_size', [(7, 4), (8, 5), (8, 8), (5, 12)])
+def test_the_matrix_is_the_formula(size, output_size, norm):
+    """A, as the module defines it, whose terms are written out here."""
+    least = min(size, output_size)
+    f = np.arange(least // 2 + 1)
+    pairs = np.where((f == 0) | (2 * f == least), 1, 2)
+    gain = {'forward': output_size / size, 'backward': 1}.get(
+        norm, (output_size / size) ** 0.5
+    )
+    time = (
+        np.arange(output_size)[:, None] / output_size - np.arange(size) / size
+    )
+    waves = np.cos(2 * np.pi * f[:, None, None] * time)
+    weights = 1 / (1 + f)
+    tensor = ops.convert_to_tensor(weights)
+    has_float64 = BACKEND != 'jax'
+    dtype = 'float64' if has_float64 else 'float32'
+    for r, given in [(np.ones(len(f)), None), (weights, tensor)]:
+        matrix = resampling.resampling_matrix(
+            size, output_size, given, norm, dtype
+        )
+        expected = gain / output_size * np.tensordot(pairs * r, waves, axes=1)
+        exact = given is None or has_float64
+        assert error_of(matrix, expected) <= (1e-13 if exact else 1e-6)
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16', 'float64'])
+@every_method
+def test_the_dtype_is_that_of_the_input(method, dtype):
+    skip_unless_there_is(dtype)
+    x = ops.cast(random(2, 3, 12), dtype)
+    y = resample(x, 2, 7, ops.ones((4,)), method=method)
+    assert dtype_of(y) == dtype
+
+
+# Gradients
+
+
+def gradient_of_weights(x, axis, output_size, gradient, norm):
+    """Inner products of the output's gradient and each frequency's share."""
+    shares = [
+        reference.resample(x, axis, output_size, one, norm)
+        for one in np.eye(output_size // 2 + 1)
+    ]
+    return np.array([np.sum(share * gradient) for share in shares])
+
+
+@pytest.mark.parametrize(
+    'method, size, output_size, axis, norm',
+    [
+        ('fft', 9, 6, 1, 'forward'),
+        ('fft', 30, 17, 3, 'backward'),
+        ('fft', 48, 48, 1, 'ortho'),
+        ('matmul', 9, 6, 3, 'ortho'),
+        ('matmul', 30, 17, 1, 'forward'),
+        ('matmul', 48, 48, 3, 'backward'),
+    ],
+)
+def test_gradient_of_weights_is_the_product_of_the_spectra(
+    method, size, output_size, axis, norm
+):
+    """Only the frequencies that vary receive one, and cost anything."""
+    shape = [2, 3, 4, 5]
+    shape[axis] = size
+    x = random(*shape)
+    shape[axis] = output_size
+    gradient = random(*shape, seed=1)
+    weights = np.linspace(1, 0.2, output_size // 2 + 1, dtype='float32')
+    expected = gradient_of_weights(x, axis, output_size, gradient, norm)
+    for frequencies in ([1, output_size // 2], range(len(weights))):
+        frequencies = ops.convert_to_tensor(list(frequencies), 'int32')
+
+        def loss(weights, frequencies=frequencies):
+            varying = ops.take(weights, frequencies)
+            response = Response(weights, frequencies, varying)
+            (y,) = resampling.resample(
+                [ops.convert_to_tensor(x)],
+                axis,
+                output_size,
+                norm,
+                method,
+                response,
+            )
+            return ops.sum(gradient * y)
+
+        (actual,) = gradients(loss, [weights])
+        chosen = np.isin(range(len(weights)), array(frequencies))
+        assert error_of(actual, expected * chosen) <= 1e-5
+
+
+@pytest.mark.parametrize('size', [7, 40])
+@every_method
+def test_gradient_of_a_gradient_is_the_central_difference(method, size):
+    """The input is kept for the gradient, or on long axes its spectrum."""
+    x = random(2, size, 3)
+    output_size = size // 2 + 1
+    weights = np.linspace(1, 0.5, output_size // 2 + 1, dtype='float32')
+    frequencies = ops.arange(len(weights), dtype='int32')
+    if size > 7:
+        frequencies = frequencies[-4:]
+
+    def penalty(varying):
+        response = Response(weights, frequencies, varying)
+
+        def loss(x):
+            (y,) = resampling.resample(
+                [x], 1, output_size, 'forward', method, response
+            )
+            return ops.sum(y**2)
+
+        return ops.sum(gradients(loss, [x])[0] ** 2)
+
+    def expected_penalty(step):
+        moved = weights.astype('float64')
+        moved[array(frequencies).astype(int)] += step
+        matrix = reference.resample(np.eye(size), 0, output_size, moved)
+        return np.sum(np.einsum('pn,pm,bmc->bnc', 2 * matrix, matrix, x) ** 2)
+
+    varying = ops.take(weights, frequencies)
+    (actual,) = gradients(penalty, [varying])
+    steps = 1e-6 * np.eye(len(varying))
+    expected = [
+        (expected_penalty(step) - expected_penalty(-step)) / 2e-6
+        for step in steps
+    ]
+    assert error_of(actual, expected) <= 1e-4
+
+
+# The choice of the method
+
+
+@pytest.mark.parametrize(
+    'shape, axis, output_size, method',
+    [
+        ((32, 32, 32, 64), 1, 24, 'matmul'),
+        ((4, 512, 512, 64), 2, 264, 'matmul'),
+        # The product with few columns is slow, that along the last axis not.
+        ((4, 512, 512, 3), 2, 264, 'fft'),
+        ((4, 3, 512, 512), 3, 264, 'matmul'),
+        ((2, 1024, 1024, 8), 1, 520, 'fft'),
+        ((2, 1024, 1024, 8), 1, 264, 'matmul'),
+    ],
+)
+def test_the_method_follows_the_model_of_time(
+    monkeypatch, shape, axis, output_size, method
+):
+    """Only the chosen one is made."""
+    for name, other in [('_products', 'matmul'), ('_filters', 'fft')]:
+
+        def made(*arguments, other=other):
+            raise LookupError(other)
+
+        monkeypatch.setattr(resampling, name, made)
+    x = ops.broadcast_to(ops.zeros(()), shape) if BACKEND != 'jax' else None
+    if x is None:
+        import jax
+
+        x = jax.ShapeDtypeStruct(shape, 'float32')
+    with pytest.raises(LookupError, match=method):
+        resample(x, axis, output_size)
+
+
+LENGTHS = [60, 600]  # A matrix is faster for the first, an FFT for the second.
+
+
+@only('tensorflow', 'elsewhere sizes are known')
+@pytest.mark.parametrize('ramp', ['outside', 'straight_through'])
+def test_a_graph_chooses_the_method_by_sizes_met(monkeypatch, ramp):
+    """No matrix is made for a long axis: it would grow with its square."""
+
+    def poisoned(size, output_size, *arguments):
+        return ops.full((output_size, size), np.nan)
+
+    monkeypatch.setattr(resampling, 'resampling_matrix', poisoned)
+    for layer in (DiffStride1D(2.2, ramp=ramp), FixedSpectralPooling1D(2.2)):
+        pool = of_any_image(layer)
+        for length in [*LENGTHS, 12_000]:
+            is_by_matrix = np.isnan(array(pool(image((length,))))).all()
+            assert is_by_matrix == (length == LENGTHS[0])
+
+
+@only('tensorflow', 'elsewhere sizes are known')
+def test_gradients_are_right_whichever_method_a_graph_chooses():
+    """First ones in input and stride, and second ones in the input."""
+    layer = DiffStride1D(2.2)
+
+    def all_gradients(x, weights):
+        def loss(x):
+            return ops.sum(weights * layer(x))
+
+        def energy(x):
+            return ops.sum(layer(x) ** 2)
+
+        of_penalty = gradients(
+            lambda x: ops.sum(gradients(energy, [x])[0] ** 2), [x]
+        )
+        return gradients(loss, [x], [layer.strides]) + of_penalty
+
+    all_gradients = of_unknown_sizes(
+        all_gradients, *[([None, None, 2], 'float32')] * 2
+    )
+    for length in LENGTHS:
+        x = image((length,))
+        matrix = reference.diffstride(np.eye(length)[None], (2.2,))[0]
+        weights = image((len(matrix),), seed=1)
+        of_x, of_stride, of_penalty = all_gradients(x, weights)
+        expected = np.einsum('pn,bpc->bnc', matrix, weights)
+        assert error_of(of_x, expected) <= 2e-5
+        expected = reference.diffstride_stride_gradient(x, weights, (2.2,))
+        np.testing.assert_allclose(of_stride, expected, rtol=2e-3)
+        square = matrix.T @ matrix
+        expected = 8 * np.einsum('nm,bmc->bnc', square @ square, x)
+        assert error_of(of_penalty, expected) <= 2e-5
+
+
+@only('tensorflow', 'elsewhere sizes are known')
+@pytest.mark.slow
+def test_auto_takes_about_the_time_of_the_fft_on_long_clips():
+    x = image((12_000,), channels=1)
+
+    def seconds(method):
+        layer = DiffStride1D(2.0, method=method)
+        pool = of_any_image(layer, channels=1)
+        pool(x)
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            array(pool(x))
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    assert seconds('auto') < 3 * seconds('fft')
+
+
+# Lists
+
+
+@every_method
+def test_a_list_is_resampled_as_its_tensors_are(method):
+    tensors = [ops.array(random(2, 12, c, seed=c)) for c in (1, 3)]
+    response = Response(ops.ones((4,)))
+    together = resampling.resample(
+        tensors, 1, 6, method=method, response=response
+    )
+    for x, y in zip(tensors, together):
+        alone = resample(x, 1, 6, response.weights, method=method)
+        np.testing.assert_array_equal(array(y), array(alone))

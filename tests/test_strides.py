@@ -1,0 +1,568 @@
+"""The state of learned strides: which strides hold, and which sizes.
+
+Sizes travel with the weights: whatever restores weights restores them.
+"""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+import reference
+from backends import (
+    BACKEND,
+    array,
+    compilers,
+    error_of,
+    gradients,
+    image,
+    of_any_image,
+    only,
+    traced,
+)
+from keras import ops
+
+from diffstride import (
+    DiffStride,
+    DiffStride1D,
+    FixedSpectralPooling,
+    SpatialPooling,
+    SpectralResizing,
+)
+
+STATES = ('release', 'make_sizes_static', 'hold')
+has_xla = pytest.mark.skipif(BACKEND == 'torch', reason='PyTorch has no XLA')
+
+
+def energy_meter(pool, sizes=(32,)):
+    """Returns a model of the mean square: more for smaller strides."""
+    inputs = keras.Input((*sizes, 1))
+    return keras.Model(inputs, ops.mean(ops.square(pool(inputs)), axis=1))
+
+
+# Sequences of changes
+
+
+class Expected:
+    """The state as numbers: the strides, those of the sizes, and if held."""
+
+    initial = 2.0
+
+    def __init__(self):
+        self.strides, self.size_strides = self.initial, None
+        self.held = False
+
+    def hold(self):
+        self.size_strides, self.held = self.strides, True
+
+    def release(self):
+        self.size_strides, self.held = None, False
+
+    def make_sizes_static(self):
+        self.size_strides = self.strides
+
+    def assign(self):
+        self.strides = 3.3 if self.strides == 2.0 else 2.0
+
+    def from_config(self):
+        if self.size_strides is None:  # Learned strides are in the weights.
+            self.strides = self.initial
+
+    def copy(self):
+        pass
+
+    def output(self, x):
+        size = reference.diffstride_size(
+            x.shape[1], self.size_strides or self.strides, 2.0, 'outside'
+        )
+        return reference.diffstride(x, (self.strides,), 2.0, sizes=(size,))
+
+    def assert_agrees(self, layer, x):
+        expected = self.output(x)
+        assert layer.state.held == self.held
+        assert layer.state.has_static_sizes == (self.size_strides is not None)
+        assert layer.stride_values == pytest.approx((self.strides,))
+        assert layer.output_size(x.shape[1]) == expected.shape[1]
+        symbolic = expected.shape[1] if self.size_strides else None
+        assert layer.compute_output_shape(x.shape)[1] == symbolic
+        assert error_of(layer(x), expected) <= 2e-5
+
+
+def changed(layer, change, expected):
+    """Returns the layer after a change, which may be refused."""
+    is_refused = expected.held and change in ('assign', 'make_sizes_static')
+    if is_refused:
+        with pytest.raises(ValueError, match=r'`release\(\)`.*held=True'):
+            changed_by(layer, change)
+        return layer
+    getattr(expected, change)()
+    return changed_by(layer, change)
+
+
+def changed_by(layer, change):
+    if change in STATES:
+        getattr(layer, change)()
+    if change == 'assign':
+        is_first = layer.stride_values[0] < 3
+        layer.strides = 3.3 if is_first else 2.0
+    if change in ('from_config', 'copy'):
+        weights = layer.get_weights()
+        layer = DiffStride1D.from_config(layer.get_config())
+        if change == 'copy':
+            layer.set_weights(weights)
+    return layer
+
+
+@pytest.mark.parametrize('first', [*STATES, 'assign', 'from_config', 'copy'])
+def test_every_sequence_of_changes_works_or_is_refused(first):
+    """Values, sizes and shapes are those of the state after each change."""
+    x = image((24,), batch=1)
+    changes = [*STATES, 'assign', 'from_config', 'copy']
+    for second, third in itertools.product(changes, repeat=2):
+        layer, expected = DiffStride1D(2.0, 2.0), Expected()
+        for change in (first, second, third):
+            layer = changed(layer, change, expected)
+        expected.assert_agrees(layer, x)
+
+
+def test_compiled_functions_follow_every_change():
+    """A model predicts by the present state, also after `set_weights`."""
+    x = image((24,))
+    layer, expected = DiffStride1D(2.0, 2.0, method='matmul'), Expected()
+    model = keras.Sequential([keras.Input((24, 2)), layer])
+    stored = []
+    for pair in itertools.product([*STATES, 'assign'], repeat=2):
+        for change in pair:
+            changed(layer, change, expected)
+            y = expected.output(x)
+            assert error_of(model.predict(x, verbose=0), y) <= 2e-5
+        stored.append((model.get_weights(), y))
+    for weights, y in stored[::3]:
+        model.set_weights(weights)
+        assert error_of(model.predict(x, verbose=0), y) <= 2e-5
+
+
+@only('tensorflow', 'XLA is optional there')
+def test_xla_follows_every_change_of_static_sizes():
+    x = image((24,))
+    layer = DiffStride1D(2.0, 2.0)
+    layer.make_sizes_static()
+    model = keras.Sequential([keras.Input((24, 2)), layer])
+    model.compile(jit_compile=True)
+    first = model.get_weights()
+    for change in (
+        lambda: None,
+        lambda: (layer.strides.assign([3.3]), layer.make_sizes_static()),
+        layer.hold,
+        lambda: model.set_weights(first),
+    ):
+        change()
+        assert error_of(model.predict(x, verbose=0), layer(x)) <= 2e-5
+    layer.release()
+    with pytest.raises(ValueError, match='must be static for XLA'):
+        model.predict(x, verbose=0)
+
+
+# Strides that something else moved
+
+
+@pytest.mark.parametrize(
+    'values, limits, expected',
+    [
+        ((0.98, 1.2), (None, None), (1.0, 1.2)),
+        ((-0.3, 0.2), (None, None), (1.0, 1.0)),
+        ((0.2, 2.0), (1.5, None), (1.5, 2.0)),
+        ((100.0, 2.0), (None, 3.0), (3.0, 2.0)),
+    ],
+)
+def test_strides_beyond_their_limits_are_used_and_saved_within(
+    values, limits, expected, tmp_path
+):
+    lower, upper = limits
+    limits = {'lower_limit_stride': lower, 'upper_limit_stride': upper}
+    layer = DiffStride(2.0, 1.0, **limits)
+    model = keras.Sequential([keras.Input((16, 12, 2)), layer])
+    layer.strides.assign(values)
+    x = image((16, 12))
+    y = reference.diffstride(x, expected, 1.0)
+    path = tmp_path / 'model.keras'
+    for change in (*STATES, 'hold'):
+        getattr(layer, change)()
+        model.save(path)
+        for pool in (layer, keras.models.load_model(path).layers[0]):
+            np.testing.assert_allclose(pool.stride_values, expected, rtol=1e-6)
+            assert error_of(pool(x), y) <= 2e-5
+
+
+def test_averaged_strides_are_used_and_saved_within_their_limits(tmp_path):
+    """Keras averages them before it clips them."""
+    inputs = keras.Input((16, 16, 1))
+    pool = DiffStride(1.3, smoothness_factor=2.0, ramp='inside')
+    outputs = SpectralResizing()([pool(inputs), inputs])
+    model = keras.Model(inputs, outputs)
+    adam = keras.optimizers.Adam(0.02, use_ema=True, ema_momentum=0.9)
+    model.compile(adam, 'mse')
+    x = image((16, 16), channels=1, batch=64)
+    model.fit(x, x, batch_size=8, epochs=8, verbose=0)
+    assert np.all(array(pool.strides) < 1)  # It is what this is about.
+    assert pool.stride_values == (1.0, 1.0)
+    assert pool.output_size(16) == 16
+    model.save(tmp_path / 'model.keras')
+    loaded = keras.models.load_model(tmp_path / 'model.keras')
+    assert error_of(loaded(x), array(model(x))) <= 1e-6
+    loaded.fit(x, x, verbose=0)
+
+
+@only('torch', 'its own optimizer')
+def test_a_loop_of_pytorch_leaves_a_usable_layer():
+    import torch
+
+    pool = DiffStride(2.0, 2.0)
+    optimizer = torch.optim.SGD(pool.parameters(), lr=100.0)
+    x = image((16, 16))
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = -ops.mean(pool(x) ** 2)
+        loss.backward()
+        optimizer.step()
+    assert np.all(array(pool.strides) < 1)
+    assert pool.stride_values == (1.0, 1.0)
+    assert error_of(pool(x), reference.diffstride(x, (1, 1), 2.0)) <= 2e-5
+
+
+@only('jax', 'a stateless update')
+def test_an_update_of_jax_leaves_a_usable_layer():
+    pool = DiffStride(2.0, 2.0)
+    x = image((16, 16))
+    weights = [ops.convert_to_tensor([-0.3, 0.5])]
+    record = [v.value for v in pool.non_trainable_variables]
+    y, _ = pool.stateless_call(weights, record, x)
+    expected = reference.diffstride(x, (1, 1), 2.0)
+    assert error_of(y, expected) <= 2e-5
+    pool.strides.assign(weights[0])
+    assert error_of(pool(x), expected) <= 2e-5
+
+
+# Assigning
+
+
+def test_numbers_are_assigned_to_the_attribute():
+    layer, x = DiffStride(2.0), image((15, 24))
+    for values in ((3.0, 2.2), 3.0, np.array([2, 4])):
+        layer.strides = values
+        assert isinstance(layer.strides, keras.Variable)
+        strides = np.broadcast_to(values, 2).tolist()
+        assert error_of(layer(x), reference.diffstride(x, strides)) <= 2e-5
+    shared = DiffStride(2.0, shared_stride=True)
+    shared.strides = 3.0
+    assert shared.stride_values == (3.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    'values, rule',
+    [
+        ((3.0, 0.5), '`strides` must be a number or a sequence of 2'),
+        ((3.0,), '`strides` must be a number or a sequence of 2'),
+        (None, '`strides` must be a number or a sequence of 2'),
+        ((3.0, 2.0), '`strides` must be equal on all axes'),
+    ],
+)
+def test_bad_numbers_are_not_assigned(values, rule):
+    layer = DiffStride(2.0, shared_stride=True)
+    with pytest.raises(ValueError, match=rule):
+        layer.strides = values
+    assert layer.stride_values == (2.0, 2.0)
+
+
+# Static and held strides in models
+
+
+def test_a_forward_pass_writes_to_no_variable():
+    layer = DiffStride(4.0)
+    layer.strides.assign([0.25, 50])
+    model = keras.Sequential([keras.Input((None, None, 2)), layer])
+    before = [array(weight).tobytes() for weight in model.weights]
+    x = ops.array(image((32, 33)))
+    first, *others = [
+        model(x, training=False),
+        model(x, training=True),
+        traced(model)(x, training=True),
+    ]
+    for y in others:
+        assert error_of(y, first) <= 1e-5
+    assert [array(weight).tobytes() for weight in model.weights] == before
+
+
+def test_responses_follow_while_sizes_are_static():
+    x = image((32, 24))
+    layer = DiffStride((2.0, 3.0))
+    layer.make_sizes_static()
+    layer.strides = (2.2, 2.9)
+    y = reference.diffstride(x, (2.2, 2.9), sizes=(24, 16))
+    for pool in (layer, of_any_image(layer)):
+        assert error_of(pool(x), y) <= 2e-5
+
+
+def fit_energy(pool, epochs=10, **kwargs):
+    """Trains strides to keep all of the energy; returns the losses."""
+    model = energy_meter(pool)
+    x = image((32,), batch=16, channels=1)
+    model.compile(keras.optimizers.SGD(4.0), 'mse', **kwargs)
+    history = model.fit(
+        x, np.mean(x**2, axis=1), batch_size=16, epochs=epochs, verbose=0
+    )
+    return history.history['loss'], model
+
+
+@pytest.mark.parametrize('ramp', ['outside', 'inside', 'straight_through'])
+def test_strides_and_sizes_move_and_the_loss_falls(ramp):
+    """On TensorFlow a function of the model is traced once for all sizes."""
+    pool = DiffStride1D(4.0, 2.0, ramp=ramp)
+    x = image((32,), channels=1)
+    model = keras.Sequential([keras.Input((32, 1)), pool])
+    before = model.predict(x, verbose=0)
+    function = model.predict_function
+    losses, _ = fit_energy(pool)
+    after = model.predict(x, verbose=0)
+    assert losses[-1] < 0.8 * losses[0]
+    assert pool.stride_values < (3.5,)
+    assert before.shape[1] < after.shape[1] == pool(x).shape[1]
+    pool.strides = 8.0
+    assert model.predict(x, verbose=0).shape[1] < before.shape[1]
+    if BACKEND == 'tensorflow':
+        assert model.predict_function is function
+
+
+@has_xla
+def test_static_sizes_stay_under_xla_until_they_are_updated():
+    pool = DiffStride1D(4.0, 2.0)
+    pool.make_sizes_static()
+    x = image((32,), channels=1)
+    size = pool.output_size(32)
+    losses, model = fit_energy(pool, jit_compile=True)
+    assert model.jit_compile is True
+    assert losses[-1] < losses[0]
+    assert pool.stride_values < (3.5,)
+    assert pool(x).shape[1] == pool.output_size(32) == size
+    pool.make_sizes_static()
+    assert pool(x).shape[1] == pool.output_size(32) > size
+    again = model.fit(x, np.mean(x**2, axis=1), verbose=0)
+    assert np.isfinite(again.history['loss'][0])
+
+
+@has_xla
+def test_xla_trains_as_without_it():
+    losses = [
+        fit_energy(DiffStride1D(3.0, cropping=False), 3, jit_compile=jit)[0]
+        for jit in (False, True)
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+@only('tensorflow', 'elsewhere every layer can be compiled')
+def test_layers_tell_whether_xla_can_compile_them():
+    pool = DiffStride(3.0)
+    for state in (*STATES, 'release'):
+        getattr(pool, state)()
+        assert pool.supports_jit == (state != 'release')
+    assert DiffStride(3.0, cropping=False).supports_jit
+    assert FixedSpectralPooling(3.0).supports_jit
+    assert SpatialPooling().supports_jit
+    with pytest.warns(UserWarning, match="doesn't support `jit_compile=True`"):
+        model = energy_meter(DiffStride1D(3.0))
+        model.compile('sgd', 'mse', jit_compile=True)
+    assert model.jit_compile is False
+    energy_meter(DiffStride1D(3.0)).compile('sgd', 'mse')  # Without a warning.
+
+
+@pytest.mark.parametrize('compiler', compilers('eager', 'graph'))
+def test_held_strides_stay_while_other_weights_learn(compiler):
+    """The optimizer moves the variable, which has no effect."""
+    pool = DiffStride1D(3.0, 2.0)
+    model = keras.Sequential(
+        [keras.Input((32, 2)), keras.layers.Conv1D(2, 3), pool]
+    )
+    pool.hold()
+    x = image((32,))
+    y = 3 * array(pool(x[:, :30]))
+    adam = keras.optimizers.AdamW(0.1, weight_decay=0.1)
+    model.compile(adam, 'mse', run_eagerly=compiler == 'eager')
+    losses = model.fit(x, y, epochs=5, verbose=0).history['loss']
+    assert losses[-1] < losses[0]
+    assert np.all(array(pool.strides) != 3)  # The weight decays.
+    assert pool.stride_values == (3.0,)
+    expected = reference.diffstride(x, (3,), 2.0)
+    assert error_of(pool(x), expected) <= 2e-5
+    gradient = gradients(lambda x: ops.sum(pool(x)), [x], [pool.strides])[1]
+    assert array(gradient) == 0
+    pool.release()
+    assert pool.stride_values == (3.0,)
+
+
+@pytest.mark.parametrize('mode', ['full', 'activations'])
+def test_a_layer_is_trained_in_a_scope_that_saves_memory(mode):
+    with keras.RematScope(mode=mode):
+        pool = DiffStride1D(3.0, 2.0)
+    expected = DiffStride1D(3.0, 2.0)
+    losses = [fit_energy(x, epochs=2)[0] for x in (pool, expected)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    assert pool.stride_values == pytest.approx(expected.stride_values)
+    assert pool.stride_values < (3.0,)
+
+
+# Saving and restoring
+
+
+def sequential(pool):
+    layers = [keras.layers.Conv2D(4, 3, padding='same'), pool]
+    layers.append(keras.layers.GlobalAveragePooling2D())
+    return keras.Sequential([keras.Input((12, 17, 2)), *layers])
+
+
+def functional(pool):
+    inputs = keras.Input((12, 17, 2))
+    x = keras.layers.Concatenate()([pool(inputs), pool(ops.relu(inputs))])
+    x = keras.layers.GlobalMaxPooling2D()(x)
+    return keras.Model(inputs, keras.layers.Dense(3)(x))
+
+
+def flattening(pool):
+    inputs = keras.Input((12, 17, 2))
+    x = keras.layers.Flatten()(pool(inputs))
+    return keras.Model(inputs, keras.layers.Dense(3)(x))
+
+
+@pytest.mark.parametrize(
+    'make_model, state, arguments',
+    [
+        (functional, 'release', {'lower_limit_stride': 1.5, 'ramp': 'inside'}),
+        (functional, 'make_sizes_static', {'shared_stride': True}),
+        (flattening, 'make_sizes_static', {'strides_regularizer': 'l1'}),
+        (flattening, 'hold', {}),
+        (sequential, 'hold', {'ramp': 'straight_through'}),
+    ],
+)
+def test_copies_of_a_model_have_its_strides_and_sizes(
+    make_model, state, arguments, tmp_path
+):
+    """Strides have moved since the sizes were made static."""
+    pool = DiffStride(2.5, name='pool', **arguments)
+    getattr(pool, state)()
+    model = make_model(pool)
+    for weight in model.trainable_weights:
+        weight.assign(weight + 0.1)
+    x = image((12, 17))
+    model.save(tmp_path / 'model.keras')
+    model.save_weights(tmp_path / 'model.weights.h5')
+    clone = keras.models.clone_model(model)
+    clone.set_weights(model.get_weights())
+    other = make_model(
+        DiffStride.from_config({**pool.get_config(), 'name': 'pool'})
+    )
+    other.load_weights(tmp_path / 'model.weights.h5')
+    loaded = keras.models.load_model(tmp_path / 'model.keras')
+    for copy in (loaded, clone, other):
+        assert np.array_equal(array(copy(x)), array(model(x)))
+        copied = copy.get_layer('pool')
+        assert copied is not pool
+        assert copied.get_config() == pool.get_config()
+        assert copied.stride_values == pool.stride_values
+        assert copied.supports_jit == pool.supports_jit
+
+
+def test_a_trained_model_is_loaded_and_trained_further(tmp_path):
+    pool = DiffStride(2.5, name='pool')
+    model = sequential(pool)
+    model.compile('adam', 'mse', run_eagerly=True)
+    x, y = image((12, 17)), np.ones((2, 4))
+    model.fit(x, y, verbose=0)
+    model.save(tmp_path / 'model.keras')
+    loaded = keras.models.load_model(tmp_path / 'model.keras')
+    losses = [m.fit(x, y, verbose=0).history['loss'] for m in (loaded, model)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    values = loaded.get_layer('pool').stride_values
+    np.testing.assert_allclose(values, pool.stride_values, rtol=1e-5)
+
+
+class AtEpochs(keras.callbacks.Callback):
+    """Tells strides after each epoch, and changes the layer at some."""
+
+    def __init__(self, pool, state, hold_after=None):
+        super().__init__()
+        self.pool, self.state, self.hold_after = pool, state, hold_after
+        self.strides = []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if self.state == 'make_sizes_static':
+            self.pool.make_sizes_static()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.strides.append(self.pool.stride_values)
+        if self.state == 'hold' and epoch == 2:
+            self.pool.hold()
+
+
+@pytest.mark.parametrize(
+    'state, jit_compile',
+    [
+        ('release', 'auto'),
+        ('hold', 'auto'),
+        *([('make_sizes_static', True)] if BACKEND != 'torch' else []),
+    ],
+)
+def test_best_weights_are_restored_with_their_sizes(
+    state, jit_compile, tmp_path
+):
+    """The best epoch is one in the middle, the last one is another.
+
+    Strides that fall pass those that the validation set was made with.
+    """
+    pool = DiffStride1D(5.0, 1.0, ramp='inside', method='matmul')
+    if state == 'make_sizes_static':
+        pool.make_sizes_static()
+    model = energy_meter(pool)
+    model.compile(keras.optimizers.Adam(0.8), 'mse', jit_compile=jit_compile)
+    x = image((32,), batch=16, channels=1)
+    best_output = reference.diffstride(x, (3.5,), 1.0, 'inside')
+    validation = x, np.mean(best_output**2, axis=1)
+    changes = AtEpochs(pool, state)
+    weights, whole = tmp_path / 'best.weights.h5', tmp_path / 'best.keras'
+    history = model.fit(
+        *(x, np.mean(x**2, axis=1)),
+        batch_size=16,
+        epochs=6,
+        verbose=0,
+        validation_data=validation,
+        callbacks=[
+            changes,
+            keras.callbacks.EarlyStopping(
+                'val_loss', patience=2, restore_best_weights=True
+            ),
+            keras.callbacks.ModelCheckpoint(whole, save_best_only=True),
+            keras.callbacks.ModelCheckpoint(
+                weights, save_best_only=True, save_weights_only=True
+            ),
+        ],
+    ).history['val_loss']
+    best = np.argmin(history)
+    assert 0 < best < len(history) - 1
+    expected = pytest.approx(history[best], rel=1e-4)
+
+    def evaluated(model):
+        return model.evaluate(*validation, verbose=0)
+
+    assert pool.stride_values == changes.strides[best]
+    assert not pool.state.held
+    assert evaluated(model) == expected
+    loaded = keras.models.load_model(whole)
+    assert evaluated(loaded) == expected
+    copy = energy_meter(DiffStride1D.from_config(pool.get_config()))
+    copy.compile(loss='mse')
+    copy.set_weights(model.get_weights())
+    assert evaluated(copy) == expected
+    # The same model goes on from other strides and sizes.
+    pool.strides = 1.5
+    getattr(pool, state)()
+    assert evaluated(model) != expected
+    model.load_weights(weights)
+    assert evaluated(model) == expected
