@@ -39,11 +39,11 @@ def draw(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     All but the phases is drawn anew for each image, and the same way for all
     classes:
 
-        contrast    U(0.040, 0.067), for stripes of 0.09 to 0.15 RMS
+        contrast    U(0.024, 0.040), for stripes of 0.05 to 0.09 RMS
         shift       U(0, N) pixels
         bend        U(-0.3, 0.3) pixels: stripes are nearly straight
         turn        U(0, 2 pi)
-        noise       normal, standard deviation 0.18, for each pixel
+        noise       normal, standard deviation 0.13, for each pixel
 
     Along the width the stripes need frequencies up to 12 of 16 cycles.
     Along the height an image changes slowly, so that averaging rows removes
@@ -69,8 +69,8 @@ def draw(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         np.cos(2 * np.pi * frequency * position / SIZE + phases[:, None, None])
         for frequency, phases in zip(FREQUENCIES, PHASES[labels].T)
     )
-    image = 0.5 + uniform(0.040, 0.067) * stripes
-    image += rng.normal(0, 0.18, image.shape)
+    image = 0.5 + uniform(0.024, 0.040) * stripes
+    image += rng.normal(0, 0.13, image.shape)
     return np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8)[..., None]
 
 
