@@ -34,9 +34,9 @@ class StrideCost(keras.regularizers.Regularizer):
 
     Example:
 
-    >>> layer = DiffStride(2.0, strides_regularizer=StrideCost(0.1))
-    >>> float(layer.losses[0])  # 0.1 / (2 2)
-    0.025
+    >>> layer = DiffStride(2.0, strides_regularizer=StrideCost(0.5))
+    >>> float(layer.losses[0])  # 0.5 / (2 2)
+    0.125
     """
 
     def __init__(self, weight: float = 1.0):

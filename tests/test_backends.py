@@ -1,4 +1,4 @@
-"""What one backend saves on the others, and what none of them needs."""
+"""Models that one backend saved on the others; training on devices of JAX."""
 
 import importlib.util
 import os
@@ -10,18 +10,18 @@ import sys
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, only
+from backends import BACKEND, array, image, only
 
 import diffstride
-from diffstride import DiffStride, pooling, resnet
+from diffstride import DiffStride, diffstride_layers, resnet
 
-NAMES = {'tensorflow': 'tensorflow', 'jax': 'jax', 'torch': 'torch'}
-INSTALLED = [x for x in NAMES if importlib.util.find_spec(NAMES[x])]
+NAMES = ('tensorflow', 'jax', 'torch')
+INSTALLED = [name for name in NAMES if importlib.util.find_spec(name)]
 ROOT = pathlib.Path(diffstride.__file__).parent.parent
 
 
 def on(backend, code, *arguments):
-    """What the code prints in a new process on this backend."""
+    """Returns what the code prints in a new process on this backend."""
     done = subprocess.run(
         [sys.executable, '-c', code, *map(str, arguments)],
         env={
@@ -36,16 +36,16 @@ def on(backend, code, *arguments):
     return done.stdout
 
 
-def image():
-    return np.random.default_rng(0).normal(size=(2, 12, 16, 3)).astype('f4')
+def images():
+    return image((12, 16), channels=3)
 
 
 def save(folder):
-    """A trained model, its outputs and its strides, of this backend."""
+    """Saves a trained model, its outputs and its strides, of this backend."""
     keras.utils.set_random_seed(0)
     model = resnet.Resnet(
-        [2, 4],
-        '2, 1.5',
+        [2, 4, 4],
+        '2, 1.5, 2',
         2,
         num_layers=1,
         pooling_cls=lambda **kwargs: DiffStride(
@@ -53,33 +53,35 @@ def save(folder):
         ),
     )
     model.build((None, 12, 16, 3))
-    for layer in pooling.diffstride_layers(model):
-        layer.pin()
+    first, second, third = diffstride_layers(model)
+    first.make_sizes_static()
+    second.hold()
     model.compile(keras.optimizers.SGD(0.1, momentum=0.9), 'mse')
-    model.fit(image(), np.eye(2), verbose=0)
+    model.fit(images(), np.eye(2), verbose=0)
     folder.mkdir(parents=True, exist_ok=True)
     model.save(folder / f'{BACKEND}.keras')
-    strides = [x.stride_values for x in pooling.diffstride_layers(model)]
     np.savez(
         folder / f'{BACKEND}.npz',
-        outputs=keras.ops.convert_to_numpy(model(image(), training=False)),
-        strides=strides,
+        outputs=array(model(images(), training=False)),
+        strides=[layer.stride_values for layer in (first, second, third)],
     )
 
 
 def check(folder, backend):
-    """That a model another backend saved is the same model on this one."""
-    # Keras saves, from PyTorch, an optimizer that is PyTorch's alone.
+    """Checks that a model of another backend is the same model on this one."""
+    # Keras saves an optimizer of PyTorch that no other backend can load.
     has_optimizer = BACKEND == backend or backend != 'torch'
     model = keras.models.load_model(
         folder / f'{backend}.keras', compile=has_optimizer
     )
     expected = np.load(folder / f'{backend}.npz')
-    layers = pooling.diffstride_layers(model)
+    layers = diffstride_layers(model)
     np.testing.assert_array_equal(
         [layer.stride_values for layer in layers], expected['strides']
     )
-    actual = keras.ops.convert_to_numpy(model(image(), training=False))
+    states = [(x.state.has_static_sizes, x.state.held) for x in layers]
+    assert states == [(True, False), (True, True), (False, False)]
+    actual = array(model(images(), training=False))
     np.testing.assert_allclose(
         actual, expected['outputs'], rtol=1e-4, atol=1e-5
     )
@@ -87,7 +89,7 @@ def check(folder, backend):
         return
     # It goes on from the optimizer's state.
     assert int(model.optimizer.iterations) == 1
-    model.fit(image(), np.eye(2), verbose=0)
+    model.fit(images(), np.eye(2), verbose=0)
     assert int(model.optimizer.iterations) == 2
 
 
@@ -101,7 +103,7 @@ test_backends.save(folder)
 
 
 def test_single_batches_are_trained_on_tested_and_predicted():
-    """On JAX these give the values of variables away while they trace."""
+    """On JAX variables have no values while these functions are traced."""
     model = keras.Sequential(
         [
             keras.Input((12, 16, 3)),
@@ -111,7 +113,7 @@ def test_single_batches_are_trained_on_tested_and_predicted():
         ]
     )
     model.compile('sgd', 'mse')
-    x, y = image(), np.eye(2)
+    x, y = images(), np.eye(2)
     before = model.predict_on_batch(x)
     expected = np.mean((before - y) ** 2)
     assert float(model.test_on_batch(x, y)) == pytest.approx(expected)
@@ -122,7 +124,7 @@ def test_single_batches_are_trained_on_tested_and_predicted():
 
 
 def test_saved_models_are_the_same_on_every_backend(tmp_path):
-    """On all that are installed here, and on those that saved before.
+    """The backends are those installed here, and those that saved before.
 
     DIFFSTRIDE_SAVED_MODELS names a folder in which environments of other
     backends leave theirs.
@@ -142,7 +144,7 @@ def test_saved_models_are_the_same_on_every_backend(tmp_path):
     'backend', [x for x in INSTALLED if x != 'tensorflow'] or [None]
 )
 def test_other_backends_do_not_import_tensorflow(backend):
-    """Nor do a call, a training and what they need, where it is installed."""
+    """Importing and calling a layer does not, where it is installed."""
     if backend is None:
         pytest.skip('TensorFlow alone is installed')
     code = """
@@ -187,7 +189,7 @@ print(*np.concatenate([np.ravel(w) for w in model.get_weights()]))
 
 
 def trained(count, address='', devices=1):
-    """Weights after two steps, of each of so many processes."""
+    """Returns the weights after two steps, for each of so many processes."""
     processes = [
         subprocess.Popen(
             [
@@ -208,7 +210,7 @@ def trained(count, address='', devices=1):
     ]
     texts = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * count
-    # Gloo says something first.
+    # Gloo prints something first.
     lines = [text.splitlines()[-1] for text in texts]
     return [np.array(line.split(), 'float64') for line in lines]
 
