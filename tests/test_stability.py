@@ -144,7 +144,7 @@ def test_a_stride_pushed_against_a_limit_comes_back(start, share, arguments):
     inputs = keras.Input((16, 16, 1))
     outputs = ops.mean(ops.square(pool(inputs)), axis=(1, 2))
     model = keras.Model(inputs, outputs)
-    model.compile(keras.optimizers.SGD(1.0), 'mse', run_eagerly=True)
+    model.compile(keras.optimizers.SGD(4.0), 'mse', run_eagerly=True)
 
     def fit(share, steps):
         model.fit(x, share * energy, epochs=steps, verbose=0)
