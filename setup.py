@@ -35,14 +35,14 @@ setuptools.setup(
         'tensorflow-datasets>=4.9',
     ],
     extras_require={
-        'docs': ['mkdocs-material', 'mkdocstrings[python]'],
+        'docs': ['mkdocs-material', 'mkdocstrings[python]', 'ruff'],
         'export': _EXPORT,
         'plot': ['matplotlib'],
         'test': [
-            *('filelock', 'hypothesis', 'matplotlib', 'mypy', 'ruff'),
+            *('filelock', 'hypothesis', 'matplotlib', 'mypy', 'pillow', 'ruff'),
             *('pytest', 'pytest-cov', 'pytest-xdist'),
             *_EXPORT,
         ],
-        'train': ['filelock', 'pillow'],
+        'train': ['filelock', 'matplotlib', 'pillow'],
     },
 )

@@ -1,6 +1,7 @@
 """Pooling layers whose strides are learned by gradient descent, for Keras 3."""
 
 from diffstride import callbacks, costs, plots, resnet
+from diffstride.blurring import BlurPooling
 from diffstride.budget import recalibrate, set_budget
 from diffstride.counting import complexity
 from diffstride.freezing import freeze
@@ -19,6 +20,7 @@ from diffstride.resizing import SpectralResizing
 
 __version__ = '0.1.0'
 __all__ = [
+    'BlurPooling',
     'DiffStride',
     'DiffStride1D',
     'DiffStride3D',

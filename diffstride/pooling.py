@@ -285,6 +285,7 @@ class DiffStride(SpectralPooling):
         self.state.weight.regularizer = self._regularizer_per_axis()
         # Keras tracks the variables among the attributes of a layer.
         self._weight, self._record = self.state.weight, self.state.record
+        self._weight.trainable = trainable
         self._state_changed()
 
     def _check_strides(self, lower, upper):
@@ -353,7 +354,7 @@ class DiffStride(SpectralPooling):
         self.state.make_sizes_static()
 
     def hold(self) -> None:
-        """Ends the learning of the strides: they and all sizes stay.
+        """Ends the learning of the strides; the sizes become theirs and stay.
 
         The optimizer may still move the variable `strides`, which has no effect
         until `release()`.

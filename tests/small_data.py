@@ -58,6 +58,7 @@ def images(seed=0, validation=True, brightness=1.0, class_weights=None):
 def linear(num_output_classes, channels_first, units=0):
     """Returns the smallest classifier."""
     del channels_first
+    units = int(units)  # A grid gives a string.
     hidden = [keras.layers.Dense(units)] if units else []
     return keras.Sequential(
         [

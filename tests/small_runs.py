@@ -38,11 +38,12 @@ def command(*bindings, workdir, module='main', gin_config=()):
     ]
 
 
-def run_here(*bindings, default_job='train.train', **kwargs):
+def run_here(*bindings, default_job='train.train', workdir_flag=None, **kwargs):
     """Runs a command within this process."""
     gin.clear_config()
     flags.FLAGS.unparse_flags()
-    flags.FLAGS(command(*bindings, **kwargs))
+    flag = [f'--workdir={workdir_flag}'] if workdir_flag else []
+    flags.FLAGS(command(*bindings, **kwargs) + flag)
     try:
         main.main(['main'], default_job=default_job)
     finally:

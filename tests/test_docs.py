@@ -15,6 +15,7 @@ from diffstride.examples import main  # noqa: F401, registers configurables
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = ROOT / 'diffstride/examples'
+SETUP = (ROOT / 'setup.py').read_text()
 PAGES = {
     path.name: path.read_text()
     for path in [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -39,13 +40,6 @@ def pages_with(language):
     return [page for page in PAGES if blocks(page, language)]
 
 
-@pytest.fixture
-def own_gin_config():
-    gin.clear_config()
-    yield
-    gin.clear_config()
-
-
 @pytest.mark.parametrize('page', pages_with('python'))
 def test_snippets_run_and_print_what_they_say(
     page, monkeypatch, tmp_path, capsys
@@ -62,13 +56,13 @@ def test_snippets_run_and_print_what_they_say(
 
 
 @pytest.mark.parametrize('page', pages_with('gin'))
-def test_settings_are_known(page, own_gin_config):
+def test_settings_are_known(page):
     for code, _ in blocks(page, 'gin'):
         gin.parse_config(code)
 
 
 @pytest.mark.parametrize('page', pages_with('bash'))
-def test_commands_name_modules_files_flags_and_settings(page, own_gin_config):
+def test_commands_name_modules_files_flags_and_settings(page):
     for code, _ in blocks(page, 'bash'):
         for command in code.replace('\\\n', '').splitlines():
             for module in re.findall(r'-m (diffstride[\w.]+)', command):
@@ -77,6 +71,9 @@ def test_commands_name_modules_files_flags_and_settings(page, own_gin_config):
                 source += (EXAMPLES / 'classifier.py').read_text()
                 for flag in re.findall(r'--(\w+)=', command):
                     assert f"'{flag}'" in source
+            for extras in re.findall(r"install '\.\[(.+?)\]'", command):
+                for extra in extras.split(','):
+                    assert f"'{extra}': [" in SETUP or f"'{extra}': _" in SETUP
             for name in re.findall(r'--gin_config=(\S+)', command):
                 assert (EXAMPLES / name).exists()
             for text in re.findall(r'--gin_bindings="(.+?)"', command):

@@ -35,7 +35,7 @@ class MoveStrides(keras.callbacks.Callback):
         stride = 6 ** (self.random.integers(20) / 19)
         for layer in diffstride_layers(self.model):
             layer.strides.assign([stride, stride])
-            self.sizes.add((layer.name, layer.present_size(0, 24)))
+            self.sizes.add((layer.name, layer.output_size(24)))
         if batch % 100 == 99:
             gc.collect()
             self.megabytes.append(resident_megabytes())

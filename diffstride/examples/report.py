@@ -53,7 +53,7 @@ def table(runs: list[dict]) -> str:
     for (variant, start), group in groups.items():
         cells = [variant, start or '-', str(len(group))]
         cells += [
-            _spread([factor * (run[key] or 0) for run in group], digits)
+            _spread([run[key] for run in group], factor, digits)
             for key, factor, digits in (
                 ('test_accuracy', 100, 1),
                 ('macs', 1e-6, 2),
@@ -65,7 +65,10 @@ def table(runs: list[dict]) -> str:
     return '\n'.join(lines)
 
 
-def _spread(values, digits):
+def _spread(values, factor, digits):
+    if None in values:
+        return '-'
+    values = [factor * value for value in values]
     text = f'{statistics.mean(values):.{digits}f}'
     if len(values) > 1:
         text += f' +- {statistics.stdev(values):.{digits}f}'

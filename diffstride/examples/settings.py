@@ -6,6 +6,7 @@ The text of all settings in effect is a gin file that parses on its own.
 import contextlib
 import difflib
 import pathlib
+import re
 import tokenize
 
 import gin
@@ -24,21 +25,18 @@ _HINTS = {
 }
 # These say nothing of the result of a training.
 _FREE = {
-    'data.load_datasets.cache',
-    'data.load_datasets.data_dir',
-    'main.run.job',
-    'train.train.labels',
-    'train.train.num_epochs',
-    'train.train.on_changed_settings',
-    'train.train.workdir',
+    *('data.load_datasets.cache', 'data.load_datasets.data_dir'),
+    *('main.run.job', 'train.labels', 'train.num_epochs'),
+    *('train.on_changed_settings', 'train.workdir'),
 }
 # A training can go on with others of these; all others make another model.
 _CONTINUABLE = (
-    *(f'train.train.{x}' for x in ('callbacks', 'deterministic', 'seed')),
-    *(f'train.train.{x}' for x in ('distribution', 'jit_compile', 'loss_cls')),
-    *('tf.keras.optimizers.', 'tf.keras.losses.', 'tf.keras.callbacks.'),
-    *('callbacks.', 'schedules.'),
-    *(f'data.load_datasets.{x}' for x in ('flip', 'crop_p', 'mixup_alpha')),
+    *('keras.optimizers.', 'keras.losses.', 'keras.callbacks.'),
+    *('callbacks.', 'schedules.', 'train.callbacks', 'train.deterministic'),
+    *('train.distribution', 'train.jit_compile', 'train.loss_cls'),
+    *('train.seed', 'data.load_datasets.class_weights'),
+    *('data.load_datasets.crop_padding', 'data.load_datasets.flip'),
+    'data.load_datasets.mixup_alpha',
 )
 
 
@@ -131,9 +129,14 @@ def _bindings_in(text):
 
 
 def _name(key):
+    """Returns the name of a setting as users write it."""
     (scope, selector), parameter = key
-    name = scope if selector == 'gin.macro' else f'{selector}.{parameter}'
-    return name.removeprefix('tf.')
+    if selector == 'gin.macro':
+        return scope
+    name = f'{selector.removeprefix("tf.")}.{parameter}'
+    # A module and its function may have one name: train.train, grid.grid.
+    name = re.sub(r'^(\w+)\.\1\.', r'\1.', name)
+    return f'{scope}/{name}' if scope else name
 
 
 def check_reach() -> None:
@@ -207,5 +210,4 @@ def changes(before: str, after: str) -> tuple[list[str], bool]:
         f'{_name(key)} was {before.get(key)!r} and is {after.get(key)!r}'
         for key in changed
     ]
-    allowed = [key[0][1] + '.' + key[1] for key in changed]
-    return lines, all(x.startswith(_CONTINUABLE) for x in allowed)
+    return lines, all(_name(key).startswith(_CONTINUABLE) for key in changed)

@@ -19,10 +19,16 @@ from absl import logging
 
 import diffstride
 from diffstride import diffstride_layers, plots, resnet
-from diffstride.callbacks import StrideLogger, UpdateSizes
-from diffstride.examples import checkpoints, data, schedules, settings
+from diffstride.callbacks import StrideBudget, StrideLogger, UpdateSizes
+from diffstride.examples import (
+    checkpoints,
+    data,
+    devices,
+    schedules,
+    settings,
+)
 from diffstride.examples.checkpoints import Stop
-from diffstride.validation import is_integer, require
+from diffstride.validation import integer, one_of, require
 
 _CHECK_STEPS = 100  # The loss is looked at this often: looking costs time.
 
@@ -86,21 +92,44 @@ def train(
             one under which the training in the workdir began.
     """
     workdir = checked_workdir(workdir)
-    _check(
-        load_data_fn=load_data_fn, model_cls=model_cls,
-        optimizer_cls=optimizer_cls, loss_cls=loss_cls, num_epochs=num_epochs,
-        steps_per_epoch=steps_per_epoch, data_format=data_format,
-        dtype_policy=dtype_policy, jit_compile=jit_compile,
-        distribution=distribution, callbacks=callbacks, seed=seed,
-        deterministic=deterministic, on_changed_settings=on_changed_settings,
+    for name, function in (
+        ('load_data_fn', load_data_fn),
+        ('model_cls', model_cls),
+        ('optimizer_cls', optimizer_cls),
+        ('loss_cls', loss_cls),
+    ):
+        rule = f'`{name}` must be a class or another callable'
+        require(callable(function), rule, **{name: function})
+    integer('num_epochs', num_epochs, least=1)
+    if steps_per_epoch is not None:
+        integer('steps_per_epoch', steps_per_epoch, least=1)
+    require(
+        _is_policy_of_floats(dtype_policy),
+        "`dtype_policy` must be a policy of floats, such as 'mixed_bfloat16'",
+        dtype_policy=dtype_policy,
+    )
+    one_of('jit_compile', jit_compile, (True, False, 'auto'))
+    require(
+        isinstance(callbacks, (list, tuple))
+        and all(isinstance(x, keras.callbacks.Callback) for x in callbacks),
+        '`callbacks` must be a list of Keras callbacks, such as '
+        '[@callbacks.StrideBudget()]',
+        callbacks=callbacks,
+    )
+    integer('seed', seed, least=0)
+    one_of('deterministic', deterministic, (True, False))
+    one_of('on_changed_settings', on_changed_settings, ('refuse', 'continue'))
+    require(
+        labels is None or isinstance(labels, dict),
+        '`labels` must be a dict or None',
         labels=labels,
-    )  # fmt: skip
-    channels_first = _channels_first(data_format)
-    distributed = _distributed(distribution)
+    )
+    channels_first = devices.is_channels_first(data_format)
+    distributed = devices.scope(distribution)
     keras.utils.clear_session()  # Names of layers are keys of the history.
     keras.utils.set_random_seed(seed)
     if deterministic:
-        _make_deterministic()
+        devices.make_deterministic()
     keras.config.set_dtype_policy(dtype_policy)
     datasets = _returned('load_data_fn', load_data_fn, data.Datasets, seed=seed)
     steps_per_epoch = steps_per_epoch or datasets.steps_per_epoch
@@ -122,20 +151,30 @@ def train(
         strides = [x.strides for x in diffstride_layers(model)]
         if strides:
             _innermost(optimizer).exclude_from_weight_decay(strides)
+        if jit_compile is True:  # XLA on TensorFlow needs static sizes.
+            for layer in diffstride_layers(model):
+                layer.make_sizes_static()
         model.compile(
             optimizer=optimizer,
             loss=loss,
             metrics=['accuracy'],
             jit_compile=jit_compile,
         )
-    stride_logger = StrideLogger(datasets.image_shape, workdir / 'logs')
-    stride_logger.set_model(model)  # It checks the names of the layers.
+    callbacks = [
+        StrideLogger(datasets.image_shape, workdir / 'logs'),
+        *callbacks,
+    ]
+    for callback in callbacks:
+        if isinstance(callback, StrideLogger):
+            callback.set_model(model)  # It checks the names of the layers.
+        if isinstance(callback, StrideBudget):
+            _check_budget(callback, num_epochs)
     settings.check_reach()
     training = Training(
         workdir=workdir,
         model=model,
         datasets=datasets,
-        callbacks=[stride_logger, *callbacks],
+        callbacks=callbacks,
         num_epochs=num_epochs,
         steps_per_epoch=steps_per_epoch,
         settings=settings.text(),
@@ -284,9 +323,7 @@ class Training:
         model_path = checkpoints.result_file(self.workdir)
         steps = int(self.model.optimizer.iterations)
         self.model.load_weights(model_path)
-        epoch = len(history)
-        if model_path.name == 'best.keras':
-            epoch = 1 + int(np.argmax([row['val_accuracy'] for row in history]))
+        epoch = checkpoints.best_epoch(history) or len(history)
         logs = {}  # The logger tells strides, sizes and MACs.
         logger = StrideLogger(self.datasets.image_shape)
         logger.set_model(self.model)
@@ -454,7 +491,7 @@ def _returned(name, function, kind, **kwargs):
     made = resnet.configured(function)(**kwargs)
     if not isinstance(made, kind):
         raise ValueError(
-            f'train.{name} must return an instance of {kind.__name__}. '
+            f'`{name}` must return an instance of {kind.__name__}. '
             f'Received: {made!r}'
         )
     return made
@@ -465,7 +502,7 @@ def checked_workdir(workdir) -> pathlib.Path:
     is_path = isinstance(workdir, (str, os.PathLike))
     if not is_path or workdir == '' or '\0' in str(workdir):
         raise ValueError(
-            'train.workdir must be a folder, set as in '
+            '`workdir` must be a folder, set as in '
             '--gin_bindings="train.workdir = \'/tmp/run\'". '
             f'Received: {workdir!r}'
         )
@@ -474,25 +511,11 @@ def checked_workdir(workdir) -> pathlib.Path:
     existing = next(parent for parent in parents if parent.exists())
     require(
         existing.is_dir() and os.access(existing, os.W_OK | os.X_OK),
-        f'train.workdir must be a folder that can be made and written, and '
+        f'`workdir` must be a folder that can be made and written, and '
         f'{existing} cannot',
         workdir=str(workdir),
     )
     return path
-
-
-def _check(**arguments):
-    for name, value in arguments.items():
-        holds, rule = _RULES[name]
-        require(
-            holds(value),
-            f'train.{name} must be {rule}',
-            **{name: value},
-        )
-
-
-def _is_count(value):
-    return is_integer(value, least=1) and value < 2**31
 
 
 def _is_policy_of_floats(name):
@@ -507,95 +530,17 @@ def _is_policy_of_floats(name):
     )
 
 
-_FORMATS = ('auto', 'channels_first', 'channels_last')
-_MAKER = callable, 'a class or another callable'
-_RULES = {
-    'load_data_fn': _MAKER,
-    'model_cls': _MAKER,
-    'optimizer_cls': _MAKER,
-    'loss_cls': _MAKER,
-    'num_epochs': (_is_count, 'an integer >= 1'),
-    'steps_per_epoch': (
-        lambda x: x is None or _is_count(x),
-        'an integer >= 1 or None',
-    ),
-    'data_format': (lambda x: x in _FORMATS, f'one of {_FORMATS}'),
-    'dtype_policy': (
-        _is_policy_of_floats,
-        "the name of a policy of floats, such as 'mixed_bfloat16'",
-    ),
-    'jit_compile': (
-        lambda x: isinstance(x, bool) or x == 'auto',
-        "True, False or 'auto'",
-    ),
-    'distribution': (
-        lambda x: x in ('auto', 'none', _distribution_of_backend()),
-        "'auto', 'none' or, on TensorFlow, 'mirrored' or, on JAX, "
-        "'data_parallel'",
-    ),
-    'callbacks': (
-        lambda x: (
-            isinstance(x, (list, tuple))
-            and all(isinstance(y, keras.callbacks.Callback) for y in x)
-        ),
-        'a list of Keras callbacks, such as [@callbacks.StrideBudget()]',
-    ),
-    'seed': (
-        lambda x: is_integer(x, least=0) and x < 2**32,
-        'an integer in [0, 2**32)',
-    ),
-    'deterministic': (lambda x: isinstance(x, bool), 'True or False'),
-    'on_changed_settings': (
-        lambda x: x in ('refuse', 'continue'),
-        "'refuse' or 'continue'",
-    ),
-    'labels': (lambda x: x is None or isinstance(x, dict), 'a dict or None'),
-}
-
-
-def _channels_first(data_format):
-    if data_format == 'auto':
-        # XLA chooses layouts itself.
-        return keras.backend.backend() != 'jax' and bool(_gpus())
-    return data_format == 'channels_first'
-
-
-def _gpus():
-    """Returns names of the GPUs on which the backend computes."""
-    if keras.backend.backend() == 'tensorflow':
-        return [device.name for device in tf.config.list_logical_devices('GPU')]
-    if keras.backend.backend() == 'jax':
-        return [x for x in keras.distribution.list_devices() if 'cpu' not in x]
-    import torch
-
-    return list(range(torch.cuda.device_count()))
-
-
-def _distribution_of_backend():
-    known = {'tensorflow': 'mirrored', 'jax': 'data_parallel'}
-    return known.get(keras.backend.backend(), 'none')
-
-
-def _distributed(distribution):
-    """Returns the scope in which the model is made for its devices."""
-    if distribution == 'auto' and len(_gpus()) > 1:
-        distribution = _distribution_of_backend()
-    if distribution == 'data_parallel':
-        # All of Keras's own devices; it shards each batch over them.
-        keras.distribution.set_distribution(keras.distribution.DataParallel())
-    if distribution == 'mirrored':
-        cpus = tf.config.list_logical_devices('CPU')
-        names = _gpus() or [device.name for device in cpus]
-        return tf.distribute.MirroredStrategy(names).scope()
-    return contextlib.nullcontext()
-
-
-def _make_deterministic():
-    tf.config.experimental.enable_op_determinism()
-    if keras.backend.backend() == 'torch':
-        import torch
-
-        torch.use_deterministic_algorithms(True)
+def _check_budget(callback, num_epochs):
+    """Checks before training what the callback checks when it begins."""
+    callback.on_train_begin()
+    is_share = isinstance(callback.learn, float)
+    learned = callback.learn * num_epochs if is_share else callback.learn
+    require(
+        math.ceil(learned) < num_epochs,
+        '`learn` must leave an epoch for weights with strides that are held, '
+        f'of {num_epochs} epochs in all',
+        learn=callback.learn,
+    )
 
 
 def _check_outputs(model, loss, datasets):
@@ -603,7 +548,7 @@ def _check_outputs(model, loss, datasets):
     outputs = keras.ops.convert_to_numpy(model(images, training=False))
     require(
         outputs.shape == (2, datasets.num_classes),
-        f'train.model_cls must put out {datasets.num_classes} classes',
+        f'`model_cls` must put out {datasets.num_classes} classes',
         shape=outputs.shape,
     )
     wants_probabilities = loss.get_config().get('from_logits') is False
@@ -618,7 +563,7 @@ def _check_outputs(model, loss, datasets):
         value = float(keras.ops.convert_to_numpy(loss(labels, outputs)))
     except Exception as error:  # Keras raises many kinds.
         raise ValueError(
-            'train.loss_cls must return a loss of one-hot labels. Received: '
+            '`loss_cls` must return a loss of one-hot labels. Received: '
             f'{type(loss).__name__} ({checkpoints.first_line(error)})'
         ) from error
     require(

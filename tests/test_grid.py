@@ -1,0 +1,268 @@
+"""Grids of trainings, stopped and continued, and their reports."""
+
+import contextlib
+import csv
+import json
+import re
+import signal
+import subprocess
+import sys
+import types
+
+import filelock
+import pytest
+from absl import flags
+from small_runs import SMALL, command, environment, read, run_here
+
+from diffstride.examples import grid, main, report
+
+GRID = """
+train.model_cls = @small_data.linear
+train.num_epochs = 1
+grid.seeds = [0, 1]
+grid.strides = ['0', '2']
+grid.strides_parameter = 'small_data.linear.units'
+grid.variants = {
+    'plain': [],
+    'averaged': ['keras.optimizers.SGD.use_ema = True'],
+}
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / 'grid.gin'
+    small = re.sub('.*(resnet|pooling|num_epochs|model_cls).*', '', SMALL)
+    path.write_text(small + GRID)
+    return path
+
+
+@pytest.fixture
+def run(config, tmp_path):
+    def run(*bindings):
+        run_here(
+            *bindings,
+            default_job='grid.grid',
+            workdir=tmp_path / 'out',
+            gin_config=[config],
+        )
+
+    return run
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """Runs the commands of a grid within this process; lists them."""
+    started = []
+
+    def run(arguments, stdout, stderr):
+        started.append(arguments)
+        flags.FLAGS.unparse_flags()
+        for name in ('gin_config', 'gin_bindings'):
+            flags.FLAGS[name].unparse()
+        grid.gin.clear_config()
+        flags.FLAGS(arguments[2:])
+        code = 0
+        with contextlib.redirect_stdout(stdout):
+            try:
+                main.main(['main'])
+            except SystemExit as stop:
+                print(stop.code)
+                code = 1
+        return types.SimpleNamespace(returncode=code)
+
+    monkeypatch.setattr(grid.subprocess, 'run', run)
+    return started
+
+
+def folders(tmp_path):
+    return sorted(
+        path.parent.name for path in tmp_path.glob('out/*/results.json')
+    )
+
+
+def test_a_grid_is_a_list_of_commands_that_continues(
+    run, commands, tmp_path, capsys
+):
+    only = "grid.only = ['plain']"
+    one = only, 'grid.seeds = [0]', "grid.strides = ['2']"
+    two = only, 'grid.seeds = [0]'
+    run(*one)
+    assert folders(tmp_path) == ['plain-2-seed-0']
+    results = read(tmp_path / 'out' / 'plain-2-seed-0' / 'results.json')
+    assert results['variant'] == 'plain' and results['strides'] == '2'
+    capsys.readouterr()
+    # What is finished is not repeated, and what is new is added.
+    run(*two)
+    assert len(commands) == 2
+    text = capsys.readouterr().out
+    assert 'plain-0-seed-0 (1 of 2 are done)' in text
+    assert 'Test accuracy' in text
+    table = (tmp_path / 'out' / 'table.md').read_text()
+    assert table in text and table.count('| plain |') == 2
+    with open(tmp_path / 'out' / 'runs.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert [row['run'] for row in rows] == ['plain-0-seed-0', 'plain-2-seed-0']
+    assert float(rows[1]['test_accuracy']) == results['test_accuracy']
+    assert (tmp_path / 'out' / 'accuracy_macs.png').exists()
+    run(*two)
+    assert len(commands) == 2
+    # More epochs continue every run; other settings are refused.
+    run(*one, 'train.num_epochs = 2')
+    assert len(commands) == 3
+    history = tmp_path / 'out' / 'plain-2-seed-0' / 'results.json'
+    assert len(read(history)['history']) == 2
+    with pytest.raises(SystemExit, match='is a grid of other settings'):
+        run(only, 'keras.optimizers.SGD.learning_rate = 0.1')
+    with pytest.raises(SystemExit, match='brightness was None and is 2'):
+        run(only, 'small_data.images.brightness = 2.0')
+
+
+def test_runs_that_fail_are_told_and_the_others_are_made(
+    run, commands, tmp_path, capsys
+):
+    """A binding of a variant must have an effect in it."""
+    variants = (
+        "grid.variants = {'dead': ['resnet.resnet18.width = 1'], 'plain': []}"
+    )
+    seeds = "grid.strides = ['2']", 'grid.seeds = [0]'
+    with pytest.raises(SystemExit, match='1 of 2 runs failed: dead-2-seed-0'):
+        run(variants, *seeds)
+    assert 'failed: error: resnet.resnet18.width has no' in (
+        capsys.readouterr().out
+    )
+    assert folders(tmp_path) == ['plain-2-seed-0']
+    # Another variant of this name makes its runs; finished ones stay.
+    run(variants.replace("['resnet.resnet18.width = 1']", '[]'), *seeds)
+    assert len(commands) == 3 and len(folders(tmp_path)) == 2
+    other = variants.replace('resnet.resnet18.width', 'train.steps_per_epoch')
+    with pytest.raises(SystemExit, match='steps_per_epoch was None and is 1'):
+        run(other, *seeds)
+
+
+def test_processes_share_the_runs(run, commands, tmp_path, monkeypatch):
+    """A run that another process has is left to it."""
+    busy = tmp_path / 'out' / 'plain-0-seed-0'
+    busy.mkdir(parents=True)
+    lock = filelock.FileLock(busy / 'lock')
+    lock.acquire()
+    slept = []
+
+    def sleep(seconds):
+        assert folders(tmp_path) == ['plain-2-seed-0']
+        slept.append(seconds)
+        lock.release()
+
+    monkeypatch.setattr(grid.time, 'sleep', sleep)
+    run('grid.seeds = [0]', "grid.only = ['plain']")
+    assert len(slept) == 1
+    assert folders(tmp_path) == ['plain-0-seed-0', 'plain-2-seed-0']
+
+
+@pytest.mark.parametrize(
+    'binding, message',
+    [
+        ("grid.only = ['no']", 'grid.only must be a list of some of'),
+        ("grid.only = 'plain'", 'grid.only must be a list of some of'),
+        ('grid.only = []', 'grid.only must be a list of some of'),
+        ("grid.strides = ['2', '2']", 'grid.strides must be a list of strings'),
+        ("grid.strides = ['2,', '2']", 'must differ in more than signs'),
+        ("grid.strides = '1, 2'", 'grid.strides must be a list of strings'),
+        ('grid.strides = [[1, 2]]', 'grid.strides must be a list of strings'),
+        ('train.workdir = None', '--gin_bindings="train.workdir = '),
+        ('grid.seeds = 3', 'grid.seeds must be a list of integers'),
+        ('grid.seeds = [True]', 'grid.seeds must be a list of integers'),
+        ('grid.seeds = [0, 0]', 'grid.seeds must be a list of integers'),
+        ('grid.seeds = []', 'grid.seeds must be a list of integers'),
+        ('grid.strides_parameter = 3', 'grid.strides_parameter must be'),
+        ('grid.variants = {}', 'grid.variants must be a dict'),
+        ("grid.variants = {'a': [3]}", 'grid.variants must be a dict'),
+        ("grid.variants = {'a': 'b = 1'}", 'grid.variants must be a dict'),
+        (
+            "grid.variants = {'a': ['nowhere.x = 1']}",
+            "grid.variants['a']: No configurable matching 'nowhere'",
+        ),
+    ],
+)
+def test_wrong_settings(run, tmp_path, binding, message):
+    with pytest.raises(SystemExit) as error:
+        run(binding)
+    assert message in error.value.code
+    assert not (tmp_path / 'out').exists()
+
+
+def results_of(variant, strides, seed, accuracy, macs, learned):
+    return {
+        'variant': variant,
+        'strides': strides,
+        'seed': seed,
+        'test_accuracy': accuracy,
+        'macs': macs,
+        'seconds': 10.0,
+        'layers': {f'pool_{i}_{seed}': {'strides': s} for i, s in learned},
+    }
+
+
+def test_report(tmp_path, capsys):
+    for i, results in enumerate(
+        [
+            results_of('A', '2', 0, 0.70, 2e6, [(0, (2.0, 3.0))]),
+            results_of('A', '2', 1, 0.72, 4e6, [(0, (3.0, 3.5))]),
+            results_of('A', '3', 0, 0.68, 3e6, [(0, (2.0, 2.0))]),
+            results_of('B', None, 0, 0.5, None, []),
+        ]
+    ):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / 'results.json').write_text(json.dumps(results))
+    (tmp_path / 'half').mkdir()
+    (tmp_path / 'half' / 'results.json').write_text('{"varia')
+    report.main(['report', str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        '| A | 2 | 2 | 71.0 +- 1.4 | 3.00 +- 1.41 | 10 +- 0 | (2.50, 3.25) |'
+        in lines
+    )
+    assert '| A | 3 | 1 | 68.0 | 3.00 | 10 | (2.00, 2.00) |' in lines
+    assert '| B | - | 1 | 50.0 | - | 10 | - |' in lines
+    assert len((tmp_path / 'runs.csv').read_text().splitlines()) == 5
+    for arguments in [], [str(tmp_path / 'nowhere')], ['a', 'b']:
+        with pytest.raises(SystemExit, match='error: name a folder of finishe'):
+            report.main(['report', *arguments])
+
+
+@pytest.mark.slow
+def test_a_killed_grid_continues(config, tmp_path):
+    arguments = [
+        *(sys.executable, '-m'),
+        *command(
+            'grid.seeds = [0]',
+            workdir=tmp_path / 'out',
+            module='grid',
+            gin_config=[config],
+        ),
+    ]
+
+    def start():
+        return subprocess.Popen(
+            arguments, env=environment(), stdout=subprocess.PIPE, text=True
+        )
+
+    with start() as killed:
+        for line in killed.stdout:
+            if line.startswith('plain-2-seed-0'):
+                break
+        killed.send_signal(signal.SIGKILL)
+    finished = {
+        path: path.stat().st_mtime_ns
+        for path in tmp_path.glob('out/*/command.txt')
+    }
+    assert finished
+    # The run that was cut off may live on; none is done twice.
+    with start() as one, start() as other:
+        texts = [process.communicate()[0] for process in (one, other)]
+    assert one.returncode == other.returncode == 0
+    assert len(folders(tmp_path)) == 4
+    for path, time in finished.items():
+        assert path.stat().st_mtime_ns == time
+    table = (tmp_path / 'out' / 'table.md').read_text()
+    assert all(table in text for text in texts)
