@@ -507,13 +507,14 @@ def _all_frequencies(output_size):
 def _with_zero_gradient(x, variable):
     """Returns `x`, connected to a variable by a gradient of 0."""
 
-    def gradients(kept, others, upstream):
+    def function(tables, x, other):
+        return 1 * x, None
+
+    def gradients(tables, kept, others, upstream):
         return upstream, ops.zeros_like(others[0])
 
-    function = backend.custom_gradient(
-        lambda x, other: (1 * x, None), gradients
-    )
-    return function(x, ops.convert_to_tensor(variable))
+    apply = backend.custom_gradient(function, gradients)
+    return apply(x, ops.convert_to_tensor(variable))
 
 
 @_register

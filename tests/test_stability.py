@@ -70,6 +70,7 @@ def test_strides_that_are_not_numbers_give_the_least_sizes(ramp, method):
     is_lost = ramp != 'straight_through'
     assert np.all(np.isnan(y)) == is_lost
     assert np.all(np.isnan(array(model(x)))) == is_lost
+    pool.make_sizes_static()  # No size can be computed from NaN.
     pool.strides = 2.0
     assert error_of(pool(x), before) <= 1e-6
 
