@@ -75,7 +75,9 @@ class StrideState:
     def size_values(self) -> tuple[float, ...]:
         """The strides that sizes are computed from, as numbers."""
         _, *static = self.record.numbers()
-        return self._per_axis(static if static[0] else self.weight.numbers())
+        return self._per_axis(
+            static if static[0] > 0 else self.weight.numbers()
+        )
 
     def known_size_values(self) -> tuple[float, ...] | None:
         """As `size_values`, or None where values are not known in a trace."""
@@ -83,7 +85,7 @@ class StrideState:
         weight = backend.known_values(self.weight)
         if record is None or weight is None:
             return None
-        return self._per_axis(record[1:] if record[1] else weight)
+        return self._per_axis(record[1:] if record[1] > 0 else weight)
 
     def _per_axis(self, values):
         upper = math.inf if self.upper is None else self.upper
@@ -106,7 +108,7 @@ class StrideState:
         record = ops.convert_to_tensor(self.record)
         strides = ops.convert_to_tensor(self.weight)
         return ops.stop_gradient(
-            self._broadcast(ops.where(record[1:] > 0, record[1:], strides))
+            self._broadcast(ops.where(record[1] > 0, record[1:], strides))
         )
 
     def _broadcast(self, strides):

@@ -123,6 +123,16 @@ def read_csv(path):
         return list(csv.reader(file))
 
 
+def onnx_session(folder):
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(folder / 'model.onnx')
+
+
+def run_onnx(folder, pixels):
+    return onnx_session(folder).run(None, {'images': pixels})[0]
+
+
 def test_from_a_workdir_to_the_class_of_a_jpeg(
     workdir, pictures, run, tmp_path
 ):
@@ -139,16 +149,14 @@ def test_from_a_workdir_to_the_class_of_a_jpeg(
     assert f'Wrote {output / "model.onnx"}' in text
     assert 'float32 [batch, 12, 16, 3]' in text
 
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(output / 'model.onnx')
+    session = onnx_session(output)
     labels = (output / 'labels.txt').read_text().splitlines()
     metadata = session.get_modelmeta().custom_metadata_map
     assert tuple(labels) == tuple(json.loads(metadata['class_names'])) == NAMES
     for name in NAMES:
         image = Image.open(pictures / name / '0.jpg').resize((16, 12))
         pixels = np.asarray(image, 'float32')[None]
-        (probabilities,) = session.run(None, {'images': pixels})
+        probabilities = run_onnx(output, pixels)
         np.testing.assert_allclose(probabilities, reference(pixels), atol=1e-5)
         assert labels[probabilities[0].argmax()] == name
 
@@ -182,14 +190,15 @@ def test_other_formats_contain_the_preprocessing(workdir, run, name, load):
     np.testing.assert_allclose(probabilities, reference(pixels), atol=1e-5)
 
 
-def test_bfloat16_becomes_float32(tmp_path):
+def test_bfloat16_is_exported_as_float32(tmp_path, run):
     keras.config.set_dtype_policy('mixed_bfloat16')
     model = color_model()
     keras.config.set_dtype_policy('float32')
     workdir = make_workdir(tmp_path / 'run', model)
-    exact = classifier.classifier(checkpoints.load_run(workdir))
-    pixels = np.stack([picture(channel) for channel in range(3)])
-    probabilities = exact.predict(pixels, verbose=0)
+    code, _ = run(export.export, f'--workdir={workdir}')
+    assert not code
+    pixels = np.stack([picture(i) for i in range(3)]).astype('float32')
+    probabilities = run_onnx(workdir / 'export', pixels)
     np.testing.assert_allclose(probabilities, reference(pixels), atol=1e-5)
 
 

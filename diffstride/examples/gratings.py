@@ -14,8 +14,8 @@ import tensorflow_datasets as tfds
 SIZE = 32
 CLASSES = 8
 # The gratings in every image, in cycles per image width. A stride of 3 keeps
-# frequencies up to 32 / (2 * 3) = 5.3 cycles, so all of them lie beyond it.
-FREQUENCIES = (8, 9, 10, 11, 12, 13)
+# the first three of them, those up to 32 / (2 * 3) = 5.3 cycles.
+FREQUENCIES = (3, 4, 5, 6, 7, 8, 9, 10, 11, 12)
 # The phases of the gratings, in radians, are what makes a class.
 PHASES = np.random.default_rng(0).uniform(
     0, 2 * np.pi, (CLASSES, len(FREQUENCIES))
@@ -27,7 +27,7 @@ TEST_EXAMPLES = 1000
 def draw(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Draws one image of vertical stripes per label.
 
-    The stripes are a sum of six gratings. All classes have the same six, of
+    The stripes are a sum of ten gratings. All classes have the same ten, of
     equal amplitude, and so the same spectrum; they differ in the phases of the
     gratings relative to each other. The image is round(255 * clip(I, 0, 1)),
     where x and y count pixels and N = 32:
@@ -39,13 +39,13 @@ def draw(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     All but the phases is drawn anew for each image, and the same way for all
     classes:
 
-        contrast    U(0.052, 0.087), for stripes of 0.09 to 0.15 RMS
+        contrast    U(0.024, 0.040), for stripes of 0.05 to 0.09 RMS
         shift       U(0, N) pixels
         bend        U(-0.3, 0.3) pixels: stripes are nearly straight
         turn        U(0, 2 pi)
-        noise       normal, standard deviation 0.17, for each pixel
+        noise       normal, standard deviation 0.13, for each pixel
 
-    Along the width the stripes need every frequency up to 13 of 16 cycles.
+    Along the width the stripes need frequencies up to 12 of 16 cycles.
     Along the height an image changes slowly, so that averaging rows removes
     noise and nothing else.
 
@@ -69,8 +69,8 @@ def draw(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         np.cos(2 * np.pi * frequency * position / SIZE + phases[:, None, None])
         for frequency, phases in zip(FREQUENCIES, PHASES[labels].T)
     )
-    image = 0.5 + uniform(0.052, 0.087) * stripes
-    image += rng.normal(0, 0.17, image.shape)
+    image = 0.5 + uniform(0.024, 0.040) * stripes
+    image += rng.normal(0, 0.13, image.shape)
     return np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8)[..., None]
 
 
@@ -91,7 +91,7 @@ class Gratings(tfds.core.GeneratorBasedBuilder):
     def _info(self):
         return tfds.core.DatasetInfo(
             builder=self,
-            description='Vertical stripes of six gratings, 8 to 13 cycles per'
+            description='Vertical stripes of ten gratings, 3 to 12 cycles per'
             ' image; the class is the phases between them.',
             features=tfds.features.FeaturesDict(
                 {
