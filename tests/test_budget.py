@@ -17,7 +17,6 @@ from diffstride import (
     complexity,
     diffstride_layers,
     recalibrate,
-    replace_strides,
     set_budget,
 )
 from diffstride.budget import MacsOfStrides
@@ -75,15 +74,6 @@ def branches():
     return keras.Model([image, vector], y)
 
 
-def mobilenet():
-    return replace_strides(
-        keras.applications.MobileNetV2(
-            (64, 64, 3), alpha=0.35, weights=None, classes=3
-        ),
-        smoothness_factor=1.0,
-    )
-
-
 def sound():
     return keras.Sequential(
         [
@@ -98,7 +88,7 @@ def sound():
     )
 
 
-MODELS = [sequential, residual, unet, branches, mobilenet, sound]
+MODELS = [sequential, residual, unet, branches, sound]
 
 
 def input_shape(model):

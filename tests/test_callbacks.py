@@ -32,7 +32,11 @@ def small_model(**kwargs):
             layers.Dense(3),
         ]
     )
-    model.compile(keras.optimizers.SGD(1.0, momentum=0.9), 'mse')
+    model.compile(
+        keras.optimizers.SGD(0.3, momentum=0.9),
+        'mse',
+        run_eagerly=BACKEND == 'tensorflow',  # Tracing takes longer.
+    )
     return model
 
 
@@ -161,15 +165,6 @@ def test_masks_are_images_for_tensorboard(tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    'kwargs',
-    [{'input_shape': (32.5, 32)}, {'input_shape': 'a'}, {'log_dir': 3}],
-)
-def test_wrong_arguments_of_the_stride_logger(kwargs):
-    with pytest.raises(ValueError, match=f'`{next(iter(kwargs))}` must be'):
-        StrideLogger(**kwargs)
-
-
 class Assigns(keras.callbacks.Callback):
     """Sets strides at the end of each epoch, instead of learning them."""
 
@@ -292,31 +287,34 @@ STARTS = [
 ]
 
 
-@pytest.mark.parametrize('start', STARTS)
-def test_learned_strides_are_the_best_ones_of_the_budget(start):
-    model = quadratic_model(start, keras.optimizers.SGD(0.1))
-    x, last = np.zeros((100, 32, 32, 1), 'float32'), Last()
-    model.fit(
-        x,
-        np.zeros((100, CHANNELS)),
-        batch_size=1,
-        verbose=0,
-        callbacks=[StrideBudget(macs=2e4, learn=1.0), last],
-    )
-    np.testing.assert_allclose(last.strides, optimum(2e4), atol=1e-2)
+def rest(model, start, steps):
+    """Returns where strides come to rest in a training from a start."""
+    for layer, strides in zip(diffstride_layers(model), start):
+        layer.release()
+        layer.strides = strides
+    x, y = np.zeros((steps, 32, 32, 1)), np.zeros((steps, CHANNELS))
+    last = Last()
+    budget = StrideBudget(macs=2e4, learn=1.0)
+    model.fit(x, y, batch_size=1, verbose=0, callbacks=[budget, last])
     assert all(x.state.held for x in diffstride_layers(model))
     assert 1.9e4 < complexity(model, (32, 32, 1)).macs <= 2e4
+    return last.strides
+
+
+def test_learned_strides_are_the_best_ones_of_the_budget():
+    model = quadratic_model(STARTS[0], keras.optimizers.SGD(0.1))
+    expected = optimum(2e4)
+    for start in STARTS:
+        found = rest(model, start, 80)
+        np.testing.assert_allclose(found, expected, atol=1e-2)
 
 
 def test_steps_of_adam_come_to_rest_at_the_same_strides():
     """They are not along the gradient, so neither is the way back."""
-    rate = keras.optimizers.schedules.CosineDecay(0.03, 400)
+    rate = keras.optimizers.schedules.CosineDecay(0.05, 250)
     model = quadratic_model(STARTS[1], keras.optimizers.Adam(rate))
-    x, last = np.zeros((400, 32, 32, 1), 'float32'), Last()
-    budget = StrideBudget(macs=2e4, learn=1.0)
-    y = np.zeros((400, CHANNELS))
-    model.fit(x, y, batch_size=1, verbose=0, callbacks=[budget, last])
-    np.testing.assert_allclose(last.strides, optimum(2e4), atol=3e-2)
+    found = rest(model, STARTS[1], 250)
+    np.testing.assert_allclose(found, optimum(2e4), atol=3e-2)
 
 
 @pytest.mark.parametrize('jit', [False, True])
@@ -327,7 +325,7 @@ def test_strides_are_learned_then_held_within_the_budget(jit, capsys):
     if jit:
         for layer in diffstride_layers(model):
             layer.make_sizes_static()
-        model.compile(keras.optimizers.SGD(1.0), 'mse', jit_compile=True)
+    model.compile(keras.optimizers.SGD(0.3), 'mse', jit_compile=jit or 'auto')
     budget = 0.6 * complexity(model, (16, 12, 3)).macs
     logs = model.fit(
         *data(),
@@ -358,15 +356,14 @@ def test_a_budget_above_the_present_macs_is_used_up():
     model = small_model(ramp='inside')
     before = complexity(model, (16, 12, 3)).macs
     model.fit(*data(), verbose=0, callbacks=[StrideBudget(share=1.5)])
-    macs = complexity(model, (16, 12, 3)).macs
-    assert 1.3 * before < macs <= 1.5 * before
+    assert 1.3 < complexity(model, (16, 12, 3)).macs / before <= 1.5
 
 
-@pytest.mark.parametrize('epoch', [1, 2, 3])
-def test_a_training_that_was_interrupted_goes_on_alike(epoch, tmp_path):
-    """In the phase of learning, at its end, and with held strides."""
+def test_a_training_that_was_interrupted_goes_on_alike(tmp_path):
+    """From the end of each epoch: while strides are learned, and held."""
 
-    def fit(model, first, last):
+    def fit(model, first):
+        path = os.path.join(tmp_path, '{epoch}.keras')
         model.fit(
             *data(),
             batch_size=4,
@@ -374,36 +371,19 @@ def test_a_training_that_was_interrupted_goes_on_alike(epoch, tmp_path):
             epochs=4,
             shuffle=False,
             verbose=0,
-            callbacks=[StrideBudget(share=0.6), Stop(last)],
+            callbacks=[
+                StrideBudget(share=0.6),
+                keras.callbacks.ModelCheckpoint(path),
+            ],
         )
+        return [*map(np.array, model.get_weights())]
 
-    class Stop(keras.callbacks.Callback):
-        def __init__(self, epoch):
-            super().__init__()
-            self.last = epoch
-
-        def on_epoch_begin(self, epoch, logs=None):
-            if epoch == self.last:
-                raise KeyboardInterrupt
-
-    whole, part = small_model(ramp='inside'), small_model(ramp='inside')
-    part.set_weights(whole.get_weights())
-    fit(whole, 0, 9)
-    path = os.path.join(tmp_path, 'model.keras')
-    save = keras.callbacks.ModelCheckpoint(path)
-    with pytest.raises(KeyboardInterrupt):
-        part.fit(
-            *data(),
-            batch_size=4,
-            epochs=4,
-            shuffle=False,
-            verbose=0,
-            callbacks=[StrideBudget(share=0.6), save, Stop(epoch)],
-        )
-    part = keras.models.load_model(path)
-    fit(part, epoch, 9)
-    for first, second in zip(whole.get_weights(), part.get_weights()):
-        np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-5)
+    expected = fit(small_model(ramp='inside'), 0)
+    for epoch in (1, 2, 3):
+        saved = keras.models.load_model(tmp_path / f'{epoch}.keras')
+        saved.run_eagerly = BACKEND == 'tensorflow'
+        for first, second in zip(expected, fit(saved, epoch)):
+            np.testing.assert_allclose(second, first, rtol=1e-4, atol=1e-5)
 
 
 def test_mobilenet_within_a_budget():
@@ -414,7 +394,11 @@ def test_mobilenet_within_a_budget():
         smoothness_factor=1.0,
     )
     before = complexity(model, (64, 64, 3)).macs
-    model.compile('adam', 'sparse_categorical_crossentropy')
+    model.compile(
+        'adam',
+        'sparse_categorical_crossentropy',
+        run_eagerly=BACKEND == 'tensorflow',
+    )
     x = np.random.default_rng(0).normal(size=(4, 64, 64, 3)).astype('float32')
     model.fit(
         x,
@@ -429,18 +413,19 @@ def test_mobilenet_within_a_budget():
 
 
 @pytest.mark.parametrize(
-    'kwargs, message',
+    'cls, kwargs, message',
     [
-        ({}, 'Either `macs` or `share` must be given'),
-        ({'macs': -1}, '`macs` must be a finite number, above 0'),
-        ({'share': 0.5, 'learn': 0}, '`learn` must be a share above 0'),
-        ({'share': 0.5, 'learn': 1.5}, '`learn` must be a share above 0'),
-        ({'macs': 1e3, 'input_shape': 'a'}, '`input_shape` must be None or'),
+        (StrideLogger, {'input_shape': (32.5, 32)}, '`input_shape` must be'),
+        (StrideLogger, {'log_dir': 3}, '`log_dir` must be the path'),
+        (StrideBudget, {}, 'Either `macs` or `share` must be given'),
+        (StrideBudget, {'macs': -1}, '`macs` must be a finite number, above 0'),
+        (StrideBudget, {'macs': 1e6, 'learn': 0}, '`learn` must be a share'),
+        (StrideBudget, {'macs': 1e6, 'learn': 1.5}, '`learn` must be a share'),
     ],
 )
-def test_wrong_arguments_of_the_stride_budget(kwargs, message):
+def test_wrong_arguments(cls, kwargs, message):
     with pytest.raises(ValueError, match=message):
-        StrideBudget(**kwargs)
+        cls(**kwargs)
 
 
 @pytest.mark.parametrize(
