@@ -115,7 +115,7 @@ class StrideState:
         return ops.broadcast_to(strides, (self.rank,))
 
     def hold(self) -> None:
-        """Ends learning: the strides in use and the sizes stay as they are."""
+        """Ends learning: the strides in use stay, with their sizes."""
         values = self.values[: self.weight.shape[0]]
         self.record.assign([1.0, *values])
 
@@ -135,7 +135,7 @@ class StrideState:
         self.record.assign([0.0] * self.record.shape[0])
 
     def assign(self, strides: Any) -> None:
-        """Sets learned strides to new values, which sizes then follow."""
+        """Sets learned strides to new values. Static sizes stay."""
         validation.require(
             not self.held,
             '`strides` must be released by `release()` before they change',

@@ -293,7 +293,7 @@ class Training:
                 keras.callbacks.TensorBoard(
                     self.workdir / 'logs', write_graph=False
                 ),
-                UpdateSizes(),  # Last: what is saved has been validated.
+                UpdateSizes(),
             ],
         )
 
