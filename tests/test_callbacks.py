@@ -217,7 +217,10 @@ class Quadratic(layers.Layer):
 
     def call(self, inputs):
         strides = ops.stack([pool.state.tensor() for pool in self.pools])
-        self.add_loss(ops.sum(SCALE * (strides - TARGET) ** 2) / 2)
+        target, scale = (
+            ops.convert_to_tensor(x, 'float32') for x in (TARGET, SCALE)
+        )
+        self.add_loss(ops.sum(scale * (strides - target) ** 2) / 2)
         return inputs
 
 
