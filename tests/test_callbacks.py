@@ -407,7 +407,6 @@ def test_mobilenet_within_a_budget():
         x,
         np.array([0, 1, 0, 1]),
         batch_size=2,
-        epochs=2,
         verbose=0,
         callbacks=[StrideBudget(share=0.5)],
     )
