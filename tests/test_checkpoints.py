@@ -477,6 +477,8 @@ def test_ctrl_c_ends_with_one_line_and_the_same_command_continues(
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            # A shell lets what it runs in the background ignore SIGINT.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         ) as process:
             wait_for(lambda now=before: epochs_of(workdir) > now, process)
             process.send_signal(signal.SIGINT)

@@ -135,6 +135,8 @@ def run_command(command: Callable[[Sequence[str]], None]) -> None:
     """
 
     def main(argv):
+        if not flags.FLAGS['verbosity'].present:
+            logging.set_verbosity(logging.WARNING)
         try:
             command(argv[1:])
         except (checkpoints.Stop, ImportError, OSError, ValueError) as error:
