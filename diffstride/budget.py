@@ -41,7 +41,7 @@ def set_budget(
 
     Nothing is learned. The strides move as little as possible to sizes within
     the budget that use it up: no map can grow by a step without exceeding it.
-    The weights do not know their new sizes, so accuracy suffers; most of it
+    The weights were trained for other sizes, so accuracy suffers. Part of it
     comes back by `recalibrate`, and more by further training.
 
     Args:

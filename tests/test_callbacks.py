@@ -217,7 +217,10 @@ class Quadratic(layers.Layer):
 
     def call(self, inputs):
         strides = ops.stack([pool.state.tensor() for pool in self.pools])
-        self.add_loss(ops.sum(SCALE * (strides - TARGET) ** 2) / 2)
+        target, scale = (
+            ops.convert_to_tensor(x, 'float32') for x in (TARGET, SCALE)
+        )
+        self.add_loss(ops.sum(scale * (strides - target) ** 2) / 2)
         return inputs
 
 
@@ -404,7 +407,6 @@ def test_mobilenet_within_a_budget():
         x,
         np.array([0, 1, 0, 1]),
         batch_size=2,
-        epochs=2,
         verbose=0,
         callbacks=[StrideBudget(share=0.5)],
     )
