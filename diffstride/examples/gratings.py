@@ -14,8 +14,8 @@ import tensorflow_datasets as tfds
 SIZE = 32
 CLASSES = 8
 # The gratings in every image, in cycles per image width. A stride of 3 keeps
-# the first four of them, those up to 32 / (2 * 3) = 5.3 cycles.
-FREQUENCIES = (2, 3, 4, 5, 6, 7, 8, 9, 10, 11)
+# the first three of them, those up to 32 / (2 * 3) = 5.3 cycles.
+FREQUENCIES = (3, 4, 5, 6, 7, 8, 9, 10, 11, 12)
 # The phases of the gratings, in radians, are what makes a class.
 PHASES = np.random.default_rng(0).uniform(
     0, 2 * np.pi, (CLASSES, len(FREQUENCIES))
@@ -43,9 +43,9 @@ def draw(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         shift       U(0, N) pixels
         bend        U(-0.3, 0.3) pixels: stripes are nearly straight
         turn        U(0, 2 pi)
-        noise       normal, standard deviation 0.15, for each pixel
+        noise       normal, standard deviation 0.14, for each pixel
 
-    Along the width the stripes need frequencies up to 11 of 16 cycles.
+    Along the width the stripes need frequencies up to 12 of 16 cycles.
     Along the height an image changes slowly, so that averaging rows removes
     noise and nothing else.
 
@@ -70,7 +70,7 @@ def draw(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         for frequency, phases in zip(FREQUENCIES, PHASES[labels].T)
     )
     image = 0.5 + uniform(0.024, 0.040) * stripes
-    image += rng.normal(0, 0.15, image.shape)
+    image += rng.normal(0, 0.14, image.shape)
     return np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8)[..., None]
 
 
@@ -91,7 +91,7 @@ class Gratings(tfds.core.GeneratorBasedBuilder):
     def _info(self):
         return tfds.core.DatasetInfo(
             builder=self,
-            description='Vertical stripes of ten gratings, 2 to 11 cycles per'
+            description='Vertical stripes of ten gratings, 3 to 12 cycles per'
             ' image; the class is the phases between them.',
             features=tfds.features.FeaturesDict(
                 {
