@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
-from keras import tree
+from keras import ops, tree
 
 from diffstride import models, pooling, validation
 
@@ -675,7 +675,9 @@ def _copy_state(layer, copy):
         store = {}
         old.save_own_variables(store)
         if store:
-            new.load_own_variables(store)
+            # A copy of each array, for JAX takes those of a model away.
+            arrays = {k: ops.convert_to_numpy(x) for k, x in store.items()}
+            new.load_own_variables(arrays)
         if hasattr(old, 'save_assets'):
             with tempfile.TemporaryDirectory() as folder:
                 old.save_assets(folder)

@@ -625,6 +625,24 @@ def test_the_given_model_is_left_as_it_is():
     assert not set(map(id, model.layers)) & set(map(id, result.layers))
 
 
+def test_the_given_model_works_after_its_copy_was_trained():
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            layers.Conv2D(2, 3, 2),
+            layers.BatchNormalization(),
+            layers.GlobalAveragePooling2D(),
+        ]
+    )
+    x = images(4, 8, 8, 1)
+    before = numbers(model(x))
+    result = replace_strides(model, **NARROW)
+    result.compile('sgd', 'mse')
+    result.fit(x, images(4, 2), verbose=0)
+    result.evaluate(x, images(4, 2), verbose=0)
+    np.testing.assert_array_equal(numbers(model(x)), before)
+
+
 def test_trainable_flags_dtypes_and_names_are_kept():
     model = keras.Sequential(
         [
