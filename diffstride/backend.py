@@ -1,6 +1,7 @@
 """What differs between the backends: known values, FFTs, own gradients."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -146,35 +147,69 @@ def filter_spectrum(inputs: Any, weights: Any, output_size: Any) -> Any:
     return ops.irfft(spectrum, output_size)
 
 
-def custom_gradient(function: Callable, gradients: Callable) -> Callable:
+def partial(function: Callable, **kwargs: Any) -> functools.partial:
+    """Returns a partial function whose tensors JAX finds within tables."""
+    if keras.backend.backend() == 'jax':
+        import jax
+
+        return jax.tree_util.Partial(function, **kwargs)
+    return functools.partial(function, **kwargs)
+
+
+def custom_gradient(
+    function: Callable, gradients: Callable, tables: Any = ()
+) -> Callable:
     """Returns a function with a gradient of its own.
 
     Args:
-        function: Takes (x, *others), returns y and whatever `gradients` needs.
-        gradients: Takes (what it needs, others, gradient of y), returns the
-            tuple of the gradients of x and all others.
+        function: Takes (tables, x, *others), returns y and whatever `gradients`
+            needs.
+        gradients: Takes (tables, what it needs, others, gradient of y), returns
+            the tuple of the gradients of x and all others.
+        tables: Tensors without a gradient, within tuples and functions that
+            `partial` returned. Neither function may refer to other tensors of
+            where it is defined: `jax.checkpoint` drops them before the gradient
+            is computed.
     """
     if keras.backend.backend() == 'jax':
         import jax
 
-        def forward(x, *others):
+        leaves, structure = jax.tree.flatten(tables)
+        is_array = [isinstance(leaf, jax.Array) for leaf in leaves]
+        arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+        leaves = [
+            None if array else leaf for array, leaf in zip(is_array, leaves)
+        ]
+
+        def with_arrays(arrays):
+            arrays = iter(arrays)
+            return structure.unflatten(
+                next(arrays) if array else leaf
+                for array, leaf in zip(is_array, leaves)
+            )
+
+        def forward(arrays, x, *others):
+            _, kept = function(with_arrays(arrays), x, *others)
             # `vjp` has this gradient too, so second derivatives exist.
-            return vjp(x, *others), (function(x, *others)[1], others)
+            return vjp(arrays, x, *others), (arrays, kept, others)
 
         def backward(residuals, upstream):
-            return gradients(*residuals, upstream)
+            arrays, *residuals = residuals
+            return None, *gradients(with_arrays(arrays), *residuals, upstream)
 
-        vjp = jax.custom_vjp(lambda *args: function(*args)[0])
+        vjp = jax.custom_vjp(
+            lambda arrays, *args: function(with_arrays(arrays), *args)[0]
+        )
         vjp.defvjp(forward, backward)
-        return vjp
+        return functools.partial(vjp, arrays)
 
     @ops.custom_gradient
     def apply(x, *others):
-        y, kept = function(x, *others)
+        y, kept = function(tables, x, *others)
 
         def backward(*args, upstream=None):
             upstream = args[-1] if upstream is None else upstream
-            return gradients(kept, others, upstream)
+            return gradients(tables, kept, others, upstream)
 
         return y, backward
 

@@ -111,14 +111,19 @@ class BlurPooling(keras.layers.Layer):
 
 def _blurred(x, axis, stride, length):
     """Returns every `stride`-th sample of a blurred axis, from the first on."""
+
+    def part(x, *limits):
+        index = [slice(None)] * len(x.shape)
+        index[axis] = slice(*limits)
+        return x[tuple(index)]
+
     half = length // 2
-    padding = [(0, 0)] * len(x.shape)
-    padding[axis] = (half, half)
-    padded = ops.pad(x, padding, mode='reflect') if half else x
+    if half:  # Reflects the samples at the borders.
+        left = ops.flip(part(x, 1, half + 1), axis)
+        right = ops.flip(part(x, -half - 1, -1), axis)
+        x = ops.concatenate([left, x, right], axis)
     total = 0.0
     for i in range(length):
-        part = [slice(None)] * len(x.shape)
-        part[axis] = slice(i, i - 2 * half or None, stride)
         weight = math.comb(length - 1, i) / 2 ** (length - 1)
-        total = total + weight * padded[tuple(part)]
+        total = total + weight * part(x, i, i - 2 * half or None, stride)
     return total

@@ -41,7 +41,7 @@ def set_budget(
 
     Nothing is learned. The strides move as little as possible to sizes within
     the budget that use it up: no map can grow by a step without exceeding it.
-    The weights do not know their new sizes, so accuracy suffers; most of it
+    The weights were trained for other sizes, so accuracy suffers. Part of it
     comes back by `recalibrate`, and more by further training.
 
     Args:
@@ -213,13 +213,14 @@ class MacsOfStrides:
         return sizes
 
     def _measure_slopes(self, rows, calls):
-        def products(calls):
-            found = [
-                counting.products(layer, calls.get(layer, [])) for layer in rows
-            ]
-            return np.array([x for terms in found for x in terms], float)
+        def products(calls, skip_identity=False):
+            found = (
+                counting.products(layer, calls.get(layer, []), skip_identity)
+                for layer in rows
+            )
+            return np.array([*itertools.chain(*found)], float)
 
-        first = products(calls)
+        first = products(calls, skip_identity=True)
         slopes, upstream = [], []
         for axis, (layer, _) in enumerate(self._axes):
             sizes = list(self._after)
@@ -297,7 +298,7 @@ class MacsOfStrides:
                 for stride in layer.initial_strides[: layer.strides.shape[0]]
             ]
             macs = share * self.count(initial)
-        least = self.count(self._upper)
+        least = math.ceil(self._total(self._integer_sizes(self._upper)[1]))
         validation.require(
             macs >= least,
             f'The budget must be at least {least:,} MACs for one image, those '

@@ -127,26 +127,19 @@ class UpdateSizes(keras.callbacks.Callback):
     """Lets the output sizes of a compiled model follow its strides by epochs.
 
     With `model.compile(jit_compile=True)` on TensorFlow, XLA needs static
-    sizes. This makes them static at the start of training and updates them
-    after each epoch. A model is compiled again only if a size has changed.
-    Elsewhere sizes follow by themselves, and nothing is done.
-
-    It comes after callbacks that save the model, so that a saved model has the
-    sizes with which the epoch was trained and validated.
+    sizes. This makes them static at the start of each epoch. A model is
+    compiled again only if a size has changed. Elsewhere sizes follow by
+    themselves, and nothing is done.
 
     Example:
 
+    >>> for layer in diffstride_layers(model):
+    ...     layer.make_sizes_static()  # Keras asks for it in `compile`.
     >>> model.compile('adam', 'mse', jit_compile=True)
     >>> model.fit(x, y, epochs=10, callbacks=[UpdateSizes()])
     """
 
-    def on_train_begin(self, logs: dict | None = None) -> None:
-        self._update()
-
-    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        self._update()
-
-    def _update(self):
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         if self.model.jit_compile and keras.backend.backend() == 'tensorflow':
             for layer in _learned_layers(self.model):
                 layer.make_sizes_static()

@@ -295,21 +295,30 @@ def _macs(layer, weights, calls_of_layer):
     return None if None in found else sum(found)
 
 
-def products(layer: keras.layers.Layer, calls: list[Call]) -> list:
-    """The MACs of a layer as terms, each a product of sizes; None if unknown.
+def products(
+    layer: keras.layers.Layer, calls: list[Call], skip_identity: bool = True
+) -> list:
+    """Returns the MACs of a layer as terms, each a product of sizes.
 
-    A layer has no terms if it multiplies nothing, else as many for each pair of
-    tensors that it is called with and returns.
+    There are equally many terms for each pair of tensors that a layer is called
+    with and returns. A term is None if the MACs are unknown.
+
+    Args:
+        layer: A layer.
+        calls: Its calls.
+        skip_identity: Whether a spectral layer without weights has no MACs for
+            an axis that it leaves as it is.
     """
     rule = _rule(layer)
-    if rule is None:
-        return []
     found = []
-    for inputs, outputs, is_symbolic in calls:
+    for inputs, outputs, is_symbolic in calls if rule else ():
         for x, y in zip(inputs, outputs):
-            # A traced function may run any number of times.
-            macs = None if is_symbolic else rule(layer, x, y)
-            found += macs if isinstance(macs, list) else [macs]
+            if is_symbolic:  # A traced function may run any number of times.
+                found.append(None)
+            elif rule is _spectral_resampling:
+                found += rule(layer, x, y, skip_identity)
+            else:
+                found.append(rule(layer, x, y))
     return found
 
 
@@ -323,13 +332,13 @@ def _einsum_dense(layer, x, y):
     return _size(y) * math.prod(n for axis, n in axes if axis not in result)
 
 
-def _spectral_resampling(layer, x, y):
+def _spectral_resampling(layer, x, y, skip_identity):
     macs, shape = [], list(x)
     for axis in layer.spatial_axes:
         size, shape[axis] = shape[axis], y[axis]
-        # A layer without learned strides returns an axis of the same size.
         is_identity = size == y[axis] and not layer.weights
-        macs.append(0 if is_identity else size * _size(shape))
+        skip = is_identity and skip_identity
+        macs.append(0 if skip else size * _size(shape))
     return macs
 
 
@@ -338,7 +347,7 @@ def _rules(macs, *names):
 
 
 # From a class to a function of (layer, shape of input, shape of output), both
-# with the batch axis, that returns MACs or a list of terms that add up to them.
+# with the batch axis, that returns MACs; for spectral layers one term per axis.
 # A layer without a rule has no MACs, or unknown ones if it has a kernel.
 _RULES = {
     **_rules(

@@ -285,6 +285,7 @@ class DiffStride(SpectralPooling):
         self.state.weight.regularizer = self._regularizer_per_axis()
         # Keras tracks the variables among the attributes of a layer.
         self._weight, self._record = self.state.weight, self.state.record
+        self._weight.trainable = trainable
         self._state_changed()
 
     def _check_strides(self, lower, upper):
@@ -353,7 +354,7 @@ class DiffStride(SpectralPooling):
         self.state.make_sizes_static()
 
     def hold(self) -> None:
-        """Ends the learning of the strides: they and all sizes stay.
+        """Ends the learning of the strides; the sizes become theirs and stay.
 
         The optimizer may still move the variable `strides`, which has no effect
         until `release()`.
@@ -506,13 +507,14 @@ def _all_frequencies(output_size):
 def _with_zero_gradient(x, variable):
     """Returns `x`, connected to a variable by a gradient of 0."""
 
-    def gradients(kept, others, upstream):
+    def function(tables, x, other):
+        return 1 * x, None
+
+    def gradients(tables, kept, others, upstream):
         return upstream, ops.zeros_like(others[0])
 
-    function = backend.custom_gradient(
-        lambda x, other: (1 * x, None), gradients
-    )
-    return function(x, ops.convert_to_tensor(variable))
+    apply = backend.custom_gradient(function, gradients)
+    return apply(x, ops.convert_to_tensor(variable))
 
 
 @_register

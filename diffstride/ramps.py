@@ -178,7 +178,10 @@ def with_gradient_of(surrogate: Any, value: Any) -> Any:
 def with_finite_gradient(x: Any) -> Any:
     """Returns `x`; its gradient is 0 where it would be infinite or NaN."""
 
-    def gradients(kept, others, upstream):
+    def function(tables, x):
+        return 1.0 * x, None
+
+    def gradients(tables, kept, others, upstream):
         return (ops.where(ops.isfinite(upstream), upstream, 0.0),)
 
-    return backend.custom_gradient(lambda x: (1.0 * x, None), gradients)(x)
+    return backend.custom_gradient(function, gradients)(x)

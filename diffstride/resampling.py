@@ -174,13 +174,15 @@ def _apply(inputs, axis, operators, bases=(), keeps_input=False, *weights):
         *weights: Nothing, or one tensor [count].
     """
 
-    def function(inputs, *weights):
+    def function(tables, inputs, *weights):
+        operators, bases = tables
         kept = inputs
         if weights and not keeps_input:
             kept = _multiply(inputs, axis, bases[0])
         return operators[0](inputs, axis), kept if weights else None
 
-    def gradients(kept, weights, upstream):
+    def gradients(tables, kept, weights, upstream):
+        operators, bases = tables
         # The recursion gives second derivatives.
         of_inputs = _apply(
             upstream, axis, operators[::-1], bases[::-1], keeps_input, *weights
@@ -197,7 +199,8 @@ def _apply(inputs, axis, operators, bases=(), keeps_input=False, *weights):
         cosine, sine = ops.split(products, 2)
         return of_inputs, cosine + sine
 
-    return backend.custom_gradient(function, gradients)(inputs, *weights)
+    apply = backend.custom_gradient(function, gradients, (operators, bases))
+    return apply(inputs, *weights)
 
 
 def _outer(a, b, axis):
@@ -217,8 +220,8 @@ def _products(size, output_size, weights, norm, dtype):
     """Returns the product with the matrix, and with its transpose."""
     matrix = resampling_matrix(size, output_size, weights, norm, dtype)
     return (
-        functools.partial(_multiply, matrix=matrix),
-        functools.partial(_multiply, matrix=_transpose(matrix)),
+        backend.partial(_multiply, matrix=matrix),
+        backend.partial(_multiply, matrix=_transpose(matrix)),
     )
 
 
@@ -254,7 +257,7 @@ def _filters(size, output_size, response, norm, dtype):
         weights = scales * real(xp.where(single, 1.0, 0.5)) * real(length)
         if response is not None:
             weights = _cast(weights, dtype) * _cast(response, dtype)
-        return functools.partial(
+        return backend.partial(
             _filter, output_size=length, weights=weights, dtype=dtype
         )
 

@@ -75,7 +75,9 @@ class StrideState:
     def size_values(self) -> tuple[float, ...]:
         """The strides that sizes are computed from, as numbers."""
         _, *static = self.record.numbers()
-        return self._per_axis(static if static[0] else self.weight.numbers())
+        return self._per_axis(
+            static if static[0] > 0 else self.weight.numbers()
+        )
 
     def known_size_values(self) -> tuple[float, ...] | None:
         """As `size_values`, or None where values are not known in a trace."""
@@ -83,7 +85,7 @@ class StrideState:
         weight = backend.known_values(self.weight)
         if record is None or weight is None:
             return None
-        return self._per_axis(record[1:] if record[1] else weight)
+        return self._per_axis(record[1:] if record[1] > 0 else weight)
 
     def _per_axis(self, values):
         upper = math.inf if self.upper is None else self.upper
@@ -106,14 +108,14 @@ class StrideState:
         record = ops.convert_to_tensor(self.record)
         strides = ops.convert_to_tensor(self.weight)
         return ops.stop_gradient(
-            self._broadcast(ops.where(record[1:] > 0, record[1:], strides))
+            self._broadcast(ops.where(record[1] > 0, record[1:], strides))
         )
 
     def _broadcast(self, strides):
         return ops.broadcast_to(strides, (self.rank,))
 
     def hold(self) -> None:
-        """Ends learning: the strides in use and the sizes stay as they are."""
+        """Ends learning: the strides in use stay, with their sizes."""
         values = self.values[: self.weight.shape[0]]
         self.record.assign([1.0, *values])
 
@@ -133,7 +135,7 @@ class StrideState:
         self.record.assign([0.0] * self.record.shape[0])
 
     def assign(self, strides: Any) -> None:
-        """Sets learned strides to new values, which sizes then follow."""
+        """Sets learned strides to new values. Static sizes stay."""
         validation.require(
             not self.held,
             '`strides` must be released by `release()` before they change',

@@ -6,7 +6,8 @@
 import keras
 import numpy as np
 import pytest
-from keras import layers, ops
+from backends import array
+from keras import layers
 
 from diffstride import (
     DiffStride,
@@ -16,7 +17,6 @@ from diffstride import (
     complexity,
     diffstride_layers,
     recalibrate,
-    replace_strides,
     set_budget,
 )
 from diffstride.budget import MacsOfStrides
@@ -74,15 +74,6 @@ def branches():
     return keras.Model([image, vector], y)
 
 
-def mobilenet():
-    return replace_strides(
-        keras.applications.MobileNetV2(
-            (32, 32, 3), alpha=0.35, weights=None, classes=3
-        ),
-        smoothness_factor=1.0,
-    )
-
-
 def sound():
     return keras.Sequential(
         [
@@ -97,7 +88,7 @@ def sound():
     )
 
 
-MODELS = [sequential, residual, unet, branches, mobilenet, sound]
+MODELS = [sequential, residual, unet, branches, sound]
 
 
 def input_shape(model):
@@ -128,10 +119,9 @@ def test_macs_at_all_strides_are_those_of_complexity(make):
     function = macs_of(model)
     rng = np.random.default_rng(0)
     start = function.strides()
-    for strides in (start, *(start * rng.uniform(0.7, 2, len(start)),) * 2):
-        strides = np.maximum(strides, 1)
+    for factors in (1.0, rng.uniform(0.7, 1.4, len(start))):
+        strides = np.maximum(factors * start, 1)
         function.assign(strides)
-        # By arithmetic, at the sizes that the strides give.
         sizes = function._integer_sizes(strides)[1]
         expected = total(model)
         assert function._total(sizes) == pytest.approx(expected, abs=0.5)
@@ -141,7 +131,7 @@ def test_macs_at_all_strides_are_those_of_complexity(make):
 def by_hand(strides):
     """The smooth MACs of the model of the next test."""
     a, b, c, d = strides
-    h, w = 32 / a, 24 / b + 0
+    h, w = 32 / a, 24 / b
     i, j = (h - 2) / c, (w - 2) / d
     pools = 3 * (h * 32 * 24 + h * w * 24)
     pools += 4 * (i * (h - 2) * (w - 2) + i * j * (w - 2))
@@ -180,7 +170,7 @@ def test_the_ramp_outside_adds_its_width_to_a_size():
     assert function([1e6]) == pytest.approx(8 * (64 + 8))
 
 
-@pytest.mark.parametrize('metric', [1.0, (1.0, 3.0, 0.5, 2.0, 1.0)])
+@pytest.mark.parametrize('metric', [1.0, np.array([1.0, 3.0, 0.5, 2.0, 1.0])])
 @pytest.mark.parametrize('share', [0.5, 1.2])
 def test_projection_is_the_nearest_point_of_the_budget(share, metric):
     """The way there is parallel to metric * gradient: Lagrange's condition."""
@@ -205,26 +195,30 @@ def test_projection_stays_within_limits():
     np.testing.assert_allclose(function.project(start, 1e9), 1.3)
 
 
-@pytest.mark.parametrize('share', [0.4, 0.9, 1.3])
-@pytest.mark.parametrize('make', MODELS)
+@pytest.mark.parametrize(
+    'make, share',
+    [
+        (sequential, 0.6),
+        (sequential, 1.3),
+        (residual, 0.5),
+        (unet, 0.4),
+        (branches, 0.7),
+        (sound, 0.3),
+    ],
+)
 def test_a_budget_is_used_up_by_sizes_that_cannot_grow(make, share):
     model = make()
     budget = share * total(model)
-    macs = set_budget(model, macs=budget, input_shape=input_shape(model))
-    pools = diffstride_layers(model)
-    assert all(pool.state.held for pool in pools)
-    assert macs == total(model) <= budget
+    macs = set_budget(model, macs=budget)
+    assert all(pool.state.held for pool in diffstride_layers(model))
+    assert 0.8 * budget < macs == total(model) <= budget
+    # The next size of each map, while those after it keep their sizes.
     function = macs_of(model)
     strides = function.strides()
-    for index in range(len(strides)):
-        lower = strides.copy()
-        lower[index] = 1
-        # The next size up, with all later maps as they are.
-        sizes = function._integer_sizes(strides)[1]
-        for _, larger in function._larger_sizes(sizes, strides):
-            grown = function._strides_for(larger, strides)
-            if function.count(grown) > macs:
-                assert function.count(grown) > budget
+    sizes = function._integer_sizes(strides)[1]
+    for _, larger in function._larger_sizes(sizes, strides):
+        grown = function._strides_for(larger, strides)
+        assert not macs < function.count(grown) <= budget
 
 
 def test_sizes_that_just_fit_are_found():
@@ -283,7 +277,7 @@ def test_predictions_follow_a_new_budget():
     for share in (0.8, 0.4):
         set_budget(model, share=share)
         after = model.predict(x, verbose=0)
-        np.testing.assert_allclose(after, model(x), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(after, array(model(x)), rtol=1e-4, atol=1e-5)
         assert np.abs(after - before).max() > 1e-3
 
 
@@ -300,7 +294,7 @@ def apart():
     return keras.Model(inputs, layers.Add()(x))
 
 
-def shared(*between):
+def shared():
     pool, inputs = DiffStride(2.0, 1.0, name='pool'), keras.Input(SHAPE)
     return keras.Model(inputs, pool(pool(inputs)))
 
@@ -318,7 +312,7 @@ def attention():
         (sequential, {'macs': 1e6, 'share': 0.5}, 'Either `macs` or `share`'),
         (sequential, {'macs': 0}, '`macs` must be a finite number, above 0'),
         (sequential, {'share': '1'}, '`share` must be a finite number'),
-        (sequential, {'macs': 1e3}, r'at least 193,\d\d\d MACs'),
+        (sequential, {'macs': 1e3}, 'at least 121,552 MACs'),
         (keras.Sequential, {'macs': 1e6}, 'must have trainable DiffStride'),
         (
             lambda: keras.Sequential([DiffStride(2.0)]),
@@ -351,17 +345,16 @@ def test_recalibration_averages_over_batches(as_pairs):
             layers.BatchNormalization(),
         ]
     )
-    kernel = np.array(model.layers[2].kernel)
+    kernel = array(model.layers[2].kernel)
     recalibrate(model, [(x, None) for x in batches] if as_pairs else batches)
     normalized = [(x - x.mean(0)) / np.sqrt(x.var(0) + 1e-3) for x in batches]
     inner = [x @ kernel for x in normalized]
     for layer, values in ((frozen, batches), (model.layers[-1], inner)):
         mean = (6 * values[0].mean(0) + 4 * values[1].mean(0)) / 10
         var = (6 * values[0].var(0) + 4 * values[1].var(0)) / 10
-        np.testing.assert_allclose(layer.moving_mean, mean, atol=1e-5)
-        np.testing.assert_allclose(layer.moving_variance, var, rtol=1e-4)
+        np.testing.assert_allclose(array(layer.moving_mean), mean, atol=1e-5)
+        np.testing.assert_allclose(array(layer.moving_variance), var, rtol=1e-4)
     assert frozen.momentum == 0.9 and not frozen.trainable
-    np.testing.assert_array_equal(model.layers[2].kernel, kernel)
-    assert ops.is_tensor(model(x, training=False))
+    np.testing.assert_array_equal(array(model.layers[2].kernel), kernel)
     with pytest.raises(ValueError, match='at least one batch'):
         recalibrate(model, [])

@@ -228,6 +228,17 @@ def test_without_validation_no_epoch_is_the_best(tmp_path):
     assert epoch_in(result) == 2
 
 
+def test_an_epoch_beyond_the_budget_is_not_the_best(tmp_path):
+    history = []
+    for held, accuracy in ((0, 0.9), (1, 0.5), (1, 0.7), (1, 0.6)):
+        row = {'epoch': len(history) + 1, 'steps': STEPS}
+        history.append({**row, 'val_accuracy': accuracy, 'strides_held': held})
+        checkpoints.save(model_after(len(history)), tmp_path, State(history))
+        assert (tmp_path / 'best.keras').exists() == (len(history) > 1)
+    assert checkpoints.best_epoch(history) == 3
+    assert epoch_in(tmp_path / 'best.keras') == 3
+
+
 # Files that are damaged or cannot be written.
 
 
@@ -466,6 +477,8 @@ def test_ctrl_c_ends_with_one_line_and_the_same_command_continues(
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            # A shell lets what it runs in the background ignore SIGINT.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         ) as process:
             wait_for(lambda now=before: epochs_of(workdir) > now, process)
             process.send_signal(signal.SIGINT)

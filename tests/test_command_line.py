@@ -131,6 +131,21 @@ def test_wrong_values_of_training(name, values, rule):
             ],
             '`macs` must be',
         ),
+        (
+            [
+                'train.callbacks = [@callbacks.StrideBudget()]',
+                'callbacks.StrideBudget.macs = 1',
+            ],
+            'The budget must be at least ',
+        ),
+        (
+            [
+                'train.callbacks = [@callbacks.StrideBudget()]',
+                'callbacks.StrideBudget.share = 0.9',
+                'callbacks.StrideBudget.learn = 0.6',
+            ],
+            '`learn` must leave an epoch',
+        ),
         (['run.job = 3'], 'run.job must be a function'),
         (['run.job = @resnet.batch_norm'], 'run.job must return an object'),
         (

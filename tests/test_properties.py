@@ -96,7 +96,7 @@ def expected_output(layer, x):
     )
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(cases())
 def test_allowed_inputs_are_pooled_as_by_the_reference(case):
     layer, x = case
@@ -112,7 +112,7 @@ def test_allowed_inputs_are_pooled_as_by_the_reference(case):
     assert np.abs(array(y) - expected).max() <= tolerance * scale
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(
     st.integers(1, 70),
     st.tuples(strides, strides),

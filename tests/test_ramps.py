@@ -122,7 +122,7 @@ def test_strides_are_clipped_with_a_gradient_of_one(
 def test_responses_agree_with_reference(kind):
     """Those of tensors and those of numbers do."""
     for size, width, stride in some(
-        itertools.product((1, 2, 3, 8, 15, 32, 224), WIDTHS, STRIDES[::4])
+        itertools.product((1, 2, 3, 8, 15, 32, 224), WIDTHS, STRIDES[::5])
     ):
         ramp = Ramp(kind, width)
         exact = reference.clip_stride(stride, size, width, kind)
@@ -194,7 +194,7 @@ def test_response_and_its_gradient_by_hand(
 
 @every_kind
 def test_frequencies_hold_every_slope(kind):
-    for case in some(itertools.product((1, 2, 8, 15), WIDTHS, STRIDES[::5])):
+    for case in some(itertools.product((1, 2, 15), WIDTHS, STRIDES[::6])):
         size, width, stride = case
         ramp = Ramp(kind, width)
         edge = ramp.band_edge(size, stride)

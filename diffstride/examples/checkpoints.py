@@ -247,9 +247,25 @@ def _tidy(workdir, history):
     _keep_if_best(workdir, history)
 
 
+def best_epoch(history: list[dict]) -> int | None:
+    """Returns the epoch with the best accuracy on validation data, from 1.
+
+    While `StrideBudget` learns strides, an epoch may be beyond the budget, so
+    only those count in which strides are held.
+
+    Returns:
+        The first of the best epochs, or None if none counts.
+    """
+    accuracies = [
+        row.get('val_accuracy') if row.get('strides_held', True) else None
+        for row in history
+    ]
+    best = max((x for x in accuracies if x is not None), default=None)
+    return None if best is None else 1 + accuracies.index(best)
+
+
 def _keep_if_best(workdir, history):
-    *before, last = (row.get('val_accuracy') for row in history)
-    if last is None or last <= max(before, default=-1):
+    if best_epoch(history) != len(history):
         return
     path = epoch_folders(workdir)[0] / 'model.keras'
     best = workdir / 'best.keras'

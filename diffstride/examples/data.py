@@ -185,6 +185,7 @@ def load_datasets(
         "`cache` must be True, False or 'auto'",
         cache=cache,
     )
+    source: sources.FolderSource | sources.TfdsSource
     if sources.is_folder(name, train_split):
         source = sources.FolderSource(name, train_split)
     else:

@@ -23,8 +23,10 @@ from diffstride.validation import require
 
 try:
     import PIL.Image
+
+    _HAS_PILLOW = True
 except ImportError:
-    PIL = None
+    _HAS_PILLOW = False
 
 # The first two bytes of the formats that TensorFlow decodes; Pillow decodes
 # the others. TensorFlow learned to read WebP later.
@@ -83,8 +85,9 @@ def read_folder(root: str, train_split: str = 'train') -> ImageFolder:
         ValueError: there is no such folder.
     """
     require(os.path.isdir(root), '`name` must be an existing folder', name=root)
-    skipped = collections.Counter()
-    empty, found = [], collections.defaultdict(dict)
+    skipped: collections.Counter[str] = collections.Counter()
+    empty: list[str] = []
+    found: dict[str, dict[str, list[str]]] = collections.defaultdict(dict)
 
     def add_classes(split, folder):
         for name in _folders(folder):
@@ -181,18 +184,14 @@ def measure(paths: Sequence[str]) -> np.ndarray:
         )
         return index, tf.concat([tf.shape(image), [bits]], 0)
 
-    paths = np.asarray(paths)
     kinds = np.zeros((len(paths), 4), np.int32)
-    batches = tf.data.Dataset.from_tensor_slices(paths).enumerate()
+    batches = tf.data.Dataset.from_tensor_slices(list(paths)).enumerate()
     batches = batches.map(kind, AUTOTUNE).ignore_errors().batch(1000)
     for indices, values in batches.as_numpy_iterator():
         kinds[indices] = values
-    broken = paths[kinds[:, 0] == 0]
-    if len(broken):
-        raise ValueError(
-            'cannot decode the image '
-            f'{enumeration([str(path) for path in broken])}'
-        )
+    broken = [path for path, (height, *_) in zip(paths, kinds) if not height]
+    if broken:
+        raise ValueError(f'cannot decode the image {enumeration(broken)}')
     return kinds
 
 
@@ -224,7 +223,7 @@ def cached(
         return make()
     fingerprint = digest.hexdigest()
     try:
-        with open(path, 'rb') as file, np.load(file) as stored:
+        with path.open('rb') as kept, np.load(kept) as stored:
             if stored['fingerprint'] == fingerprint:
                 return stored['array']
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
@@ -233,8 +232,8 @@ def cached(
     part = path.with_suffix(f'.{os.getpid()}.part')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, 'wb') as file:
-            np.savez(file, fingerprint=fingerprint, array=array)
+        with part.open('wb') as new:
+            np.savez(new, fingerprint=fingerprint, array=array)
         part.replace(path)
     except OSError:  # A full or read-only disk is no reason to stop.
         part.unlink(missing_ok=True)
@@ -274,7 +273,9 @@ def _suffix(path):
 
 def _is_image(path):
     suffix = _suffix(path)
-    return suffix in SUFFIXES and (PIL or suffix not in _PILLOW_SUFFIXES)
+    return suffix in SUFFIXES and (
+        _HAS_PILLOW or suffix not in _PILLOW_SUFFIXES
+    )
 
 
 def _images(folder, skipped, parents=()):
@@ -301,7 +302,7 @@ def _notes(skipped, empty, names):
     outside = skipped.pop('outside', 0)
     if outside:
         yield f'Skipped {outside:,} images that are in no folder of a class.'
-    missing = sorted(_PILLOW_SUFFIXES & set(skipped)) if not PIL else ()
+    missing = sorted(_PILLOW_SUFFIXES & set(skipped)) if not _HAS_PILLOW else ()
     kinds = [
         f'{count:,} {suffix or "without suffix"}'
         for suffix, count in skipped.most_common()
@@ -380,7 +381,7 @@ def _decode_with_pillow(contents, dtype):
 
 def _open(contents):
     """An image as Pillow reads it, uint8 or uint16 [height, width, 1 or 3]."""
-    if PIL is None:
+    if not _HAS_PILLOW:
         raise ValueError('no image that TensorFlow decodes')
     with PIL.Image.open(io.BytesIO(contents)) as image:
         if image.mode.startswith('I'):

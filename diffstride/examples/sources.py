@@ -370,7 +370,7 @@ def open_builder(
         hint = f' (did you mean {" or ".join(close)}?)' if close else ''
         raise ValueError(
             "`name` must be a TFDS dataset, 'gratings' or the path of a folder "
-            f'of images. Received: {name!r}{hint}'
+            f'of images. Received: name={name!r}{hint}'
         ) from error
     # A wrong config, version or namespace raises errors of many types.
     except Exception as error:

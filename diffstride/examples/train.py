@@ -19,7 +19,7 @@ from absl import logging
 
 import diffstride
 from diffstride import diffstride_layers, plots, resnet
-from diffstride.callbacks import StrideLogger, UpdateSizes
+from diffstride.callbacks import StrideBudget, StrideLogger, UpdateSizes
 from diffstride.examples import (
     checkpoints,
     data,
@@ -151,20 +151,30 @@ def train(
         strides = [x.strides for x in diffstride_layers(model)]
         if strides:
             _innermost(optimizer).exclude_from_weight_decay(strides)
+        if jit_compile is True:  # XLA on TensorFlow needs static sizes.
+            for layer in diffstride_layers(model):
+                layer.make_sizes_static()
         model.compile(
             optimizer=optimizer,
             loss=loss,
             metrics=['accuracy'],
             jit_compile=jit_compile,
         )
-    stride_logger = StrideLogger(datasets.image_shape, workdir / 'logs')
-    stride_logger.set_model(model)  # It checks the names of the layers.
+    callbacks = [
+        StrideLogger(datasets.image_shape, workdir / 'logs'),
+        *callbacks,
+    ]
+    for callback in callbacks:
+        if isinstance(callback, StrideLogger):
+            callback.set_model(model)  # It checks the names of the layers.
+        if isinstance(callback, StrideBudget):
+            _check_budget(callback, num_epochs)
     settings.check_reach()
     training = Training(
         workdir=workdir,
         model=model,
         datasets=datasets,
-        callbacks=[stride_logger, *callbacks],
+        callbacks=callbacks,
         num_epochs=num_epochs,
         steps_per_epoch=steps_per_epoch,
         settings=settings.text(),
@@ -283,7 +293,7 @@ class Training:
                 keras.callbacks.TensorBoard(
                     self.workdir / 'logs', write_graph=False
                 ),
-                UpdateSizes(),  # Last: what is saved has been validated.
+                UpdateSizes(),
             ],
         )
 
@@ -313,9 +323,7 @@ class Training:
         model_path = checkpoints.result_file(self.workdir)
         steps = int(self.model.optimizer.iterations)
         self.model.load_weights(model_path)
-        epoch = len(history)
-        if model_path.name == 'best.keras':
-            epoch = 1 + int(np.argmax([row['val_accuracy'] for row in history]))
+        epoch = checkpoints.best_epoch(history) or len(history)
         logs = {}  # The logger tells strides, sizes and MACs.
         logger = StrideLogger(self.datasets.image_shape)
         logger.set_model(self.model)
@@ -519,6 +527,19 @@ def _is_policy_of_floats(name):
         bool(name)
         and keras.backend.is_float_dtype(policy.compute_dtype)
         and getattr(policy, 'quantization_mode', None) is None
+    )
+
+
+def _check_budget(callback, num_epochs):
+    """Checks before training what the callback checks when it begins."""
+    callback.on_train_begin()
+    is_share = isinstance(callback.learn, float)
+    learned = callback.learn * num_epochs if is_share else callback.learn
+    require(
+        math.ceil(learned) < num_epochs,
+        '`learn` must leave an epoch for weights with strides that are held, '
+        f'of {num_epochs} epochs in all',
+        learn=callback.learn,
     )
 
 
