@@ -43,7 +43,8 @@ class _OfSizesOfDiffStride(diffstride.DiffStride):
         is_list = isinstance(inputs, list)
         maps = inputs if is_list else [inputs]
         sizes = [ops.shape(maps[0])[axis] for axis in self.spatial_axes]
-        resamplings = [self._resampling(i, n) for i, n in enumerate(sizes)]
+        rule = self._rule()
+        resamplings = [rule(index, n) for index, n in enumerate(sizes)]
         outputs = [self.pool(x, sizes, resamplings) for x in maps]
         return outputs if is_list else outputs[0]
 
@@ -52,8 +53,8 @@ class TextbookPooling(_OfSizesOfDiffStride):
     """Transpose, rfft2d, gather, mask, irfft2d, transpose."""
 
     def pool(self, inputs, sizes, resamplings):
-        (height, width), arguments = zip(*resamplings)
-        by_row, by_column = (a['response'] for a in arguments)
+        (height, width), responses = zip(*resamplings)
+        by_row, by_column = (response.weights for response in responses)
         positive, negative = (height + 1) // 2, height // 2
         rows = ops.concatenate(
             [ops.arange(positive), ops.arange(sizes[0] - negative, sizes[0])]
@@ -75,7 +76,7 @@ class TextbookPooling(_OfSizesOfDiffStride):
 
 
 class FreePooling(_OfSizesOfDiffStride):
-    """A slice of the input: what is not the cost of pooling."""
+    """A slice of the input, which costs nothing but the larger maps."""
 
     def pool(self, inputs, sizes, resamplings):
         slices = [slice(None)] * 4

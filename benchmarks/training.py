@@ -32,8 +32,13 @@ from harness import (
     write,
 )
 
-from diffstride import DiffStride, FixedSpectralPooling, complexity, resnet
-from diffstride.pooling import diffstride_layers
+from diffstride import (
+    DiffStride,
+    FixedSpectralPooling,
+    complexity,
+    diffstride_layers,
+    resnet,
+)
 
 POOLINGS = {
     'strided convolution': (None, {}),
@@ -60,7 +65,7 @@ def model_of(pooling_cls, width, policy='float32', jit_compile=False):
     keras.config.set_dtype_policy('float32')
     if jit_compile:
         for layer in diffstride_layers(model):
-            layer.pin()
+            layer.make_sizes_static()
     model.compile(
         # At a rate of 0 all sizes stay what they are at the start.
         keras.optimizers.SGD(0.0, momentum=0.9),
