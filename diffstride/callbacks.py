@@ -17,6 +17,8 @@ from diffstride.budget import (
 )
 from diffstride.pooling import DiffStride, diffstride_layers
 
+# While it is learned, a stride may change by a factor of exp(3) in all.
+_LONGEST_WAY = 3.0
 _AXES = {
     1: ('time',),
     2: ('height', 'width'),
@@ -153,7 +155,8 @@ class StrideBudget(StrideLogger):
     budget, and after each training step they move back to the nearest strides
     that use it up, so a larger map of one layer is paid for by the others.
     Where this comes to rest, the loss cannot fall by an exchange of MACs
-    between two strides. Then the sizes that use the budget up are set, the
+    between two strides. The steps are limited, and shrink to nothing at the end
+    of learning, so one wild gradient does not undo it. Then the sizes that use the budget up are set, the
     strides are held, and the rest of the training fits the weights to maps
     whose sizes do not change any more.
 
@@ -226,6 +229,7 @@ class StrideBudget(StrideLogger):
             strides = self._macs_of.strides()
             strides = self._macs_of.project(strides, self._budget)
             self._macs_of.assign(strides)
+        self._strides = self._macs_of.strides()
         if self.model.jit_compile:
             for layer in self._macs_of.layers:
                 layer.make_sizes_static()
@@ -239,24 +243,28 @@ class StrideBudget(StrideLogger):
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         if self._macs_of is not None:
             models.sync(self.model)
-            before = self._macs_of.strides()
-            after = self.on_budget(before, self._macs_of, self._budget)
-            if not np.array_equal(after, before):
-                self._macs_of.assign(after)
+            moved = self._macs_of.strides()
+            limit = math.exp(self._largest_change(batch))
+            strides = np.clip(
+                moved, self._strides / limit, self._strides * limit
+            )
+            self._strides = self._macs_of.project(
+                strides, self._budget, self._metric()
+            )
+            if not np.array_equal(self._strides, moved):
+                self._macs_of.assign(self._strides)
 
-    def on_budget(
-        self, strides: np.ndarray, macs_of: MacsOfStrides, budget: float
-    ) -> np.ndarray:
-        """Returns the strides to go on with after a training step.
+    def _largest_change(self, batch):
+        """Returns how far the logarithm of a stride may move in a step.
 
-        A subclass may learn by another rule.
-
-        Args:
-            strides: The strides that the optimizer left, [n].
-            macs_of: The MACs for one image as a function of them.
-            budget: The MACs to use up.
+        The limit falls linearly to 0 at the end of learning.
         """
-        return macs_of.project(strides, budget, self._metric())
+        steps = self.params.get('steps')
+        if steps is None:  # Keras does not know them in a first epoch.
+            return _LONGEST_WAY
+        total = steps * self._epochs_of_learning
+        done = steps * (self._epochs_begun - 1) + batch
+        return 2 * _LONGEST_WAY / total * max(0.0, 1 - done / total)
 
     def _metric(self):
         """Returns how far the optimizer moves each stride per gradient, [n].
