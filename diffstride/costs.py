@@ -45,7 +45,7 @@ class StrideCost(keras.regularizers.Regularizer):
     def __call__(self, strides: Any) -> Any:
         return self.weight / ops.prod(strides)
 
-    def get_config(self) -> dict:
+    def get_config(self) -> dict[str, Any]:
         return {'weight': self.weight}
 
 
@@ -112,5 +112,5 @@ class ActivationCost(keras.layers.Layer):
             lambda x: keras.KerasTensor(x.shape, x.dtype), inputs
         )
 
-    def get_config(self) -> dict:
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), 'weight': self.weight}
