@@ -1,4 +1,4 @@
-"""One table of all finished runs in a folder.
+"""Makes one table of all finished runs in a folder.
 
     python3 -m diffstride.examples.report /tmp/exp/diffstride/grid
 
@@ -42,7 +42,7 @@ def read_runs(folder: pathlib.Path) -> list[dict]:
 
 def table(runs: list[dict]) -> str:
     """Returns means and standard deviations over seeds as Markdown."""
-    groups = collections.defaultdict(list)
+    groups: dict[tuple[str, str], list[dict]] = collections.defaultdict(list)
     for run in runs:
         groups[run['variant'], run['strides']].append(run)
     lines = [
@@ -76,7 +76,7 @@ def _spread(values, factor, digits):
 
 
 def _mean_strides(runs):
-    # Layers by their order, since names may differ.
+    # Layers are matched by their order, since their names may differ.
     layers = zip(*(run['layers'].values() for run in runs))
     means = [
         [statistics.mean(s) for s in zip(*(x['strides'] for x in layer))]
@@ -87,7 +87,7 @@ def _mean_strides(runs):
 
 
 def write(folder: pathlib.Path) -> None:
-    """Prints the table of the runs in a folder, and writes all files of it.
+    """Prints the table of the runs in a folder, and writes all files.
 
     The figure has a point for each variant and start, the mean over seeds.
     """
@@ -103,7 +103,9 @@ def write(folder: pathlib.Path) -> None:
     for run in runs:
         writer.writerow({**run, 'learned_strides': _mean_strides([run])})
     checkpoints.write(folder / 'runs.csv', rows.getvalue())
-    groups = collections.defaultdict(lambda: collections.defaultdict(list))
+    groups: dict[str, dict[str, list[dict]]] = collections.defaultdict(
+        lambda: collections.defaultdict(list)
+    )
     for run in runs:
         if run['macs']:
             groups[run['variant']][run['strides']].append(run)
@@ -127,8 +129,8 @@ def write(folder: pathlib.Path) -> None:
         figure.savefig(path, dpi=120)
 
 
-def main(argv):
-    """Reports on the folder that is named."""
+def main(argv: list[str]) -> None:
+    """Reports on the folder that the argument names."""
     folder = pathlib.Path(argv[1] if len(argv) == 2 else '')
     if len(argv) != 2 or not read_runs(folder):
         sys.exit(
