@@ -133,6 +133,8 @@ class UpdateSizes(keras.callbacks.Callback):
 
     Example:
 
+    >>> for layer in diffstride_layers(model):
+    ...     layer.make_sizes_static()  # Keras asks for it in `compile`.
     >>> model.compile('adam', 'mse', jit_compile=True)
     >>> model.fit(x, y, epochs=10, callbacks=[UpdateSizes()])
     """
