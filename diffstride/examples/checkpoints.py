@@ -23,12 +23,13 @@ import pathlib
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import filelock
 import keras
 import numpy as np
+from absl import logging
 
 
 class Stop(Exception):
@@ -201,6 +202,22 @@ def read(path: pathlib.Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return None
+
+
+def write_figure(
+    path: pathlib.Path, plot: Callable[..., Any], *args: Any
+) -> None:
+    """Writes the figure that a function of `plots` returns for its arguments.
+
+    Without matplotlib it only logs a warning.
+    """
+    try:
+        figure = plot(*args)
+    except ImportError:
+        logging.warning(f'No {path.name}: pip install diffstride[plot]')
+        return
+    with unfinished(path) as temporary:
+        figure.savefig(temporary, dpi=120)
 
 
 def _plain(value):

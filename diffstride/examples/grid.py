@@ -104,16 +104,18 @@ def grid(
     runs: dict[str, list[str]] = {}
     for seed, start, name in itertools.product(seeds, starts, only or variants):
         labels = {'variant': name, 'strides': start, 'seed': seed}
-        words = [name, *([start] if start else []), f'seed {seed}']
-        run = '-'.join(re.findall(r'[\w.]+', ' '.join(words)))
+        words = re.findall(r'[\w.]+', f'{name} {start or ""} seed {seed}')
+        run = '-'.join(words)
         require(
             run not in runs,
             'grid.variants and grid.strides must differ in more than signs',
             run=run,
         )
+        bindings = list(variants[name])
+        if start:
+            bindings.append(f'{strides_parameter} = {start!r}')
         runs[run] = [
-            *variants[name],
-            *([f'{strides_parameter} = {start!r}'] if start else []),
+            *bindings,
             f'train.seed = {seed}',
             f'train.labels = {labels!r}',
             f'train.workdir = {str(workdir / run)!r}',

@@ -13,7 +13,7 @@ import pathlib
 import statistics
 import sys
 
-from absl import app, logging
+from absl import app
 
 from diffstride import plots
 from diffstride.examples import checkpoints
@@ -60,7 +60,7 @@ def table(runs: list[dict]) -> str:
                 ('seconds', 1, 0),
             )
         ]
-        cells.append(_mean_strides(group))
+        cells.append(mean_strides(group))
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 
@@ -75,7 +75,8 @@ def _spread(values, factor, digits):
     return text
 
 
-def _mean_strides(runs):
+def mean_strides(runs: list[dict]) -> str:
+    """Returns the strides of each layer, averaged over runs, as text."""
     # Layers are matched by their order, since their names may differ.
     layers = zip(*(run['layers'].values() for run in runs))
     means = [
@@ -101,7 +102,7 @@ def write(folder: pathlib.Path) -> None:
     writer = csv.DictWriter(rows, _COLUMNS, extrasaction='ignore')
     writer.writeheader()
     for run in runs:
-        writer.writerow({**run, 'learned_strides': _mean_strides([run])})
+        writer.writerow({**run, 'learned_strides': mean_strides([run])})
     checkpoints.write(folder / 'runs.csv', rows.getvalue())
     groups: dict[str, dict[str, list[dict]]] = collections.defaultdict(
         lambda: collections.defaultdict(list)
@@ -120,13 +121,8 @@ def write(folder: pathlib.Path) -> None:
         ]
         for variant, starts in groups.items()
     }
-    try:
-        figure = plots.accuracy_macs(points)
-    except ImportError:
-        logging.warning('No accuracy_macs.png: pip install diffstride[plot]')
-        return
-    with checkpoints.unfinished(folder / 'accuracy_macs.png') as path:
-        figure.savefig(path, dpi=120)
+    path = folder / 'accuracy_macs.png'
+    checkpoints.write_figure(path, plots.accuracy_macs, points)
 
 
 def main(argv: list[str]) -> None:

@@ -126,9 +126,10 @@ class TfdsSource:
         self._builder = open_builder(name, data_dir, _image_keys)
         self._keys = _image_keys(self._builder)
         features = self._builder.info.features
-        self._image, label = map(features.__getitem__, self._keys)
+        image_key, label_key = self._keys
+        self._image = features[image_key]
         self.name = name
-        self.class_names = tuple(label.names)
+        self.class_names = tuple(features[label_key].names)
         self.splits = self._builder.info.splits
 
     def files(self, pieces: Sequence[Piece]) -> list[str]:
@@ -170,7 +171,7 @@ def _size(batches):
     for sizes in batches:
         found.update(map(tuple, np.unique(sizes, axis=0).tolist()))
         if len(found) > 1:
-            (a, b), *_, (c, d) = sorted(found)
+            (a, b), (c, d) = min(found), max(found)
             raise ValueError(
                 f'images differ in size, {a} x {b} and {c} x {d}: set '
                 'data.load_datasets.image_size = (height, width)'
@@ -244,11 +245,11 @@ def resolve_splits(
     Raises:
         ValueError: If there is no such split, or if it has no example.
     """
-    train = _pieces(splits, train_split=train_split)
+    train = _pieces(splits, 'train_split', train_split)
     if isinstance(test_split, str):
-        test = _pieces(splits, test_split=test_split)
+        test = _pieces(splits, 'test_split', test_split)
     else:
-        train, test = _divide(train, test_split=test_split)
+        train, test = _divide(train, 'test_split', test_split)
     if validation_split == 'auto':
         used = {split for split, _, _ in train + test}
         unused = [x for x in VALIDATION_NAMES if x in splits and x not in used]
@@ -258,14 +259,14 @@ def resolve_splits(
     if validation_split is None:
         validation = []
     elif isinstance(validation_split, str):
-        validation = _pieces(splits, validation_split=validation_split)
+        validation = _pieces(splits, 'validation_split', validation_split)
     else:
-        train, validation = _divide(train, validation_split=validation_split)
+        train, validation = _divide(train, 'validation_split', validation_split)
     return {'train': train, 'validation': validation, 'test': test}
 
 
-def _pieces(splits, **argument):
-    ((name, split),) = argument.items()
+def _pieces(splits, name, split):
+    """Returns the pieces of a split, the argument `name`."""
     try:
         instruction = tfds.core.ReadInstruction.from_spec(split)
         pieces = [
@@ -287,14 +288,13 @@ def _pieces(splits, **argument):
         pieces,
         f'`{name}` must be one of {sorted(splits)}, a slice of one that holds '
         f'examples{share if name != "train_split" else ""}',
-        **argument,
+        **{name: split},
     )
     return pieces
 
 
-def _divide(pieces, **argument):
-    """Cuts a share off the end of each piece."""
-    ((name, share),) = argument.items()
+def _divide(pieces, name, share):
+    """Cuts a share, the argument `name`, off the end of each piece."""
     kept, held_out = [], []
     for split, start, stop in pieces:
         middle = stop - math.floor((stop - start) * share + 0.5)
@@ -304,7 +304,7 @@ def _divide(pieces, **argument):
         kept and held_out,
         f'`{name}` must be a share of the {count(pieces)} training examples '
         'that holds one or more and leaves one or more',
-        **argument,
+        **{name: share},
     )
     return kept, held_out
 

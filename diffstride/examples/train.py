@@ -16,7 +16,6 @@ import gin
 import keras
 import numpy as np
 import tensorflow as tf
-from absl import logging
 
 import diffstride
 from diffstride import diffstride_layers, plots, resnet
@@ -25,6 +24,7 @@ from diffstride.examples import (
     checkpoints,
     data,
     devices,
+    report,
     schedules,
     settings,
 )
@@ -376,33 +376,25 @@ class Training:
             for key in rows[0]
             if key.startswith('stride/')
         }
-        if not columns:
-            return
         initial = {
             name: layer['initial_strides']
             for name, layer in results['layers'].items()
         }
-        try:
-            figure = plots.strides(columns, initial)
-        except ImportError:
-            logging.warning('No strides.png: pip install diffstride[plot]')
-            return
-        with checkpoints.unfinished(self.workdir / 'strides.png') as path:
-            figure.savefig(path, dpi=120)
+        if initial:
+            path = self.workdir / 'strides.png'
+            checkpoints.write_figure(path, plots.strides, columns, initial)
 
     def _tell(self, results):
-        strides = ', '.join(
-            '({})'.format(', '.join(f'{s:.2f}' for s in layer['strides']))
-            for layer in results['layers'].values()
-        )
-        print(
+        line = (
             f'{results["epochs"]} epochs of {self.num_epochs} are done in '
             f'{self.workdir}. Test accuracy of epoch {results["epoch"]}: '
             f'{100 * results["test_accuracy"]:.2f}%'
-            + (f', {results["macs"] / 1e6:.2f} MMAC' if results['macs'] else '')
-            + (f', strides {strides}' if strides else ''),
-            flush=True,
         )
+        if results['macs']:
+            line += f', {results["macs"] / 1e6:.2f} MMAC'
+        if results['layers']:
+            line += f', strides {report.mean_strides([results])}'
+        print(line, flush=True)
 
 
 class _Recorder(keras.callbacks.Callback):
