@@ -210,6 +210,7 @@ class StrideBudget(StrideLogger):
             model=self.model.name,
         )
         self._macs_of = None  # Until strides are learned.
+        self._mean_squares = None
         layers = _learned_layers(self.model)
         if layers:
             self._macs_of = MacsOfStrides(self.model, self.input_shape, layers)
@@ -267,13 +268,18 @@ class StrideBudget(StrideLogger):
         way back to the budget has to be as distorted as their steps, or they
         come to rest where the loss could still fall.
         """
-        variables = {x.name: x for x in self.model.optimizer.variables}
-        squares = []
-        for layer in self._macs_of.layers:
-            name = f'{layer.strides.path}_velocity'.replace('/', '_')
-            if name not in variables:
-                return 1.0
-            squares.extend(ops.convert_to_numpy(variables[name]))
+        if self._mean_squares is None:
+            found = {x.name: x for x in self.model.optimizer.variables}
+            names = [
+                f'{layer.strides.path}_velocity'.replace('/', '_')
+                for layer in self._macs_of.layers
+            ]
+            self._mean_squares = [found[x] for x in names if x in found]
+        if len(self._mean_squares) < len(self._macs_of.layers):
+            return 1.0
+        squares = np.concatenate(
+            [ops.convert_to_numpy(x) for x in self._mean_squares]
+        )
         roots = np.sqrt(squares)
         return 1 / (roots + 0.01 * max(roots) + 1e-12)
 
