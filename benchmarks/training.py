@@ -33,8 +33,13 @@ from harness import (
     write,
 )
 
-from diffstride import DiffStride, FixedSpectralPooling, complexity, resnet
-from diffstride.pooling import diffstride_layers
+from diffstride import (
+    DiffStride,
+    FixedSpectralPooling,
+    complexity,
+    diffstride_layers,
+    resnet,
+)
 
 POOLINGS = {
     'strided convolution': (None, {}),

@@ -150,12 +150,12 @@ class StrideBudget(StrideLogger):
     """Learns strides within a budget of multiply-accumulates.
 
     Training has two phases. At first strides are learned. They start on the
-    budget, and whenever a training step leaves them with more MACs they move
-    back to the nearest strides within it, so a larger map of one layer is paid
-    for by the others. Where this comes to rest, the loss cannot fall by an
-    exchange of MACs between two strides. Then the sizes that use the budget up
-    are set, the strides are held, and the rest of the training fits the weights
-    to maps whose sizes do not change any more.
+    budget, and after each training step they move back to the nearest strides
+    that use it up, so a larger map of one layer is paid for by the others.
+    Where this comes to rest, the loss cannot fall by an exchange of MACs
+    between two strides. Then the sizes that use the budget up are set, the
+    strides are held, and the rest of the training fits the weights to maps
+    whose sizes do not change any more.
 
     It adds to the logs what `StrideLogger` does, and 'strides_held', 1 or 0. A
     budget above the MACs of the initial strides is used up, too. A model whose
@@ -241,11 +241,11 @@ class StrideBudget(StrideLogger):
         if self._macs_of is not None:
             models.sync(self.model)
             before = self._macs_of.strides()
-            after = self.within_budget(before, self._macs_of, self._budget)
+            after = self.on_budget(before, self._macs_of, self._budget)
             if not np.array_equal(after, before):
                 self._macs_of.assign(after)
 
-    def within_budget(
+    def on_budget(
         self, strides: np.ndarray, macs_of: MacsOfStrides, budget: float
     ) -> np.ndarray:
         """Returns the strides to go on with after a training step.
@@ -255,10 +255,8 @@ class StrideBudget(StrideLogger):
         Args:
             strides: The strides that the optimizer left, [n].
             macs_of: The MACs for one image as a function of them.
-            budget: The MACs to keep.
+            budget: The MACs to use up.
         """
-        if macs_of(strides) <= budget:
-            return strides
         return macs_of.project(strides, budget, self._metric())
 
     def _metric(self):
