@@ -34,8 +34,8 @@ class StrideLogger(keras.callbacks.Callback):
 
     Args:
         input_shape: The shape of the input for which sizes and MACs are logged,
-            as in `complexity`; None for the input shape of the model. Where it
-            is not known, only strides are logged.
+            see `complexity`; None for the input shape of the model. If it is
+            not known, only strides are logged.
         log_dir: The folder in which TensorBoard finds an image of each layer's
             mask, in 'masks': white for what is kept, the mean in the middle.
             None for no images. They need TensorFlow.
@@ -168,8 +168,8 @@ class StrideBudget(StrideLogger):
         share: The budget as a share of the MACs at the initial strides.
         learn: How long strides are learned: a share of the epochs of `fit` as
             a float above 0 and at most 1, or a number of epochs as an int.
-        input_shape: As in `StrideLogger`.
-        log_dir: As in `StrideLogger`.
+        input_shape: See `StrideLogger`.
+        log_dir: See `StrideLogger`.
 
     Raises:
         ValueError: If an argument is out of its range. Before training, if the
@@ -201,7 +201,7 @@ class StrideBudget(StrideLogger):
         self.macs = macs
         self.share = share
         self.learn = learn
-        self._macs_of = None
+        self._macs_of: MacsOfStrides | None = None
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         validation.require(
@@ -209,7 +209,7 @@ class StrideBudget(StrideLogger):
             '`model` must have DiffStride layers',
             model=self.model.name,
         )
-        self._macs_of = None  # Until strides are learned.
+        self._macs_of = None  # It is set while strides are learned.
         self._mean_squares = None
         layers = _learned_layers(self.model)
         if layers:
