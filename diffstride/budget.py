@@ -316,7 +316,7 @@ class MacsOfStrides:
         before, after = self._smooth_sizes(strides)
         ratios = np.divide(after, self._after)
         axis_strides = np.concatenate([strides, self._constants])[self._owner]
-        # The derivatives of log sizes in the logarithms of the axes' strides.
+        # It holds the derivatives of log sizes with respect to log strides.
         jacobian = np.zeros((len(after), len(after)))
         for axis, slopes in enumerate(self._upstream):
             row = _elasticity(slopes, ratios) @ jacobian
@@ -548,7 +548,8 @@ def _root(excess: Callable[[float], float]) -> float:
 
     A function that does not cross 0 yields a step far out.
     """
-    ends = {}  # The last step and value on each side; True is above 0.
+    # It holds the last step and value on each side; the key True is above 0.
+    ends: dict[bool, tuple[float, float]] = {}
     step, value = 0.0, excess(0.0)
     for exponent in range(-10, 40):
         ends[value > 0] = step, value

@@ -209,7 +209,7 @@ def measure(
     return {layer: rows[layer] for layer in found}, calls
 
 
-# One dict of calls per measurement under way; a cost may measure within one.
+# It holds the calls of each measurement under way; they may be nested.
 _running: list[dict] = []
 
 
@@ -345,9 +345,9 @@ def _rules(macs, names):
     return dict.fromkeys((getattr(layers, name) for name in names), macs)
 
 
-# From a class to a function of (layer, shape of input, shape of output), both
-# with the batch axis, that returns MACs; for spectral layers one term per axis.
-# A layer without a rule has no MACs, or unknown ones if it has a kernel.
+# This maps a class to a function of (layer, shape of input, shape of output),
+# both with the batch axis, that returns MACs, for spectral layers one term per
+# axis. A layer without a rule has no MACs, or unknown ones if it has a kernel.
 _RULES = {
     **_rules(
         lambda layer, x, y: _size(y) * math.prod(layer.kernel.shape[:-1]),

@@ -476,7 +476,8 @@ class ExamplesOnDisk:
         read: A function of (record, label) that returns (image, label).
         with_labels: Whether `labels` are needed even if they must be read.
 
-    Attributes and methods: see `ExamplesInMemory`; `labels` may be None.
+    It has the attributes and methods of `ExamplesInMemory`, but `labels` may be
+    None.
     """
 
     def __init__(

@@ -68,7 +68,7 @@ def parse(files: list[str], bindings: list[str]) -> None:
     """
     for keys in _bound.values():
         keys.clear()
-    gin.add_config_file_search_path(str(_PACKAGED))  # For include statements.
+    gin.add_config_file_search_path(str(_PACKAGED))  # Includes need it.
     gin.parse_config(_IMPORT)
     for name in files:
         path = pathlib.Path(name)
@@ -134,7 +134,7 @@ def _bindings_in(text):
     for line in config_parser.ConfigParser(text, _Verbatim()):
         if isinstance(line, config_parser.BindingStatement):
             key = line.scope, line.selector, line.arg_name
-            if not line.arg_name:  # A macro.
+            if not line.arg_name:  # It is a macro.
                 macro = '/'.join(filter(None, key[:2]))
                 key = macro, 'gin.macro', 'value'
             with contextlib.suppress(ValueError):  # Nothing has this name now.
