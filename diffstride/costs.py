@@ -14,13 +14,8 @@ from diffstride import models, validation
 from diffstride.pooling import diffstride_layers
 
 
-def _register(cls):
-    """Makes a class loadable by Keras and configurable as `costs.<cls>`."""
-    keras.saving.register_keras_serializable(package='diffstride')(cls)
-    return gin.register(cls, module='costs')
-
-
-@_register
+@keras.saving.register_keras_serializable(package='diffstride')
+@gin.register(module='costs')
 class StrideCost(keras.regularizers.Regularizer):
     """Regularizer weight / (S_1 ... S_rank) of the strides of one layer.
 
@@ -49,7 +44,8 @@ class StrideCost(keras.regularizers.Regularizer):
         return {'weight': self.weight}
 
 
-@_register
+@keras.saving.register_keras_serializable(package='diffstride')
+@gin.register(module='costs')
 class ActivationCost(keras.layers.Layer):
     """Adds the paper's cost of a network to its loss: the size of its maps.
 

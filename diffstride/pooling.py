@@ -324,6 +324,9 @@ class DiffStride(SpectralPooling):
             'removes nothing else',
             cropping=self.cropping,
         )
+        self._check_shared(strides)
+
+    def _check_shared(self, strides):
         validation.require(
             not self.shared_stride or len(set(strides)) == 1,
             '`strides` must be equal on all axes with `shared_stride=True`',
@@ -346,11 +349,7 @@ class DiffStride(SpectralPooling):
     @strides.setter
     def strides(self, values: Any) -> None:
         values = validation.standardize_strides(values, self.rank)
-        validation.require(
-            not self.shared_stride or len(set(values)) == 1,
-            '`strides` must be equal on all axes with `shared_stride=True`',
-            strides=values,
-        )
+        self._check_shared(values)
         self.state.assign(values[: self.state.weight.shape[0]])
 
     @property
