@@ -36,8 +36,8 @@ class StrideLogger(keras.callbacks.Callback):
 
     Args:
         input_shape: The shape of the input for which sizes and MACs are logged,
-            as in `complexity`; None for the input shape of the model. Where it
-            is not known, only strides are logged.
+            see `complexity`; None for the input shape of the model. If it is
+            not known, only strides are logged.
         log_dir: The folder in which TensorBoard finds an image of each layer's
             mask, in 'masks': white for what is kept, the mean in the middle.
             None for no images. They need TensorFlow.
@@ -171,8 +171,8 @@ class StrideBudget(StrideLogger):
         share: The budget as a share of the MACs at the initial strides.
         learn: How long strides are learned: a share of the epochs of `fit` as
             a float above 0 and at most 1, or a number of epochs as an int.
-        input_shape: As in `StrideLogger`.
-        log_dir: As in `StrideLogger`.
+        input_shape: See `StrideLogger`.
+        log_dir: See `StrideLogger`.
 
     Raises:
         ValueError: If an argument is out of its range. Before training, if the
@@ -204,7 +204,7 @@ class StrideBudget(StrideLogger):
         self.macs = macs
         self.share = share
         self.learn = learn
-        self._macs_of = None
+        self._macs_of: MacsOfStrides | None = None
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         validation.require(
@@ -212,7 +212,8 @@ class StrideBudget(StrideLogger):
             '`model` must have DiffStride layers',
             model=self.model.name,
         )
-        self._macs_of = None  # Until strides are learned.
+        self._macs_of = None  # It is set while strides are learned.
+        self._mean_squares = None
         layers = _learned_layers(self.model)
         if layers:
             self._macs_of = MacsOfStrides(self.model, self.input_shape, layers)
@@ -273,13 +274,18 @@ class StrideBudget(StrideLogger):
         way back to the budget has to be as distorted as their steps, or they
         come to rest where the loss could still fall.
         """
-        variables = {x.name: x for x in self.model.optimizer.variables}
-        squares = []
-        for layer in self._macs_of.layers:
-            name = f'{layer.strides.path}_velocity'.replace('/', '_')
-            if name not in variables:
-                return 1.0
-            squares.extend(ops.convert_to_numpy(variables[name]))
+        if self._mean_squares is None:
+            found = {x.name: x for x in self.model.optimizer.variables}
+            names = [
+                f'{layer.strides.path}_velocity'.replace('/', '_')
+                for layer in self._macs_of.layers
+            ]
+            self._mean_squares = [found[x] for x in names if x in found]
+        if len(self._mean_squares) < len(self._macs_of.layers):
+            return 1.0
+        squares = np.concatenate(
+            [ops.convert_to_numpy(x) for x in self._mean_squares]
+        )
         roots = np.sqrt(squares)
         return 1 / (roots + 0.01 * max(roots) + 1e-12)
 
