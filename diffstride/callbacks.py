@@ -155,10 +155,10 @@ class StrideBudget(StrideLogger):
     budget, and after each training step they move back to the nearest strides
     that use it up, so a larger map of one layer is paid for by the others.
     Where this comes to rest, the loss cannot fall by an exchange of MACs
-    between two strides. The steps are limited, and shrink to nothing at the end
-    of learning, so one wild gradient does not undo it. Then the sizes that use the budget up are set, the
-    strides are held, and the rest of the training fits the weights to maps
-    whose sizes do not change any more.
+    between two strides. The steps are limited and shrink to nothing at the end
+    of learning, so that one large gradient does not undo it. Then the sizes
+    that use the budget up are set, the strides are held, and the rest of the
+    training fits the weights to maps whose sizes do not change any more.
 
     It adds to the logs what `StrideLogger` does, and 'strides_held', 1 or 0. A
     budget above the MACs of the initial strides is used up, too. A model whose
