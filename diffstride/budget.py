@@ -93,18 +93,12 @@ def check_budget(macs: float | None, share: float | None) -> None:
 
 def known_input_shape(model: keras.layers.Layer) -> Any:
     """Returns the input shape without the batch axis, None if not known."""
-    shape = getattr(model, 'input_shape', None)  # Subclasses have none.
-    if shape is None or None in tree.flatten(_without_batch(shape)):
+    if getattr(model, 'input_shape', None) is None:  # Subclasses have none.
         return None
-    return _without_batch(shape)
-
-
-def _without_batch(shape):
-    if isinstance(shape, dict):
-        return {key: _without_batch(x) for key, x in shape.items()}
-    if shape and isinstance(shape[0], (list, tuple)):
-        return [_without_batch(x) for x in shape]
-    return shape[1:]
+    is_sequential = isinstance(model, keras.Sequential)
+    inputs = model.inputs[0] if is_sequential else model.input
+    shape = tree.map_structure(lambda x: tuple(x.shape[1:]), inputs)
+    return None if None in tree.flatten(shape) else shape
 
 
 class MacsOfStrides:

@@ -30,6 +30,15 @@ _POOLINGS = (
     keras.layers.AveragePooling2D,
     keras.layers.AveragePooling3D,
 )
+# A subclass of a Sequential or Functional model may have its own versions.
+_OWN_METHODS = (
+    'call',
+    'train_step',
+    'test_step',
+    'predict_step',
+    'compute_loss',
+    'compute_metrics',
+)
 
 
 def replace_strides(
@@ -99,14 +108,15 @@ def replace_strides(
         are not; `trainable=True` in `kwargs` makes all of them learn. An
         inner model whose layers share a pooling with layers outside is
         dissolved into the model that holds it. A model class whose constructor
-        takes no layers becomes a plain Sequential or Functional model.
+        takes more than layers becomes a plain Sequential or Functional model.
 
     Raises:
         ValueError: If the model is of another kind, is not built, or has a
             layer that Keras cannot copy; if a layer of `layers` does not
             stride, or no layer does; if there is no pooling of a layer's rank;
             if sizes could come apart, or a layer or an output needs fixed ones;
-            or from `pooling_cls`.
+            if a model class that would become a plain model has its own
+            `train_step` or the like; or from `pooling_cls`.
 
     Example:
 
@@ -587,7 +597,9 @@ class _Copy:
     def _copy_sequential(self, model):
         cls = _class_taking(model, 'layers') or keras.Sequential
         layers = itertools.chain(*map(self._steps, model.layers))
-        return cls([*self._copy_inputs(model.inputs), *layers], name=model.name)
+        copy = cls([*self._copy_inputs(model.inputs), *layers], name=model.name)
+        _check_methods(model, copy)
+        return copy
 
     def _copy_functional(self, model):
         cls = _class_taking(model, 'inputs', 'outputs') or keras.Model
@@ -595,7 +607,9 @@ class _Copy:
             model.input, self._copy_inputs(model.inputs)
         )
         outputs = models.run_graph(model, inputs, self._call)
-        return cls(inputs, outputs, name=model.name)
+        copy = cls(inputs, outputs, name=model.name)
+        _check_methods(model, copy)
+        return copy
 
     def _copy_inputs(self, inputs):
         return [self._copy(models.source(x)).output for x in inputs]
@@ -638,8 +652,23 @@ def _class_taking(model, *names):
     A class with arguments of its own cannot be made from layers.
     """
     parameters = inspect.signature(type(model).__init__).parameters
+    others = {'trainable', 'name', 'args', 'kwargs'}
     is_same = tuple(parameters)[1 : 1 + len(names)] == names
+    is_same &= set(parameters) <= {'self', *names, *others}
     return type(model) if is_same else None
+
+
+def _check_methods(model, copy):
+    """Refuses the copy of a model that would train or compute otherwise."""
+    for name in _OWN_METHODS:
+        is_kept = getattr(type(model), name) is getattr(type(copy), name)
+        validation.require(
+            is_kept,
+            f'`model` has its own `{name}`, so the constructor of its class '
+            'must take (inputs, outputs), or (layers) if it is Sequential, and '
+            'nothing more',
+            model=type(model).__name__,
+        )
 
 
 def _copy_layer(layer):

@@ -8,6 +8,7 @@ import tensorflow as tf
 from diffstride.examples.data import Datasets
 
 EPOCH = 4  # Batches of 8 images.
+CLASSES = ('dark', 'light')
 
 
 @gin.configurable(module='small_data')
@@ -43,7 +44,7 @@ def images(seed=0, validation=True, brightness=1.0, class_weights=None):
         steps_per_epoch=EPOCH,
         num_classes=2,
         image_shape=(12, 16, 3),
-        class_names=('dark', 'light'),
+        class_names=CLASSES,
         train_examples=32,
         validation_examples=16 if validation else 0,
         test_examples=16,

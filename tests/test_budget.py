@@ -19,7 +19,7 @@ from diffstride import (
     recalibrate,
     set_budget,
 )
-from diffstride.budget import MacsOfStrides
+from diffstride.budget import MacsOfStrides, known_input_shape
 
 SHAPE = (32, 24, 3)
 
@@ -67,11 +67,12 @@ def unet():
 
 def branches():
     """Two branches with sizes of their own, and a vector beside the image."""
-    image, vector = keras.Input(SHAPE), keras.Input((5,))
+    image = keras.Input(SHAPE, name='image')
+    vector = keras.Input((5,), name='vector')
     pools = DiffStride(2.0, 1.0)(image), DiffStride((3.0, 1.5), 1.0)(image)
     means = [layers.GlobalAveragePooling2D()(conv()(x)) for x in pools]
     y = layers.Dense(2)(layers.Concatenate()([*means, vector]))
-    return keras.Model([image, vector], y)
+    return keras.Model({'image': image, 'vector': vector}, y)
 
 
 def sound():
@@ -91,24 +92,18 @@ def sound():
 MODELS = [sequential, residual, unet, branches, sound]
 
 
-def input_shape(model):
-    shape = model.input_shape
-    is_list = isinstance(shape, list)
-    return [x[1:] for x in shape] if is_list else shape[1:]
-
-
 def macs_of(model, shape=None):
     return MacsOfStrides(model, shape, diffstride_layers(model))
 
 
 def total(model):
-    return complexity(model, input_shape(model)).macs
+    return complexity(model, known_input_shape(model)).macs
 
 
 def sizes_of(model):
     return [
         x.output_shape[:2]
-        for x in complexity(model, input_shape(model)).layers
+        for x in complexity(model, known_input_shape(model)).layers
         if x.class_name == 'DiffStride'
     ]
 

@@ -919,6 +919,29 @@ def test_classes_of_models_are_kept_where_they_can_be():
     assert len(diffstride_layers(result)) == 1
 
 
+def test_an_own_training_step_is_kept_or_refused():
+    class Network(keras.Model):
+        steps = 0
+
+        def train_step(self, *args, **kwargs):
+            type(self).steps += 1
+            return super().train_step(*args, **kwargs)
+
+    class WithFactor(Network):
+        def __init__(self, inputs, outputs, factor=1.0, **kwargs):
+            super().__init__(inputs, outputs, **kwargs)
+            self.factor = factor
+
+    inputs = keras.Input((8, 8, 1))
+    outputs = layers.GlobalAveragePooling2D()(layers.MaxPooling2D(2)(inputs))
+    result = replace_strides(Network(inputs, outputs))
+    result.compile('sgd', 'mse')
+    result.fit(images(2, 8, 8, 1), images(2, 1), verbose=0)
+    assert Network.steps
+    with pytest.raises(ValueError, match=r'own `train_step`.*WithFactor'):
+        replace_strides(WithFactor(inputs, outputs, factor=2.0))
+
+
 # Known networks
 
 

@@ -11,6 +11,7 @@ workdir/
   results.json              at the end
 """
 
+import collections
 import contextlib
 import dataclasses
 import filecmp
@@ -42,13 +43,16 @@ class State:
 
     Attributes:
         history: One dict per epoch.
-        callbacks: For each callback, the values that it remembers.
+        callbacks: For each callback, the name of its class and the values that
+            it remembers.
         ended: Whether a callback has ended the training early.
+        settings: The text of the settings under which the last epoch ran.
     """
 
     history: list[dict] = dataclasses.field(default_factory=list)
-    callbacks: list[dict] = dataclasses.field(default_factory=list)
+    callbacks: list[tuple] = dataclasses.field(default_factory=list)
     ended: bool = False
+    settings: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -360,8 +364,35 @@ def _load(model, folder):
     with zipfile.ZipFile(path) as archive:
         if archive.testzip() is not None:
             raise ValueError(f'{path.name} is damaged')
-    model.load_weights(path)
+    load_weights(model, path)
     return state
+
+
+def load_weights(model: keras.Model, path: pathlib.Path) -> None:
+    """Loads the weights of a model and the state of its optimizer.
+
+    After a change of settings the optimizer may have other variables than the
+    one that was saved. It gets the values of those that both have.
+    """
+    with zipfile.ZipFile(path) as archive:
+        config = json.loads(archive.read('config.json'))
+    optimizer = model.optimizer
+    saved = keras.saving.deserialize_keras_object(
+        config['compile_config']['optimizer'],
+        custom_objects={type(optimizer).__name__: type(optimizer)},
+    )
+    saved.build(model.trainable_variables)
+    model.optimizer = saved
+    try:
+        model.load_weights(path)
+    finally:
+        model.optimizer = optimizer
+    values = collections.defaultdict(list)
+    for variable in saved.variables:
+        values[variable.name].append(variable.value)
+    for variable in optimizer.variables:
+        if values[variable.name]:
+            variable.assign(values[variable.name].pop(0))
 
 
 def first_line(error: BaseException | str) -> str:

@@ -226,4 +226,9 @@ def changes(before: str, after: str) -> tuple[list[str], bool]:
         f'{_name(key)} was {old.get(key)!r} and is {new.get(key)!r}'
         for key in changed
     ]
-    return lines, all(_name(key).startswith(_CONTINUABLE) for key in changed)
+    return lines, all(map(_is_continuable, map(_name, changed)))
+
+
+def _is_continuable(name):
+    # Averages of weights that begin later would begin at 0.
+    return name.startswith(_CONTINUABLE) and not name.endswith('.use_ema')

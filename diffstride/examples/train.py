@@ -204,12 +204,19 @@ class Training:
 
     def check_changes(self, on_changed_settings: str) -> None:
         """Compares the settings with those of the training in the workdir."""
-        config = self.workdir / 'config.gin'
-        if not config.exists() or not checkpoints.epoch_folders(self.workdir):
+        folders = checkpoints.epoch_folders(self.workdir)
+        before = folders and checkpoints.read(folders[0] / 'state.json')
+        if not before:
             return
         self.changes, can_continue = settings.changes(
-            config.read_text(), self.settings
+            before['settings'], self.settings
         )
+        known = checkpoints.read(self.workdir / 'data.json') or {}
+        for key in ('class_names', 'image_shape'):
+            value = list(getattr(self.datasets, key))
+            if known.get(key, value) != value:
+                self.changes.append(f'{key} were {known[key]} and are {value}')
+                can_continue = False
         if self.changes and (
             not can_continue or on_changed_settings == 'refuse'
         ):
@@ -291,7 +298,9 @@ class Training:
                 keras.callbacks.ProgbarLogger(),
                 *([swap] if swap else []),
                 *self.callbacks,
-                _Recorder(self.workdir, state, self.callbacks, swap),
+                _Recorder(
+                    self.workdir, state, self.settings, self.callbacks, swap
+                ),
                 keras.callbacks.TensorBoard(
                     self.workdir / 'logs', write_graph=False
                 ),
@@ -324,7 +333,7 @@ class Training:
             return results
         model_path = checkpoints.result_file(self.workdir)
         steps = int(self.model.optimizer.iterations)
-        self.model.load_weights(model_path)
+        checkpoints.load_weights(self.model, model_path)
         epoch = checkpoints.best_epoch(history) or len(history)
         logs = {}  # The logger writes strides, sizes and MACs to it.
         logger = StrideLogger(self.datasets.image_shape)
@@ -403,16 +412,20 @@ class _Recorder(keras.callbacks.Callback):
     It comes after the callbacks whose values it keeps and restores.
     """
 
-    def __init__(self, workdir, state, callbacks, swap):
+    def __init__(self, workdir, state, settings, callbacks, swap):
         super().__init__()
         self.workdir = workdir
         self.state = state
+        self.settings = settings
         self.callbacks = callbacks
         self.swap = swap
 
     def on_train_begin(self, logs=None):
-        for callback, values in zip(self.callbacks, self.state.callbacks):
-            vars(callback).update(values)
+        for callback, (name, values) in zip(
+            self.callbacks, self.state.callbacks
+        ):
+            if name == type(callback).__name__:  # Others may be set now.
+                vars(callback).update(values)
 
     def on_epoch_begin(self, epoch, logs=None):
         self.start = time.monotonic()
@@ -432,7 +445,10 @@ class _Recorder(keras.callbacks.Callback):
         }
         self.state.history.append(row)
         self.state.ended = self.model.stop_training
-        self.state.callbacks = [_remembered(x) for x in self.callbacks]
+        self.state.settings = self.settings
+        self.state.callbacks = [
+            (type(x).__name__, _remembered(x)) for x in self.callbacks
+        ]
         checkpoints.save(
             self.model,
             self.workdir,
