@@ -43,6 +43,7 @@ def grid(
     seeds: Sequence[int] = (0,),
     only: list[str] | None = None,
     strides_parameter: str = 'resnet.resnet18.strides',
+    note: str = '',
 ) -> 'Grid':
     """Prepares the commands of all runs; writes nothing yet.
 
@@ -57,6 +58,7 @@ def grid(
         seeds: Seeds of the runs, see `train`.
         only: Names of the variants to be trained; None for all.
         strides_parameter: The gin parameter that takes initial strides.
+        note: Text to print above the table, such as what to look at.
 
     Raises:
         ValueError: If something is set wrong.
@@ -120,7 +122,7 @@ def grid(
             f'train.labels = {labels!r}',
             f'train.workdir = {str(workdir / run)!r}',
         ]
-    return Grid(workdir, config, runs)
+    return Grid(workdir, config, runs, note)
 
 
 def _without_grid(text):
@@ -158,6 +160,7 @@ class Grid:
     workdir: pathlib.Path
     config: str
     runs: dict[str, list[str]]
+    note: str = ''
 
     def run(self) -> None:
         """Trains unfinished runs, then reports on all runs in the workdir.
@@ -178,6 +181,8 @@ class Grid:
                 )
             checkpoints.write(path, self.config)
         failed = self._run_all()
+        if self.note:
+            print(f'\n{self.note}')
         with filelock.FileLock(self.workdir / 'lock'):
             report.write(self.workdir)
         if failed:
