@@ -1,6 +1,8 @@
-"""Times of a model per call, of its frozen copy, and of that in onnxruntime.
+"""Compares the times of a model, its frozen copy, and the copy in onnxruntime.
 
-python3 benchmarks/freezing.py --rounds 20, some 2 minutes on two CPU cores.
+    python3 benchmarks/freezing.py --rounds 20
+
+It takes some 2 minutes on two CPU cores.
 """
 
 import argparse
@@ -17,7 +19,7 @@ from diffstride import DiffStride, freeze, resnet
 
 
 def exported(model):
-    """Returns a function of images: an ONNX file of the model that runs."""
+    """Exports a model to ONNX; returns a function of images that runs it."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, 'model.onnx')
         model.export(path, format='onnx', verbose=False)
@@ -27,7 +29,7 @@ def exported(model):
 
 
 def steps(model, images):
-    """Returns {name: function without arguments} of what is compared."""
+    """Returns {name: function without arguments}, the steps to compare."""
     frozen = freeze(model)
     run = exported(frozen)
     calls = {'eager model': model, 'eager frozen': frozen}

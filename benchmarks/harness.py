@@ -1,7 +1,7 @@
-"""What the benchmarks share: baselines, steps, interleaved timing, memory.
+"""Tools of the benchmarks: baselines, steps, interleaved timing, memory.
 
-They run on the TensorFlow and JAX backends of Keras (KERAS_BACKEND), on the
-device that these choose.
+Benchmarks run on the TensorFlow and JAX backends of Keras (KERAS_BACKEND), on
+the device that these choose.
 """
 
 import json
@@ -36,24 +36,25 @@ else:
     raise SystemExit('The benchmarks need the TensorFlow or JAX backend.')
 
 
-class _OfSizesOfDiffStride(diffstride.DiffStride):
-    """Has the output sizes of DiffStride and its own way to them."""
+class _SizesOfDiffStride(diffstride.DiffStride):
+    """A layer with the output sizes of DiffStride that pools another way."""
 
     def call(self, inputs):
         is_list = isinstance(inputs, list)
         maps = inputs if is_list else [inputs]
         sizes = [ops.shape(maps[0])[axis] for axis in self.spatial_axes]
-        resamplings = [self._resampling(i, n) for i, n in enumerate(sizes)]
-        outputs = [self.pool(x, sizes, resamplings) for x in maps]
+        rule = self._rule()
+        rules = [rule(index, size) for index, size in enumerate(sizes)]
+        outputs = [self.pool(x, sizes, *zip(*rules)) for x in maps]
         return outputs if is_list else outputs[0]
 
 
-class TextbookPooling(_OfSizesOfDiffStride):
-    """Transpose, rfft2d, gather, mask, irfft2d, transpose."""
+class TextbookPooling(_SizesOfDiffStride):
+    """Pools by transpose, rfft2d, gather, mask, irfft2d, transpose."""
 
-    def pool(self, inputs, sizes, resamplings):
-        (height, width), arguments = zip(*resamplings)
-        by_row, by_column = (a['response'] for a in arguments)
+    def pool(self, inputs, sizes, output_sizes, responses):
+        height, width = output_sizes
+        by_row, by_column = (response.weights for response in responses)
         positive, negative = (height + 1) // 2, height // 2
         rows = ops.concatenate(
             [ops.arange(positive), ops.arange(sizes[0] - negative, sizes[0])]
@@ -74,12 +75,12 @@ class TextbookPooling(_OfSizesOfDiffStride):
         return ops.cast(y, inputs.dtype)
 
 
-class FreePooling(_OfSizesOfDiffStride):
-    """A slice of the input: what is not the cost of pooling."""
+class FreePooling(_SizesOfDiffStride):
+    """Returns a slice of the input, so that pooling costs next to nothing."""
 
-    def pool(self, inputs, sizes, resamplings):
+    def pool(self, inputs, sizes, output_sizes, responses):
         slices = [slice(None)] * 4
-        for axis, (output_size, _) in zip(self.spatial_axes, resamplings):
+        for axis, output_size in zip(self.spatial_axes, output_sizes):
             slices[axis] = slice(None, output_size)
         return inputs[tuple(slices)]
 
@@ -134,14 +135,14 @@ def wait(results):
 
 
 def interleaved_seconds(steps, rounds):
-    """Returns {name: [rounds] seconds}, of steps that take turns.
+    """Returns {name: [rounds] seconds} of steps that take turns.
 
-    Each is measured at its second run of a turn, as in a loop over steps: the
-    first finds memory as the step before left it.
+    A step runs twice in each turn, and the second run is measured: the first
+    finds the memory that another step left.
 
     Args:
         steps: {name: function without arguments}.
-        rounds: How often each is measured, after a turn that is not.
+        rounds: Number of turns that are measured, after one that is not.
     """
     seconds = {name: [] for name in steps}
     for index in range(rounds + 1):
@@ -164,10 +165,10 @@ def ratio(seconds, name, to):
 
 
 def peak_bytes(step):
-    """Returns the most bytes live at once in a step, beyond those before it.
+    """Returns the peak of live bytes in a step, beyond those before it.
 
-    They are those of the allocator of TensorFlow, measured; None on JAX, whose
-    allocator's peak cannot be reset.
+    TensorFlow's allocator measures them. It returns None on JAX, whose
+    allocator cannot reset its peak.
     """
     if BACKEND == 'jax':
         return None
@@ -179,7 +180,7 @@ def peak_bytes(step):
 
 
 def machine():
-    """Returns what the results depend on."""
+    """Returns the device and the versions, which results depend on."""
     if GPUS:
         device = getattr(GPUS[0], 'device_kind', None)
         if BACKEND == 'tensorflow':

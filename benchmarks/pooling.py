@@ -1,17 +1,17 @@
-"""Time and memory of the pooling layers, beside what else would downsample.
+"""Measures time and memory of pooling layers and of their alternatives.
 
     python3 benchmarks/pooling.py [--rounds 15] [--sizes 32 56] [--batches 32]
         [--formats channels_last] [--dtypes float32] [--out NAME]
 
 For each shape, data format, dtype and pass it measures, in turns in one
-process: DiffStride (stride 2, R = 4) by 'auto', 'matmul' and 'fft'; the
-textbook's way to the same (rfft2d and irfft2d); FixedSpectralPooling; Keras's
-average and maximum pooling and a strided convolution of as many channels, all
-of stride 2; and a copy of the input, with one of the gradient: the floor.
-A cell that the backend cannot compute is missing ('-').
+process: DiffStride (stride 2, R = 4) by 'auto', 'matmul' and 'fft'; the same by
+the textbook's rfft2d and irfft2d; FixedSpectralPooling; Keras's average and
+maximum pooling and a strided convolution of as many channels, all of stride 2;
+and, for the least possible time, a copy of the input and of the gradient. A
+cell that the backend cannot compute is missing ('-').
 
-Writes benchmarks/results/pooling.json, .md and .png. The full run takes about
-an hour on two CPU cores.
+It writes benchmarks/results/pooling.json, .md and .png. The full run takes
+about an hour on two CPU cores.
 """
 
 import argparse
@@ -33,8 +33,9 @@ from keras import layers, ops
 
 from diffstride import DiffStride, FixedSpectralPooling
 
-# [batch, size, channels]: the poolings of resnet18 for 32 x 32 images at two
-# batch sizes, those of networks for larger images, and large images.
+# The shapes [batch, size, channels] are those of the poolings of resnet18 for
+# 32 x 32 images at two batch sizes, of networks for larger images, and of large
+# images.
 SHAPES = (
     *(
         (batch, size, channels)
@@ -55,7 +56,7 @@ SHAPES = (
 
 
 class Copy(layers.Layer):
-    """Reads and writes its input, and the gradient likewise."""
+    """Copies its input; its gradient is a copy too."""
 
     def call(self, inputs):
         return inputs * ops.cast(2, inputs.dtype)
@@ -183,7 +184,7 @@ def table(results):
 def plot(results, path):
     """Draws the time per input value against the size, for each method.
 
-    Of several shapes of one size, the median.
+    It shows the median over the shapes of one size.
     """
     from matplotlib import pyplot
 

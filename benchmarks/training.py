@@ -1,16 +1,17 @@
-"""Time and memory of whole steps of resnet18, by what downsamples.
+"""Measures time and memory of steps of resnet18 with several poolings.
 
     python3 benchmarks/training.py [--rounds 7] [--cases 32,64,32 8,32,64]
 
-A case is batch, width (filters of the first convolution; 64 is resnet18's) and
-size of the image. For each, in turns in one process: strided convolutions,
-FixedSpectralPooling, DiffStride (stride 2, R = 4, ramp 'outside'), the same by
-the textbook's FFTs, and free pooling: a slice of the sizes of DiffStride. What
-DiffStride takes beyond free pooling is the cost of pooling; what free pooling
-takes beyond strided convolutions is that of its larger maps, as the MACs tell.
-Two rows at the end of each case: mixed_bfloat16 and XLA (sizes pinned).
+A case is the batch size, the width (the filters of the first convolution, 64 in
+resnet18) and the size of the image. For each case it measures, in turns in one
+process: strided convolutions; FixedSpectralPooling; DiffStride (stride 2,
+R = 4, ramp 'outside'); the same by the textbook's FFTs; and free pooling, a
+slice of the sizes of DiffStride. The time that DiffStride takes beyond free
+pooling is the cost of pooling. The time that free pooling takes beyond strided
+convolutions is the cost of larger maps, as the MACs show. Two rows at the end
+of each case show mixed_bfloat16 and XLA (with static sizes).
 
-Writes benchmarks/results/training.json and .md. The case 32,64,32 takes
+It writes benchmarks/results/training.json and .md. The case 32,64,32 takes
 about ten minutes at 3 rounds on two CPU cores.
 """
 
@@ -32,8 +33,13 @@ from harness import (
     write,
 )
 
-from diffstride import DiffStride, FixedSpectralPooling, complexity, resnet
-from diffstride.pooling import diffstride_layers
+from diffstride import (
+    DiffStride,
+    FixedSpectralPooling,
+    complexity,
+    diffstride_layers,
+    resnet,
+)
 
 POOLINGS = {
     'strided convolution': (None, {}),
@@ -47,7 +53,7 @@ POOLINGS = {
 if BACKEND == 'jax':
     del POOLINGS['DiffStride, XLA']  # All of them are compiled by XLA.
 
-# Batch, width, size: each grows alone from the first.
+# Each of batch, width and size grows alone from the first case.
 CASES = ((32, 32, 32), (128, 32, 32), (32, 64, 32), (32, 32, 64))
 
 
@@ -60,9 +66,9 @@ def model_of(pooling_cls, width, policy='float32', jit_compile=False):
     keras.config.set_dtype_policy('float32')
     if jit_compile:
         for layer in diffstride_layers(model):
-            layer.pin()
+            layer.make_sizes_static()
     model.compile(
-        # At a rate of 0 all sizes stay what they are at the start.
+        # At a rate of 0 all sizes stay as they are at the start.
         keras.optimizers.SGD(0.0, momentum=0.9),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         jit_compile=jit_compile or BACKEND == 'jax',

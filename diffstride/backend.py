@@ -1,4 +1,4 @@
-"""What differs between the backends: known values, FFTs, own gradients."""
+"""Differences between backends: known values, FFTs, custom gradients."""
 
 import contextlib
 import functools
@@ -11,7 +11,7 @@ from keras import ops
 
 
 def sizes_must_be_constant() -> bool:
-    """Tells whether XLA compiles what is traced now."""
+    """Tells whether XLA will compile the function that is being traced."""
     if keras.backend.backend() == 'tensorflow':
         import tensorflow as tf
         from tensorflow.python.ops import control_flow_util
@@ -22,7 +22,7 @@ def sizes_must_be_constant() -> bool:
 
 
 def is_symbolic() -> bool:
-    """Tells whether a graph of TensorFlow is traced, without values."""
+    """Tells whether TensorFlow traces a graph, whose tensors have no values."""
     if keras.backend.backend() == 'tensorflow':
         import tensorflow as tf
 
@@ -33,8 +33,8 @@ def is_symbolic() -> bool:
 def shape_of(tensor: Any) -> tuple:
     """Returns the sizes of the axes: integers if known, else scalar tensors.
 
-    PyTorch's exporters trace with tensors for all sizes. Here only the size of
-    the batch stays a tensor.
+    PyTorch's exporters trace with tensors for all sizes. This returns a tensor
+    for the size of the batch alone.
     """
     shape = tuple(ops.shape(tensor))
     if keras.backend.backend() == 'torch':
@@ -69,8 +69,8 @@ def call_for_shapes(function: Callable[[Any], Any], inputs: Any) -> None:
 def known_values(variable: keras.Variable) -> tuple[float, ...] | None:
     """Returns the values of a variable, or None where they are not known.
 
-    They are not known in a graph of TensorFlow and in what JAX compiles. What
-    JAX only differentiates knows them.
+    They are not known while TensorFlow traces a graph or JAX compiles. They
+    are known while JAX only differentiates.
     """
     value = variable.value
     if keras.backend.backend() == 'jax':
@@ -89,8 +89,8 @@ def known_values(variable: keras.Variable) -> tuple[float, ...] | None:
 def stored_values(variable: keras.Variable) -> tuple[float, ...] | None:
     """Returns the values that a variable holds now, also while tracing.
 
-    They are None before a variable is initialized, and while `fit` on JAX has
-    taken the values away.
+    It returns None before the variable is initialized, and while `fit` on JAX
+    has taken the values away.
     """
     value = variable._value
     if value is None:
@@ -133,7 +133,13 @@ def matmul(a: Any, b: Any) -> Any:
 
 
 def filter_spectrum(inputs: Any, weights: Any, output_size: Any) -> Any:
-    """irfft(weights * rfft(x)[: len(weights)], n=M): [..., N] -> [..., M]."""
+    """Returns irfft(weights * rfft(inputs)[: len(weights)], n=output_size).
+
+    Args:
+        inputs: Float tensor [..., N].
+        weights: Float tensor of the weights of the first frequencies.
+        output_size: M, the length of the output [..., M].
+    """
     if keras.backend.backend() == 'tensorflow':
         import tensorflow as tf
 
@@ -148,7 +154,7 @@ def filter_spectrum(inputs: Any, weights: Any, output_size: Any) -> Any:
 
 
 def partial(function: Callable, **kwargs: Any) -> functools.partial:
-    """Returns a partial function whose tensors JAX finds within tables."""
+    """Returns a partial function, whose tensors `custom_gradient` can find."""
     if keras.backend.backend() == 'jax':
         import jax
 
@@ -167,9 +173,9 @@ def custom_gradient(
         gradients: Takes (tables, what it needs, others, gradient of y), returns
             the tuple of the gradients of x and all others.
         tables: Tensors without a gradient, within tuples and functions that
-            `partial` returned. Neither function may refer to other tensors of
-            where it is defined: `jax.checkpoint` drops them before the gradient
-            is computed.
+            `partial` returned. Neither function may use other tensors of an
+            enclosing scope: `jax.checkpoint` drops them before the gradient is
+            computed.
     """
     if keras.backend.backend() == 'jax':
         import jax

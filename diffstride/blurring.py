@@ -61,13 +61,13 @@ class BlurPooling(keras.layers.Layer):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        strides = validation.standardize_strides(strides, 2)
+        per_axis = validation.standardize_strides(strides, 2)
         validation.require(
-            all(stride.is_integer() for stride in strides),
+            all(stride.is_integer() for stride in per_axis),
             '`strides` of BlurPooling must be integers',
             strides=strides,
         )
-        self.strides = tuple(map(int, strides))
+        self.strides = tuple(map(int, per_axis))
         validation.require(
             kernel_size is None
             or (validation.is_integer(kernel_size, 1) and kernel_size % 2),
@@ -82,7 +82,7 @@ class BlurPooling(keras.layers.Layer):
             ('channels_last', 'channels_first'),
         )
 
-    def call(self, inputs):
+    def call(self, inputs: Any) -> Any:
         x = inputs
         if self.pool_size > 1:
             x = ops.max_pool(x, self.pool_size, 1, 'same', self.data_format)
@@ -91,7 +91,7 @@ class BlurPooling(keras.layers.Layer):
             x = _blurred(x, axis, stride, self.kernel_size or 2 * stride - 1)
         return x
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Sequence) -> tuple:
         shape = list(input_shape)
         axes = spatial_axes(self.data_format, rank=2)
         for axis, stride in zip(axes, self.strides):
@@ -99,7 +99,7 @@ class BlurPooling(keras.layers.Layer):
                 shape[axis] = math.ceil(shape[axis] / stride)
         return tuple(shape)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             'strides': self.strides,
@@ -118,7 +118,7 @@ def _blurred(x, axis, stride, length):
         return x[tuple(index)]
 
     half = length // 2
-    if half:  # Reflects the samples at the borders.
+    if half:  # The samples are reflected at the borders.
         left = ops.flip(part(x, 1, half + 1), axis)
         right = ops.flip(part(x, -half - 1, -1), axis)
         x = ops.concatenate([left, x, right], axis)

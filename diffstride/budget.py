@@ -50,7 +50,7 @@ def set_budget(
         macs: The budget, in multiply-accumulates for one image as `complexity`
             counts them. Either `macs` or `share` must be given.
         share: The budget as a share of the MACs at the initial strides.
-        input_shape: The shape of the input, as in `complexity`; None for the
+        input_shape: The shape of the input, see `complexity`; None for the
             input shape of the model.
 
     Returns:
@@ -93,7 +93,7 @@ def check_budget(macs: float | None, share: float | None) -> None:
 
 def known_input_shape(model: keras.layers.Layer) -> Any:
     """Returns the input shape without the batch axis, None if not known."""
-    if getattr(model, 'input_shape', None) is None:  # That of a subclass.
+    if getattr(model, 'input_shape', None) is None:  # Subclasses have none.
         return None
     is_sequential = isinstance(model, keras.Sequential)
     inputs = model.inputs[0] if is_sequential else model.input
@@ -109,13 +109,13 @@ class MacsOfStrides:
 
     Between integers a size counts as N / S, or N / S + 2 R with the ramp
     'outside', and at most N. At integer sizes the MACs are those of
-    `complexity`, but for layers without learned strides that round sizes, such
-    as a strided convolution of a map of odd size. There they are approximate;
+    `complexity`, unless layers without learned strides round sizes, as a
+    strided convolution of a map of odd size does. Then they are approximate;
     `count` and `fit` are exact in each case.
 
     Args:
         model: A model with DiffStride layers.
-        input_shape: The shape of its input, as in `complexity`; None for the
+        input_shape: The shape of its input, see `complexity`; None for the
             input shape of the model.
         layers: The layers whose strides vary. All others stay as they are.
 
@@ -155,22 +155,18 @@ class MacsOfStrides:
         counts = [x.strides.shape[0] for x in self.layers]
         starts = list(itertools.accumulate(counts, initial=0))
         self._parts = list(itertools.pairwise(starts))
-        self._lower, self._upper = (
-            np.repeat(limits, counts)
-            for limits in zip(
-                *(
-                    (x.lower_limit_stride or 1.0, x.upper_limit_stride or 1e9)
-                    for x in self.layers
-                )
-            )
-        )
-        # Sizes belong to the axes of all pooling layers. The stride of an axis
-        # is one of those that vary, or else a constant behind them.
+        lower = [x.lower_limit_stride or 1.0 for x in self.layers]
+        upper = [x.upper_limit_stride or 1e9 for x in self.layers]
+        self._lower = np.repeat(lower, counts)
+        self._upper = np.repeat(upper, counts)
+        # Sizes belong to the axes of all pooling layers. `_owner` is the index
+        # of an axis's stride among those that vary, followed by constants.
         self._poolings = [
             x for x in calls if isinstance(x, SpectralPooling) and x.cropping
         ]
         self._axes = [(x, i) for x in self._poolings for i in range(x.rank)]
-        self._owner, self._constants = [], []
+        self._owner: list[int] = []
+        self._constants: list[float] = []
         for layer, index in self._axes:
             if layer in self.layers:
                 start, stop = self._parts[self.layers.index(layer)]
@@ -203,7 +199,7 @@ class MacsOfStrides:
                     'budget',
                     sizes=shapes,
                 )
-                found.extend(*shapes)
+                found.extend(shapes.pop())
         return sizes
 
     def _measure_slopes(self, rows, calls):
@@ -235,7 +231,7 @@ class MacsOfStrides:
                 f'Layer "{layer.name}" must not pool its own output again',
                 sizes=before,
             )
-        # Products with equal slopes are one.
+        # Products with equal slopes are added up.
         self._slopes, group = np.unique(
             np.transpose(slopes).round(12), axis=0, return_inverse=True
         )
@@ -247,7 +243,7 @@ class MacsOfStrides:
         ]
 
     def _returning(self, sizes):
-        """Makes the layers return maps of given sizes in `measure`."""
+        """Returns the `output_shapes` with which `measure` sets sizes."""
         shapes = {}
         for layer in self._poolings:
             own = [size for size, x in zip(sizes, self._axes) if x[0] is layer]
@@ -264,17 +260,16 @@ class MacsOfStrides:
             ]
         )
 
-    def assign(self, strides: Sequence[float]) -> None:
+    def assign(self, strides: np.ndarray) -> None:
         """Sets the strides of the layers."""
         for layer, (start, stop) in zip(self.layers, self._parts):
-            layer.strides.assign(np.float32(strides[start:stop]))
+            layer.strides.assign(np.asarray(strides[start:stop], 'float32'))
 
-    def count(self, strides: Sequence[float]) -> int:
+    def count(self, strides: np.ndarray) -> int:
         """Returns the exact MACs, by a call of the model."""
         shapes = {}
         for layer, (start, stop) in zip(self.layers, self._parts):
-            own = itertools.cycle(strides[start:stop])
-            own = list(itertools.islice(own, layer.rank))
+            own = list(strides[start:stop]) * (layer.rank // (stop - start))
             shapes[layer] = functools.partial(_with_strides, layer, own)
         rows, _ = self._measure(shapes)
         return sum(row.macs for row in rows.values())
@@ -291,7 +286,8 @@ class MacsOfStrides:
                 for layer in self.layers
                 for stride in layer.initial_strides[: layer.strides.shape[0]]
             ]
-            macs = share * self.count(initial)
+            share = 1.0 if share is None else share
+            macs = share * self.count(np.array(initial))
         least = math.ceil(self._total(self._integer_sizes(self._upper)[1]))
         validation.require(
             macs >= least,
@@ -301,20 +297,20 @@ class MacsOfStrides:
         )
         return float(macs)
 
-    def __call__(self, strides: Sequence[float]) -> float:
+    def __call__(self, strides: np.ndarray) -> float:
         """Returns the MACs with smooth sizes."""
         return self._total(self._smooth_sizes(strides)[1])
 
-    def gradient(self, strides: Sequence[float]) -> np.ndarray:
+    def gradient(self, strides: np.ndarray) -> np.ndarray:
         """Returns the gradient of the MACs in the strides, below 0.
 
-        A size that N limits counts as one that is not limited, so that no
-        stride is without a gradient.
+        A size that is limited by N counts as one that is not limited, so that
+        every stride has a gradient.
         """
         before, after = self._smooth_sizes(strides)
         ratios = np.divide(after, self._after)
         axis_strides = np.concatenate([strides, self._constants])[self._owner]
-        # The derivatives of log sizes in the logarithms of the axes' strides.
+        # It holds the derivatives of log sizes with respect to log strides.
         jacobian = np.zeros((len(after), len(after)))
         for axis, slopes in enumerate(self._upstream):
             row = _elasticity(slopes, ratios) @ jacobian
@@ -358,9 +354,9 @@ class MacsOfStrides:
 
     def project(
         self,
-        strides: Sequence[float],
+        strides: np.ndarray,
         budget: float,
-        metric: Sequence[float] | float = 1.0,
+        metric: np.ndarray | float = 1.0,
     ) -> np.ndarray:
         """Moves strides to where the smooth MACs are the budget.
 
@@ -370,11 +366,11 @@ class MacsOfStrides:
         Args:
             strides: The strides, [n].
             budget: The MACs for one image.
-            metric: Factors of the gradient, [n]: how far the optimizer moves
-                each stride for the same gradient.
+            metric: Factors of the gradient, [n]: the distances that the
+                optimizer moves the strides for equal gradients.
 
         Returns:
-            The new strides, or all at a limit if the budget lies beyond.
+            The new strides, all at a limit if none have the budget.
         """
         strides = nearest = np.asarray(strides, float)
         for _ in range(6):
@@ -395,7 +391,7 @@ class MacsOfStrides:
 
         return line
 
-    def fit(self, strides: Sequence[float], budget: float) -> np.ndarray:
+    def fit(self, strides: np.ndarray, budget: float) -> np.ndarray:
         """Returns strides near the given ones whose sizes use up a budget.
 
         They move along the gradient of the MACs until the exact MACs are within
@@ -406,24 +402,26 @@ class MacsOfStrides:
         Raises:
             ValueError: If no sizes within the budget are found.
         """
-        target, best = budget, None
+        target, best_macs, best = budget, -1, None
         for _ in range(8):
             found = self._fit(strides, target)
             macs = self.count(found)
-            if macs <= budget and (best is None or macs > best[0]):
-                best = macs, found
+            if best_macs < macs <= budget:
+                best_macs, best = macs, found
             predicted = self._total(self._integer_sizes(found)[1])
             if abs(macs - predicted) < 0.5:
                 break
-            # Sizes behind other layers that shorten maps were not exact.
+            # Other layers that shorten maps made the prediction inexact.
             corrected = budget * predicted / macs
             target = min(
                 corrected, 0.999 * target if macs > budget else corrected
             )
-        validation.require(
-            best, 'The budget must allow sizes near it', budget=budget
-        )
-        return best[1]
+        if best is None:
+            raise ValueError(
+                'The budget must allow sizes near it. '
+                f'Received: budget={budget!r}'
+            )
+        return best
 
     def _fit(self, strides, target):
         strides = np.asarray(strides, float)
@@ -544,7 +542,8 @@ def _root(excess: Callable[[float], float]) -> float:
 
     A function that does not cross 0 yields a step far out.
     """
-    ends = {}  # The last step and value on each side; True is above 0.
+    # It holds the last step and value on each side; the key True is above 0.
+    ends: dict[bool, tuple[float, float]] = {}
     step, value = 0.0, excess(0.0)
     for exponent in range(-10, 40):
         ends[value > 0] = step, value
@@ -602,7 +601,7 @@ def recalibrate(model: keras.Model, batches: Iterable) -> None:
     seen = 0
     with contextlib.ExitStack() as stack:
         for layer in norms:
-            layer.trainable = True  # Else it takes no notice of `training`.
+            layer.trainable = True  # Otherwise it ignores `training`.
             stack.enter_context(models.intercepted(layer, call_in_training))
         try:
             for batch in batches:

@@ -17,6 +17,8 @@ from diffstride.budget import (
 )
 from diffstride.pooling import DiffStride, diffstride_layers
 
+# While it is learned, a stride may change by a factor of exp(3) in all.
+_LONGEST_WAY = 3.0
 _AXES = {
     1: ('time',),
     2: ('height', 'width'),
@@ -34,8 +36,8 @@ class StrideLogger(keras.callbacks.Callback):
 
     Args:
         input_shape: The shape of the input for which sizes and MACs are logged,
-            as in `complexity`; None for the input shape of the model. Where it
-            is not known, only strides are logged.
+            see `complexity`; None for the input shape of the model. If it is
+            not known, only strides are logged.
         log_dir: The folder in which TensorBoard finds an image of each layer's
             mask, in 'masks': white for what is kept, the mean in the middle.
             None for no images. They need TensorFlow.
@@ -150,12 +152,13 @@ class StrideBudget(StrideLogger):
     """Learns strides within a budget of multiply-accumulates.
 
     Training has two phases. At first strides are learned. They start on the
-    budget, and whenever a training step leaves them with more MACs they move
-    back to the nearest strides within it, so a larger map of one layer is paid
-    for by the others. Where this comes to rest, the loss cannot fall by an
-    exchange of MACs between two strides. Then the sizes that use the budget up
-    are set, the strides are held, and the rest of the training fits the weights
-    to maps whose sizes do not change any more.
+    budget, and after each training step they move back to the nearest strides
+    that use it up, so a larger map of one layer is paid for by the others.
+    Where this comes to rest, the loss cannot fall by an exchange of MACs
+    between two strides. The steps are limited, and shrink to nothing at the end
+    of learning, so one wild gradient does not undo it. Then the sizes that use
+    the budget up are set, the strides are held, and the rest of the training
+    fits the weights to maps whose sizes do not change any more.
 
     It adds to the logs what `StrideLogger` does, and 'strides_held', 1 or 0. A
     budget above the MACs of the initial strides is used up, too. A model whose
@@ -168,8 +171,8 @@ class StrideBudget(StrideLogger):
         share: The budget as a share of the MACs at the initial strides.
         learn: How long strides are learned: a share of the epochs of `fit` as
             a float above 0 and at most 1, or a number of epochs as an int.
-        input_shape: As in `StrideLogger`.
-        log_dir: As in `StrideLogger`.
+        input_shape: See `StrideLogger`.
+        log_dir: See `StrideLogger`.
 
     Raises:
         ValueError: If an argument is out of its range. Before training, if the
@@ -201,7 +204,7 @@ class StrideBudget(StrideLogger):
         self.macs = macs
         self.share = share
         self.learn = learn
-        self._macs_of = None
+        self._macs_of: MacsOfStrides | None = None
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         validation.require(
@@ -209,7 +212,8 @@ class StrideBudget(StrideLogger):
             '`model` must have DiffStride layers',
             model=self.model.name,
         )
-        self._macs_of = None  # Until strides are learned.
+        self._macs_of = None  # It is set while strides are learned.
+        self._mean_squares = None
         layers = _learned_layers(self.model)
         if layers:
             self._macs_of = MacsOfStrides(self.model, self.input_shape, layers)
@@ -226,6 +230,7 @@ class StrideBudget(StrideLogger):
             strides = self._macs_of.strides()
             strides = self._macs_of.project(strides, self._budget)
             self._macs_of.assign(strides)
+        self._strides = self._macs_of.strides()
         if self.model.jit_compile:
             for layer in self._macs_of.layers:
                 layer.make_sizes_static()
@@ -239,26 +244,28 @@ class StrideBudget(StrideLogger):
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         if self._macs_of is not None:
             models.sync(self.model)
-            before = self._macs_of.strides()
-            after = self.within_budget(before, self._macs_of, self._budget)
-            if not np.array_equal(after, before):
-                self._macs_of.assign(after)
+            moved = self._macs_of.strides()
+            limit = math.exp(self._largest_change(batch))
+            strides = np.clip(
+                moved, self._strides / limit, self._strides * limit
+            )
+            self._strides = self._macs_of.project(
+                strides, self._budget, self._metric()
+            )
+            if not np.array_equal(self._strides, moved):
+                self._macs_of.assign(self._strides)
 
-    def within_budget(
-        self, strides: np.ndarray, macs_of: MacsOfStrides, budget: float
-    ) -> np.ndarray:
-        """Returns the strides to go on with after a training step.
+    def _largest_change(self, batch):
+        """Returns how far the logarithm of a stride may move in a step.
 
-        A subclass may learn by another rule.
-
-        Args:
-            strides: The strides that the optimizer left, [n].
-            macs_of: The MACs for one image as a function of them.
-            budget: The MACs to keep.
+        The limit falls linearly to 0 at the end of learning.
         """
-        if macs_of(strides) <= budget:
-            return strides
-        return macs_of.project(strides, budget, self._metric())
+        steps = self.params.get('steps')
+        if steps is None:  # Keras does not know them in a first epoch.
+            return _LONGEST_WAY
+        total = steps * self._epochs_of_learning
+        done = steps * (self._epochs_begun - 1) + batch
+        return 2 * _LONGEST_WAY / total * max(0.0, 1 - done / total)
 
     def _metric(self):
         """Returns how far the optimizer moves each stride per gradient, [n].
@@ -267,13 +274,18 @@ class StrideBudget(StrideLogger):
         way back to the budget has to be as distorted as their steps, or they
         come to rest where the loss could still fall.
         """
-        variables = {x.name: x for x in self.model.optimizer.variables}
-        squares = []
-        for layer in self._macs_of.layers:
-            name = f'{layer.strides.path}_velocity'.replace('/', '_')
-            if name not in variables:
-                return 1.0
-            squares.extend(ops.convert_to_numpy(variables[name]))
+        if self._mean_squares is None:
+            found = {x.name: x for x in self.model.optimizer.variables}
+            names = [
+                f'{layer.strides.path}_velocity'.replace('/', '_')
+                for layer in self._macs_of.layers
+            ]
+            self._mean_squares = [found[x] for x in names if x in found]
+        if len(self._mean_squares) < len(self._macs_of.layers):
+            return 1.0
+        squares = np.concatenate(
+            [ops.convert_to_numpy(x) for x in self._mean_squares]
+        )
         roots = np.sqrt(squares)
         return 1 / (roots + 0.01 * max(roots) + 1e-12)
 

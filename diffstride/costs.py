@@ -14,13 +14,8 @@ from diffstride import models, validation
 from diffstride.pooling import diffstride_layers
 
 
-def _register(cls):
-    """Makes a class loadable by Keras and configurable as `costs.<cls>`."""
-    keras.saving.register_keras_serializable(package='diffstride')(cls)
-    return gin.register(cls, module='costs')
-
-
-@_register
+@keras.saving.register_keras_serializable(package='diffstride')
+@gin.register(module='costs')
 class StrideCost(keras.regularizers.Regularizer):
     """Regularizer weight / (S_1 ... S_rank) of the strides of one layer.
 
@@ -45,11 +40,12 @@ class StrideCost(keras.regularizers.Regularizer):
     def __call__(self, strides: Any) -> Any:
         return self.weight / ops.prod(strides)
 
-    def get_config(self) -> dict:
+    def get_config(self) -> dict[str, Any]:
         return {'weight': self.weight}
 
 
-@_register
+@keras.saving.register_keras_serializable(package='diffstride')
+@gin.register(module='costs')
 class ActivationCost(keras.layers.Layer):
     """Adds the paper's cost of a network to its loss: the size of its maps.
 
@@ -112,5 +108,5 @@ class ActivationCost(keras.layers.Layer):
             lambda x: keras.KerasTensor(x.shape, x.dtype), inputs
         )
 
-    def get_config(self) -> dict:
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), 'weight': self.weight}

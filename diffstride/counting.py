@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -16,11 +16,11 @@ from diffstride import backend, models, pooling, validation
 
 @dataclasses.dataclass(frozen=True)
 class LayerComplexity:
-    """What one layer computes for one image: a row of `Complexity`.
+    """The work of one layer for one image: a row of `Complexity`.
 
     Attributes:
-        name: The name of the layer behind those of the layers that hold it,
-            joined by '/'.
+        name: The names of the layers that hold it, from the outermost on, and
+            its own, joined by '/'.
         class_name: The name of the layer's class.
         output_shape: The shape without the batch axis; a tuple of the different
             shapes if the layer returns several; None if it was not called.
@@ -43,7 +43,7 @@ class LayerComplexity:
 
 @dataclasses.dataclass(frozen=True)
 class Complexity:
-    """What a model computes for one image; prints as a table.
+    """The work of a model for one image; it prints as a table.
 
     Attributes:
         layers: The rows, in the order in which the layers are first called.
@@ -152,16 +152,16 @@ class Call(NamedTuple):
 def measure(
     model: keras.layers.Layer,
     input_shape: Any,
-    output_shapes: dict[keras.layers.Layer, Callable] | None = None,
+    output_shapes: Mapping[keras.layers.Layer, Callable] | None = None,
 ) -> tuple[dict, dict]:
     """Calls a model once on zeros and records every layer.
 
     Args:
-        model: As in `complexity`.
-        input_shape: As in `complexity`.
-        output_shapes: From a layer to a function that takes the shape of an
-            input and returns that of the output, both with the batch axis. Such
-            a layer is not computed: it returns zeros of these shapes.
+        model: A Keras model or layer, built or not.
+        input_shape: The shape of its input, see `complexity`.
+        output_shapes: Maps layers to functions that take the shape of an input
+            and return that of the output, both with the batch axis. Such a
+            layer is not computed: it returns zeros of these shapes.
 
     Returns:
         {layer: LayerComplexity} and {layer: list of `Call`}, both in the order
@@ -175,19 +175,18 @@ def measure(
     inputs = _zeros(input_shape, input_shape)
     _build(model, inputs)
     paths = _paths(model)
-    calls = {}
+    calls: dict[keras.layers.Layer, list[Call]] = {}
+    known_shapes = output_shapes or {}
 
     def record(layer, call, *args, **kwargs):
         if calls is not _running[-1]:  # A measurement within this one runs.
             return call(*args, **kwargs)
         calls_of_layer = calls.setdefault(layer, [])
-        if layer in (output_shapes or {}):
-            first, *_ = (*args, *kwargs.values())
+        if layer in known_shapes:
+            shape_of = known_shapes[layer]
             outputs = tree.map_structure(
-                lambda x: ops.zeros(
-                    output_shapes[layer](tuple(x.shape)), x.dtype
-                ),
-                first,
+                lambda x: ops.zeros(shape_of(tuple(x.shape)), x.dtype),
+                next(iter((*args, *kwargs.values()))),
             )
         else:
             outputs = call(*args, **kwargs)
@@ -210,8 +209,8 @@ def measure(
     return {layer: rows[layer] for layer in found}, calls
 
 
-# One dict of calls per measurement under way; a cost may measure within one.
-_running = []
+# It holds the calls of each measurement under way; they may be nested.
+_running: list[dict] = []
 
 
 def _zeros(shape, received):
@@ -304,13 +303,13 @@ def products(
     with and returns. A term is None if the MACs are unknown.
 
     Args:
-        layer: A layer.
-        calls: Its calls.
+        layer: Any layer.
+        calls: The calls of the layer.
         skip_identity: Whether a spectral layer without weights has no MACs for
             an axis that it leaves as it is.
     """
     rule = _rule(layer)
-    found = []
+    found: list = []
     for inputs, outputs, is_symbolic in calls if rule else ():
         for x, y in zip(inputs, outputs):
             if is_symbolic:  # A traced function may run any number of times.
@@ -342,44 +341,50 @@ def _spectral_resampling(layer, x, y, skip_identity):
     return macs
 
 
-def _rules(macs, *names):
+def _rules(macs, names):
     return dict.fromkeys((getattr(layers, name) for name in names), macs)
 
 
-# From a class to a function of (layer, shape of input, shape of output), both
-# with the batch axis, that returns MACs; for spectral layers one term per axis.
-# A layer without a rule has no MACs, or unknown ones if it has a kernel.
+# This maps a class to a function of (layer, shape of input, shape of output),
+# both with the batch axis, that returns MACs, for spectral layers one term per
+# axis. A layer without a rule has no MACs, or unknown ones if it has a kernel.
 _RULES = {
     **_rules(
         lambda layer, x, y: _size(y) * math.prod(layer.kernel.shape[:-1]),
-        *('Conv1D', 'Conv2D', 'Conv3D', 'Dense'),
+        ['Conv1D', 'Conv2D', 'Conv3D', 'Dense'],
     ),
     **_rules(
         lambda layer, x, y: _size(x) * math.prod(layer.kernel.shape[:-1]),
-        *('Conv1DTranspose', 'Conv2DTranspose', 'Conv3DTranspose'),
+        ['Conv1DTranspose', 'Conv2DTranspose', 'Conv3DTranspose'],
     ),
     **_rules(
         lambda layer, x, y: _size(y) * math.prod(layer.kernel.shape[:-2]),
-        *('DepthwiseConv1D', 'DepthwiseConv2D'),
+        ['DepthwiseConv1D', 'DepthwiseConv2D'],
     ),
     **_rules(
         lambda layer, x, y: (
             (_size(y) // layer.filters)
             * _count([layer.depthwise_kernel, layer.pointwise_kernel])
         ),
-        *('SeparableConv1D', 'SeparableConv2D'),
+        ['SeparableConv1D', 'SeparableConv2D'],
     ),
     layers.EinsumDense: _einsum_dense,
     pooling.SpectralResampling: _spectral_resampling,
     # An embedding in reverse is a product.
     layers.Embedding: lambda layer, x, y: 0 if len(y) > len(x) else None,
     **_rules(
-        lambda layer, x, y: 0, 'LayerNormalization', 'Normalization', 'PReLU'
+        lambda layer, x, y: 0, ['LayerNormalization', 'Normalization', 'PReLU']
     ),
     **_rules(
         lambda layer, x, y: None,
-        *('AdditiveAttention', 'Attention', 'Dot', 'GroupQueryAttention'),
-        *('MultiHeadAttention', 'RNN'),
+        [
+            'AdditiveAttention',
+            'Attention',
+            'Dot',
+            'GroupQueryAttention',
+            'MultiHeadAttention',
+            'RNN',
+        ],
     ),
 }
 
@@ -389,7 +394,7 @@ def _count(weights: Iterable) -> int:
 
 
 def _size(shape: Sequence) -> int:
-    """Number of values, or 0 if the shape is not known."""
+    """Returns the number of values, or 0 if the shape is not known."""
     return 0 if None in shape else math.prod(shape)
 
 

@@ -74,7 +74,7 @@ def freeze(
         model=getattr(model, 'name', model),
     )
     frozen = model
-    for _ in range(2):  # The symbolic shapes of the second copy know the sizes.
+    for _ in range(2):  # Only a copy of held layers has symbolic sizes.
         frozen = _copied(frozen, dtype)
         for layer in models.flatten(frozen):
             if isinstance(layer, SpectralResampling):
@@ -87,7 +87,7 @@ def freeze(
 
 
 def _copied(model, dtype):
-    """Returns a copy of a model, not compiled, with the state that it saves."""
+    """Saves and loads a model, and returns the copy, which is not compiled."""
     custom_objects = {
         type(layer).__name__: type(layer)
         for layer in models.flatten(model)
@@ -100,7 +100,7 @@ def _copied(model, dtype):
             model.save(path)
             if dtype is not None:
                 path = _converted(path, dtype)
-                # Models that make their layers themselves go by this policy.
+                # Models that make their layers themselves follow this policy.
                 keras.config.set_dtype_policy(dtype)
             copy = keras.saving.load_model(
                 path,
@@ -130,7 +130,7 @@ def _copied(model, dtype):
 def _converted(path, dtype):
     """Writes a saved model with another dtype of its layers; returns the path.
 
-    The config is a file of its own in the archive that Keras writes.
+    Keras writes an archive, in which the config is one file.
     """
     new_path = os.path.join(os.path.dirname(path), 'converted.keras')
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(new_path, 'w') as new:
@@ -156,7 +156,7 @@ def _with_dtype(config: Any, dtype: str) -> Any:
 
 
 def _call_symbolically(model):
-    """Calls a model of one input, or of one structure of them."""
+    """Calls a model on symbolic tensors of the shapes of its inputs."""
     if isinstance(model, keras.Sequential):
         inputs = model.inputs[0]
     elif hasattr(model, 'inputs'):

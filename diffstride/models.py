@@ -1,6 +1,7 @@
-"""Models and what Keras does not show of them: layers within, functions.
+"""Access to parts of models that Keras keeps private.
 
-All uses of Keras beyond its public interface stand here.
+These are the layers within a layer, the compiled functions, the calls and the
+graph. No other module uses private parts of models or layers.
 """
 
 import contextlib
@@ -36,21 +37,21 @@ def inner_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
 
 
 def recompile(model: keras.Model) -> None:
-    """Makes the train, test and predict functions of a model anew.
+    """Makes the train, test and predict functions of a model again.
 
     The next batch traces them with the present sizes. A function that was never
-    made stays so.
+    made is left alone.
     """
     for layer in flatten(model)[1:]:
         if isinstance(layer, keras.Model) and layer.input_spec is not None:
-            layer.input_spec = None  # It insists on the sizes before.
+            layer.input_spec = None  # It requires the former sizes.
     for kind in ('train', 'test', 'predict'):
         if getattr(model, f'{kind}_function', None) is not None:
             getattr(model, f'make_{kind}_function')(force=True)
 
 
 def recompile_models_with(layer: keras.layers.Layer) -> None:
-    """Makes the functions of all models that hold a layer anew.
+    """Makes the functions of all models that hold a layer again.
 
     A layer does not know the models that hold it, so this looks through all
     objects. It takes some 50 ms, and is for changes of compiled sizes only.
@@ -64,7 +65,7 @@ def sync(model: keras.Model) -> None:
     """Gives variables their present values within `fit` on JAX.
 
     There the state of a training step lives outside the variables until the
-    end of the epoch. Elsewhere nothing is to be done.
+    end of the epoch. On other backends this does nothing.
     """
     if keras.backend.backend() == 'jax':
         model.jax_state_sync()
@@ -74,12 +75,12 @@ def sync(model: keras.Model) -> None:
 def intercepted(
     layer: keras.layers.Layer, function: Callable[..., Any]
 ) -> Iterator[None]:
-    """A context within which a function runs in the place of a layer's call.
+    """Replaces the call of a layer by a function within a context.
 
     Args:
         layer: Any layer.
-        function: Takes the layer's own `call`, then the arguments of the call;
-            it returns the outputs.
+        function: A function that takes the layer's own `call`, then the
+            arguments of the call, and returns the outputs.
     """
     is_quantized = getattr(layer, 'quantization_mode', None) is not None
     name = 'quantized_call' if is_quantized else 'call'
@@ -129,7 +130,8 @@ def run_graph(model: keras.Model, inputs: Any, call: Callable[..., Any]) -> Any:
     Args:
         model: The model.
         inputs: Its inputs, in its structure: tensors or any other objects.
-        call: Called as call(layer, *args, **kwargs) in place of each layer.
+        call: A function that is called as call(layer, *args, **kwargs) in
+            place of each layer.
 
     Returns:
         The outputs, in the structure of the model's.

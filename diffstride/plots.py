@@ -27,10 +27,10 @@ def strides(
     """Plots strides over the epochs.
 
     Args:
-        history: From a name to one value per epoch, as in the `.history` that
-            `fit` returns with `callbacks.StrideLogger`.
-        initial: From the name of a layer to its initial strides, one per axis,
-            which are drawn as epoch 0; None to leave them out.
+        history: Maps names to one value per epoch, as the `.history` that `fit`
+            returns with `callbacks.StrideLogger` does.
+        initial: Maps the names of layers to their initial strides, one per
+            axis, which are drawn as epoch 0; None to leave them out.
 
     Returns:
         A figure.
@@ -81,7 +81,7 @@ def accuracy_macs(points: Mapping[str, Sequence[tuple]]) -> Any:
     """Plots accuracy against multiply-accumulates, one marker per group.
 
     Args:
-        points: From the name of a group to a list of (MACs, accuracy) or
+        points: Maps the name of a group to a list of (MACs, accuracy) or
             (MACs, accuracy, standard deviation), with accuracies from 0 to 1.
 
     Returns:
@@ -102,6 +102,7 @@ def accuracy_macs(points: Mapping[str, Sequence[tuple]]) -> Any:
     figure, axes = _figure('million multiply-accumulates per image', '')
     axes.set_ylabel('test accuracy (%)')
     for index, (name, group) in enumerate(points.items()):
+        # A point without a deviation has a deviation of 0.
         rows = np.array([(*row, 0.0)[:3] for row in sorted(group)])
         axes.errorbar(
             rows[:, 0] / 1e6,
@@ -116,8 +117,8 @@ def accuracy_macs(points: Mapping[str, Sequence[tuple]]) -> Any:
     axes.xaxis.set_major_formatter('{x:g}')
     axes.xaxis.set_minor_formatter('{x:g}')
     axes.xaxis.get_minor_locator().set_params(subs=(2, 3, 5))
-    rows = (len(points) + 1) // 2
-    figure.set_size_inches(7, 4 + rows / 4)
+    lines_of_legend = (len(points) + 1) // 2
+    figure.set_size_inches(7, 4 + lines_of_legend / 4)
     figure.legend(loc='outside lower center', ncols=2)
     return figure
 

@@ -25,7 +25,9 @@ class SpectralResampling(keras.layers.Layer):
 
     rank = 2
 
-    def __init__(self, data_format, method, norm, **kwargs):
+    def __init__(
+        self, data_format: str | None, method: str, norm: str, **kwargs: Any
+    ):
         super().__init__(**kwargs)
         if data_format is None:
             data_format = keras.config.image_data_format()
@@ -43,11 +45,11 @@ class SpectralResampling(keras.layers.Layer):
     def _check(self, inputs):
         validation.check_inputs(self, inputs, self.spatial_axes)
 
-    def compute_output_spec(self, inputs):
+    def compute_output_spec(self, inputs: Any) -> Any:
         self._check(inputs)
         return super().compute_output_spec(inputs)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             'data_format': self.data_format,
@@ -69,7 +71,14 @@ class SpectralPooling(SpectralResampling):
 
     cropping = True
 
-    def __init__(self, strides, data_format, method, norm, **kwargs):
+    def __init__(
+        self,
+        strides: float | Sequence[float],
+        data_format: str | None,
+        method: str,
+        norm: str,
+        **kwargs: Any,
+    ):
         super().__init__(data_format, method, norm, **kwargs)
         self.initial_strides = validation.standardize_strides(
             strides, self.rank
@@ -88,7 +97,7 @@ class SpectralPooling(SpectralResampling):
         Args:
             size: N, the size of the axis in the input.
             index: The spatial axis, counted from 0.
-            stride: A stride to take; None for the present one.
+            stride: The stride to assume; None for the present one.
         """
         raise NotImplementedError
 
@@ -97,10 +106,13 @@ class SpectralPooling(SpectralResampling):
         raise NotImplementedError
 
     def _rule(self) -> Callable:
-        """Returns (index, size) -> (output size, Response or None)."""
+        """Returns a function of the index and size of a spatial axis.
+
+        It returns the output size and the `Response`, or None for ones.
+        """
         raise NotImplementedError
 
-    def call(self, inputs):
+    def call(self, inputs: Any) -> Any:
         self._check(inputs)
         is_list = isinstance(inputs, (list, tuple))
         outputs = list(inputs) if is_list else [inputs]
@@ -113,7 +125,7 @@ class SpectralPooling(SpectralResampling):
             )
         return outputs if is_list else outputs[0]
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> Any:
         if hasattr(input_shape[0], '__len__'):
             return [self.compute_output_shape(shape) for shape in input_shape]
         shape = list(input_shape)
@@ -125,7 +137,7 @@ class SpectralPooling(SpectralResampling):
     def _symbolic_size(self, size, index):
         return self.output_size(size, index)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), 'strides': self.initial_strides}
 
     def response(self, size: int, index: int = 0) -> np.ndarray:
@@ -136,8 +148,8 @@ class SpectralPooling(SpectralResampling):
             index: The spatial axis, counted from 0.
 
         Returns:
-            float32 [N // 2 + 1], for f = 0 .. N // 2 in cycles per N samples;
-            0 for what is cropped.
+            float32 [N // 2 + 1], for f = 0 .. N // 2 in cycles per N samples.
+            Cropped frequencies have a weight of 0.
         """
         response = np.zeros(size // 2 + 1, 'float32')
         kept = min(size, self.output_size(size, index)) // 2 + 1
@@ -145,7 +157,7 @@ class SpectralPooling(SpectralResampling):
         return response
 
     def mask(self, sizes: Sequence[int]) -> np.ndarray:
-        """Returns the weights of all frequencies, with the mean in the middle.
+        """Returns the weights of all frequencies, that of 0 in the middle.
 
         Args:
             sizes: N of each spatial axis of the input.
@@ -166,7 +178,7 @@ class DiffStride(SpectralPooling):
 
     It keeps the frequencies |f| <= N / (2 S) of each spatial axis of length N,
     where S is the axis's stride, and samples the result anew on a smaller grid.
-    The band has a ramp for an edge, through which the gradient reaches S.
+    The edge of the band is a ramp, through which the gradient reaches S.
 
     The output size follows the stride at every step where the backend allows
     it. XLA needs constant sizes. On JAX they are those of the strides when a
@@ -175,16 +187,16 @@ class DiffStride(SpectralPooling):
     `make_sizes_static()` first; `callbacks.UpdateSizes` then lets the sizes
     follow from epoch to epoch. The response follows the stride in every case.
 
-    The strides and the state (held or not, static sizes) are weights, so that
-    saved and restored weights have their sizes with them.
+    The strides and their state (held or not, static sizes) are weights, so
+    saving and restoring weights saves and restores the sizes too.
 
-    A gradient of a stride that is infinite or NaN counts as 0.
+    An infinite or NaN gradient of a stride counts as 0.
 
     Args:
         strides: Initial strides: a number >= 1, or one per spatial axis.
         smoothness_factor: R > 0, the width of the ramp in frequencies.
         cropping: Whether the output is cropped to the frequencies that are
-            left; False only masks, and keeps the input's size.
+            left. With False they are only masked, and the size stays.
         trainable: Whether the strides are learned.
         shared_stride: Whether all axes share one stride.
         lower_limit_stride: The least stride, a number >= 1, or None for 1.
@@ -194,7 +206,7 @@ class DiffStride(SpectralPooling):
         ramp: 'outside' (the paper's): the band is kept whole, the ramp reaches
             R frequencies further, and the output has about N / S + 2 R samples
             along the axis. 'inside': the ramp is the band's upper end, and the
-            output has about N / S samples. 'straight_through': as 'inside', but
+            output has about N / S samples. 'straight_through': the same, but
             the ramp is in the gradient alone; the output is that of spectral
             pooling.
         method: 'fft', 'matmul' (multiplication by a small matrix per axis), or
@@ -223,7 +235,8 @@ class DiffStride(SpectralPooling):
         strides: The learned strides, a float32 variable under every dtype
             policy, [rank], or [1] with `shared_stride`. Assigning numbers to
             the attribute sets its values.
-        state: The `StrideState`: `held`, `has_static_sizes`, `values`.
+        state: The `StrideState`, which knows whether strides are `held` and
+            whether the layer `has_static_sizes`.
 
     Example:
 
@@ -311,6 +324,9 @@ class DiffStride(SpectralPooling):
             'removes nothing else',
             cropping=self.cropping,
         )
+        self._check_shared(strides)
+
+    def _check_shared(self, strides):
         validation.require(
             not self.shared_stride or len(set(strides)) == 1,
             '`strides` must be equal on all axes with `shared_stride=True`',
@@ -333,11 +349,7 @@ class DiffStride(SpectralPooling):
     @strides.setter
     def strides(self, values: Any) -> None:
         values = validation.standardize_strides(values, self.rank)
-        validation.require(
-            not self.shared_stride or len(set(values)) == 1,
-            '`strides` must be equal on all axes with `shared_stride=True`',
-            strides=values,
-        )
+        self._check_shared(values)
         self.state.assign(values[: self.state.weight.shape[0]])
 
     @property
@@ -346,7 +358,7 @@ class DiffStride(SpectralPooling):
         return self.state.values
 
     def make_sizes_static(self) -> None:
-        """Computes output sizes from the strides as they are now, from now on.
+        """Fixes the output sizes at those of the present strides.
 
         The strides go on being learned. XLA needs this on TensorFlow. Calling
         it again updates the sizes.
@@ -354,7 +366,7 @@ class DiffStride(SpectralPooling):
         self.state.make_sizes_static()
 
     def hold(self) -> None:
-        """Ends the learning of the strides; the sizes become theirs and stay.
+        """Ends the learning of the strides; strides and sizes stay.
 
         The optimizer may still move the variable `strides`, which has no effect
         until `release()`.
@@ -373,8 +385,8 @@ class DiffStride(SpectralPooling):
         Args:
             size: N, the size of the axis in the input.
             index: The spatial axis, counted from 0.
-            stride: A stride to take; None for the one that sizes are computed
-                from at present.
+            stride: The stride to assume; None for the one that sizes are
+                computed from at present.
         """
         if not self.cropping:
             return size
@@ -383,10 +395,10 @@ class DiffStride(SpectralPooling):
         edge = self._ramp.band_edge(size, stride)
         return self._ramp.output_size(size, edge)
 
-    def call(self, inputs):
+    def call(self, inputs: Any) -> Any:
         outputs = super().call(inputs)
         if self.trainable and self.state.held:
-            # Keras warns of trainable variables that get no gradient.
+            # Keras warns if a trainable variable gets no gradient.
             return tree.map_structure(
                 lambda x: _with_zero_gradient(x, self.state.weight), outputs
             )
@@ -441,19 +453,18 @@ class DiffStride(SpectralPooling):
         return self.state.size_values
 
     def _state_changed(self):
-        """Follows an eager change of the state."""
+        """Recompiles models that an eager change of the state makes stale."""
         self.supports_jit = (
             keras.backend.backend() != 'tensorflow'
             or not self.cropping
             or self.state.has_static_sizes
         )
+        held = self.state.values if self.state.held else None
         now = {
-            key: (self.state.values if self.state.held else None)
-            if key == 'held'
-            else self.output_size(key[1], key[0])
+            key: held if key == 'held' else self.output_size(key[1], key[0])
             for key in self._compiled
         }
-        # XLA must not go on with constant sizes that are static no more.
+        # XLA must not go on with sizes that are no longer static.
         has_sizes = len(self._compiled) > 1
         is_stale = has_sizes and not self.supports_jit
         if now != self._compiled or is_stale:
@@ -470,7 +481,7 @@ class DiffStride(SpectralPooling):
         output_size = self.output_size(size, index)
         return self._ramp.constant_response(output_size, edge)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = {
             **super().get_config(),
             'smoothness_factor': self.smoothness_factor,
@@ -484,11 +495,11 @@ class DiffStride(SpectralPooling):
             ),
         }
         state = self.state.get_config()
-        # Models must know sizes that stay before their weights are loaded.
+        # Models must know static sizes before their weights are loaded.
         return config if state is None else {**config, 'state': state}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> 'DiffStride':
         config = dict(config)
         state = config.pop('state', None)
         layer = super().from_config(config)
@@ -551,9 +562,9 @@ class FixedSpectralPooling(SpectralPooling):
 
     Args:
         strides: A number >= 1, or one per spatial axis.
-        data_format: As in `DiffStride`.
-        method: As in `DiffStride`.
-        norm: As in `DiffStride`.
+        data_format: See `DiffStride`.
+        method: See `DiffStride`.
+        norm: See `DiffStride`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Input shape:
@@ -599,7 +610,7 @@ class FixedSpectralPooling(SpectralPooling):
         Args:
             size: N, the size of the axis in the input.
             index: The spatial axis, counted from 0.
-            stride: A stride to take; None for that of the layer.
+            stride: The stride to assume; None for that of the layer.
         """
         if stride is None:
             stride = self.initial_strides[index]
@@ -650,7 +661,8 @@ class SpatialPooling(keras.layers.AveragePooling2D):
     Args:
         pool_size: Size of the window, an integer >= 1 or one per axis.
         strides: An integer >= 1, or one per axis.
-        **kwargs: Arguments of `keras.layers.AveragePooling2D` but `padding`.
+        **kwargs: Arguments of `keras.layers.AveragePooling2D`, except
+            `padding`.
 
     Input shape:
         [batch, height, width, channels], or [batch, channels, height, width]
@@ -692,15 +704,15 @@ class SpatialPooling(keras.layers.AveragePooling2D):
         axes = spatial_axes(self.data_format, rank=2)
         validation.check_inputs(self, inputs, axes)
 
-    def call(self, inputs):
+    def call(self, inputs: Any) -> Any:
         self._check_input(inputs)
         return super().call(inputs)
 
-    def compute_output_spec(self, inputs):
+    def compute_output_spec(self, inputs: Any) -> Any:
         self._check_input(inputs)
         return super().compute_output_spec(inputs)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         del config['padding']
         return config

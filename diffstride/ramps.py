@@ -1,4 +1,4 @@
-"""Which frequencies a pooling layer keeps, and how many samples that takes.
+"""Responses of pooling layers, and the output sizes that they need.
 
 A stride S keeps the frequencies up to the band edge b = N / (2 S) of an axis of
 N samples. `Ramp` lets the weight of a frequency fall to 0 around that edge, so
@@ -30,7 +30,7 @@ RAMPS = ('outside', 'inside', 'straight_through')
 
 @dataclasses.dataclass(frozen=True)
 class Ramp:
-    """The response of DiffStride (Riad et al., Eq. 3).
+    """The response of DiffStride, a ramp from 1 to 0.
 
     Attributes:
         kind: 'outside' falls from 1 at b to 0 at b + R; 'inside' from 1 at
@@ -85,8 +85,8 @@ class Ramp:
         """Returns the weights m(f), with the gradient of the band edge.
 
         At a corner of the ramp the gradient is the mean of the slopes on both
-        sides, as a central difference gives it. 'straight_through' returns the
-        response of 'inside', which is its gradient's.
+        sides, as a central difference gives it. For 'straight_through' these
+        are the weights of 'inside', whose gradient it has.
 
         Args:
             frequencies: int32 tensor [count], in cycles per N samples.

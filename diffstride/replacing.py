@@ -1,4 +1,4 @@
-"""Learned strides in the place of the integer strides of a model."""
+"""Replacement of the integer strides of a model by learned ones."""
 
 import dataclasses
 import functools
@@ -13,21 +13,30 @@ from keras import ops, tree
 
 from diffstride import models, pooling, validation
 
-_CONVOLUTIONS = tuple(
-    getattr(keras.layers, name)
-    for name in (
-        *('Conv1D', 'Conv2D', 'Conv3D', 'DepthwiseConv1D', 'DepthwiseConv2D'),
-        *('SeparableConv1D', 'SeparableConv2D'),
-    )
+_CONVOLUTIONS = (
+    keras.layers.Conv1D,
+    keras.layers.Conv2D,
+    keras.layers.Conv3D,
+    keras.layers.DepthwiseConv1D,
+    keras.layers.DepthwiseConv2D,
+    keras.layers.SeparableConv1D,
+    keras.layers.SeparableConv2D,
 )
-_POOLINGS = tuple(
-    getattr(keras.layers, f'{kind}Pooling{rank}D')
-    for kind in ('Max', 'Average')
-    for rank in (1, 2, 3)
+_POOLINGS = (
+    keras.layers.MaxPooling1D,
+    keras.layers.MaxPooling2D,
+    keras.layers.MaxPooling3D,
+    keras.layers.AveragePooling1D,
+    keras.layers.AveragePooling2D,
+    keras.layers.AveragePooling3D,
 )
-# What a subclass of a Sequential or Functional model may do in its own way.
+# A subclass of a Sequential or Functional model may have its own versions.
 _OWN_METHODS = (
-    *('call', 'train_step', 'test_step', 'predict_step', 'compute_loss'),
+    'call',
+    'train_step',
+    'test_step',
+    'predict_step',
+    'compute_loss',
     'compute_metrics',
 )
 
@@ -46,38 +55,40 @@ def replace_strides(
     by a pooling layer that starts from that stride, `<its name>_pooling`. Where
     the window is a single sample and nothing but a bias follows, as in the 1x1
     convolutions of a ResNet, the pooling runs first: the two commute, and the
-    layer costs what it did. Elsewhere it computes at full resolution, with
-    prod(S) times the MACs; `complexity` says what that is for a model.
+    cost of the layer stays. Elsewhere the layer computes at full resolution,
+    with prod(S) times the MACs; `complexity` counts them.
 
     **Maps that meet** (`Add`, `Concatenate`, ...) must go on having equal sizes
     while strides move. So layers whose outputs meet, however far downstream,
     share one pooling layer, as the two branches of a residual block do. Where
-    sharing cannot help (two poolings against one, an upsampling back to a size
-    that is not learned), and where a layer needs a fixed size (`Flatten` and
-    `Dense`), a ValueError says so.
+    sharing cannot help (two poolings on one branch and one on the other, or an
+    upsampling back to a size that is not learned), and where a layer needs a
+    fixed size (`Flatten` and `Dense`), a ValueError says so.
 
-    **Outputs.** An output map that is upsampled from a learned size, as that of
-    an autoencoder or of a segmentation network, would soon differ in size from
-    its targets, and is refused: end the model with
-    `SpectralResizing()([output, input])`. A map that is not upsampled, as that
-    of a network without its head, is allowed. Its size moves with the strides,
-    so let global pooling follow it, or resize it to what it is compared with.
+    **Outputs.** An output map that is upsampled from a learned size, such as
+    that of an autoencoder or of a segmentation network, would soon differ in
+    size from its targets, and is refused: end the model with
+    `SpectralResizing()([output, input])`. A map that is not upsampled, such as
+    that of a network without its head, is allowed. Its size moves with the
+    strides, so let global pooling follow it, or resize it to that of the map it
+    is compared with.
 
     **Sizes at the start.** Where the unstrided layer has N samples the strided
     one had ceil(N / S). With `ramp='straight_through'`, the default here, or
     'inside' DiffStride has the same, rounded up to an even number and at most
     N. So 224 x 224 pixels become 112, 56, 28, 14 and then 8 in a ResNet50,
-    where they became 7.
+    which ends with 7 otherwise.
 
-    **Accuracy.** The output is not that of the strided model: the pooling
-    removes what would be aliased. The two are the same, at the samples that
-    both have, for maps without frequencies above N / (2 S), less R with a ramp
-    'inside', if N / S is even and the padding of the strided layer begins like
-    that of the unstrided one. With `padding='same'` it often does not: at
-    stride 2 and even N a window of 3 lies one sample further left than before.
-    A network that was trained with strides loses accuracy at first. Much of it
-    comes back without training by new statistics of the batch normalizations,
-    `diffstride.recalibrate(model, batches)`, and the rest by some training.
+    **Accuracy.** The output is not that of the strided model, because the
+    pooling removes the frequencies that would be aliased. For maps without
+    frequencies above N / (2 S), or N / (2 S) - R with a ramp 'inside', the two
+    are equal at the samples that both have, if N / S is even and the padding of
+    the strided layer begins like that of the unstrided one. With
+    `padding='same'` it often does not: at stride 2 and even N a window of 3
+    lies one sample further left than before. A network that was trained with
+    strides loses accuracy at first. `diffstride.recalibrate(model, batches)`
+    restores much of it without training, by new statistics of the batch
+    normalizations. Some training restores the rest.
 
     Args:
         model: A Sequential or Functional model that is built, as those of
@@ -85,25 +96,26 @@ def replace_strides(
             within other layers (wrappers, subclassed models) are left alone.
         pooling_cls: A class of pooling layers, or a callable that returns one,
             called with `strides`, `data_format`, `name`, `dtype` and `kwargs`.
-            DiffStride and FixedSpectralPooling stand for those of all ranks.
+            DiffStride and FixedSpectralPooling mean the class of each layer's
+            rank, such as DiffStride1D.
         layers: Names of the layers to replace; None for all.
         **kwargs: Arguments of `pooling_cls`, such as `smoothness_factor=2.0`.
 
     Returns:
         A new model of the same layers, names, weights, dtypes and trainable
         flags, not compiled; the given model stays as it is. Strides are learned
-        where all layers that they serve are trainable, so those of a frozen
-        base are not; `trainable=True` in `kwargs` makes all of them learn. An
+        if all layers that they serve are trainable, so those of a frozen base
+        are not; `trainable=True` in `kwargs` makes all of them learn. An
         inner model whose layers share a pooling with layers outside is
         dissolved into the model that holds it. A model class whose constructor
         takes more than layers becomes a plain Sequential or Functional model.
 
     Raises:
         ValueError: If the model is of another kind, is not built, or has a
-            layer that Keras cannot copy; if a layer of `layers` is not one that
-            strides, or if there is none; if there is no pooling of a layer's
-            rank; if sizes could come apart, or a layer or an output needs fixed
-            ones; if a model class that would become a plain model has its own
+            layer that Keras cannot copy; if a layer of `layers` does not
+            stride, or no layer does; if there is no pooling of a layer's rank;
+            if sizes could come apart, or a layer or an output needs fixed ones;
+            if a model class that would become a plain model has its own
             `train_step` or the like; or from `pooling_cls`.
 
     Example:
@@ -161,8 +173,8 @@ def _strided_layers(model, path=()):
 def _sharing_models(paths):
     """Returns the inner models whose poolings serve layers outside of them.
 
-    They must be dissolved: Keras saves a layer that two models hold, but does
-    not load it.
+    They must be dissolved, because Keras saves a layer that two models hold,
+    but does not load it.
     """
     homes = {}
     for pool, path in paths:
@@ -236,10 +248,11 @@ class _Size:
     Attributes:
         kind: 'pooling' for a learned size, 'input' for an unknown size of the
             input, 'function' for one that a layer computes from others.
-        origin: The strided layer; the number of the input and the axis; or the
-            two values of the function at the two choices of `_Sizes`.
+        origin: The strided layer of a learned size; the number of the input and
+            the axis of an unknown size; or the values of a function at the two
+            choices of `_Sizes`.
         axis: The axis of a learned size.
-        parts: The sizes that it is computed from.
+        parts: The sizes that this one is computed from.
         offset: The number of samples added to it, such as by padding.
         is_upsampled: Whether a function is larger than all of its parts.
     """
@@ -256,7 +269,7 @@ class _Size:
 
 
 class _Map:
-    """The shape of a tensor, of numbers, None and `_Size`, and its dtype."""
+    """The dtype of a tensor and its shape of numbers, None and `_Size`."""
 
     def __init__(self, shape, dtype):
         self.shape = tuple(shape)
@@ -264,7 +277,7 @@ class _Map:
 
 
 class _Call(keras.Operation):
-    """A call of a layer that infers shapes, with all checks of the input."""
+    """Infers the shapes of a layer's call, with all checks of the input."""
 
     def __init__(self, layer):
         super().__init__()
@@ -286,9 +299,9 @@ class _Sizes:
         unstrided: The copy without stride of each strided layer.
     """
 
-    # Layers are asked for their shapes at two choices of the unknown sizes:
-    # number i is first + step * i. No two sizes have the same difference, so
-    # sizes that are equal up to an offset are recognized.
+    # Layers tell their output shapes for two choices of the unknown sizes:
+    # size i is first + step * i. Each size differs by another number between
+    # the choices, so outputs that equal a size up to an offset are recognized.
     _CHOICES = ((128, 6), (197, 11))
 
     def __init__(self, poolings, unstrided):
@@ -347,7 +360,7 @@ class _Sizes:
         )
 
     def inputs_of_any_size(self):
-        """Returns {InputLayer: copy} of inner models whose inputs resize."""
+        """Returns {InputLayer: copy} for inner models whose inputs vary."""
         return {
             layer: type(layer).from_config(
                 {**layer.get_config(), 'batch_shape': shape}
@@ -549,7 +562,7 @@ class _Copy:
     Args:
         poolings: The pooling layer of each strided layer.
         copies: Copies that are already made, by layer.
-        dissolved: The inner models whose layers the outer one takes over.
+        dissolved: The inner models whose layers the outer model takes over.
     """
 
     def __init__(self, poolings, copies, dissolved):

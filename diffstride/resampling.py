@@ -39,15 +39,15 @@ TOLERANCE = 2.0**-19
 
 
 class Response(NamedTuple):
-    """The weights of the frequencies of an axis, and which of them vary.
+    """The weights of the frequencies of an axis, some of which may vary.
 
     Attributes:
         weights: Tensor or NumPy array [min(M, N) // 2 + 1], a constant of the
             forward pass; None for ones.
         frequencies: int32 tensor [count], the frequencies whose weights receive
-            a gradient; None for none. The fewer they are, the faster it is.
-        varying: Tensor [count], a function of what is learned, whose gradient
-            is that of the weights at these frequencies.
+            a gradient; None for none. Fewer are faster.
+        varying: Tensor [count], the weights at these frequencies as a function
+            of learned variables; only their gradient is used.
     """
 
     weights: Any = None
@@ -135,16 +135,16 @@ def _operators(method, *arguments):
 
 
 def _fastest_method(shape, axis, output_size):
-    """Returns the method of least time by a model of it.
+    """Returns the method that should take less time.
 
     It is 'matmul' or 'fft' where the known sizes decide, else a boolean tensor
     that is true for 'matmul'.
 
-    A matrix takes time in proportion to M for each input, and more where it
-    multiplies few columns; the FFT in proportion to the logarithm of N, which
-    hardly varies. Where M > N it is the other way round, the adjoint's. The two
-    constants are fitted to measurements on a CPU, as benchmarks/pooling.py
-    makes them, of 3 to 64 channels and 224 to 1024 pixels.
+    A matrix takes M N multiplications per line, and more time for each where it
+    multiplies few columns. The FFT takes max(M, N) times a logarithm, which
+    hardly varies. So the smaller size decides. The two constants are fitted to
+    measurements on a CPU, as benchmarks/pooling.py makes them, with 3 to 64
+    channels and 224 to 1024 pixels.
     """
     sizes, columns = (shape[axis], output_size), shape[axis + 1 :]
     waste = 1 + 12 / real(math.prod(columns)) if columns else 1.0
@@ -156,21 +156,21 @@ def _fastest_method(shape, axis, output_size):
 
 
 def _apply(inputs, axis, operators, bases=(), keeps_input=False, *weights):
-    """Applies an operator along `axis`, with a gradient of its own.
+    """Applies an operator along `axis`, with a custom gradient.
 
-    The gradient of the inputs is the adjoint operator's. The gradient of the
+    The adjoint operator gives the gradient of the inputs. The gradient of the
     weight of a frequency is the inner product of the spectra of the input and
-    of the output's gradient there.
+    of the output's gradient at this frequency.
 
     Args:
         inputs: Tensor [..., N, ...].
         axis: The axis of length N.
         operators: The operator and its adjoint, functions of (tensor, axis).
-        bases: The bases of an input's and an output's spectrum at the
-            frequencies whose weights receive a gradient, [2 count, N] and
-            [2 count, M].
-        keeps_input: Whether the input is kept for the gradient, or else its
-            spectrum at these frequencies.
+        bases: The matrices [2 count, N] and [2 count, M] that give the spectra
+            of an input and of an output at the frequencies whose weights
+            receive a gradient.
+        keeps_input: Whether the input is kept for the gradient. Otherwise its
+            spectrum at these frequencies is.
         *weights: Nothing, or one tensor [count].
     """
 
@@ -183,7 +183,7 @@ def _apply(inputs, axis, operators, bases=(), keeps_input=False, *weights):
 
     def gradients(tables, kept, weights, upstream):
         operators, bases = tables
-        # The recursion gives second derivatives.
+        # By this recursion second derivatives exist.
         of_inputs = _apply(
             upstream, axis, operators[::-1], bases[::-1], keeps_input, *weights
         )
@@ -204,7 +204,13 @@ def _apply(inputs, axis, operators, bases=(), keeps_input=False, *weights):
 
 
 def _outer(a, b, axis):
-    """[..., n, ...] and [..., m, ...] -> [n, m], sums over all other axes."""
+    """Returns the products of a and b, summed over all axes but one, [n, m].
+
+    Args:
+        a: Tensor [..., n, ...].
+        b: Tensor [..., m, ...].
+        axis: The axis of lengths n and m.
+    """
     dtype, after = _table_dtype(a), ops.shape(a)[axis + 1 :]
     rows = (math.prod(after),) if after else ()
     a, b = (
@@ -226,7 +232,7 @@ def _products(size, output_size, weights, norm, dtype):
 
 
 def _multiply(inputs, axis, matrix):
-    """[..., N, ...] -> [..., M, ...] by a matrix [M, N]."""
+    """Multiplies an axis by a matrix [M, N]: [..., N, ...] -> [..., M, ...]."""
     output_size = ops.shape(matrix)[0]
     shape = backend.shape_of(inputs)
     before, after = shape[:axis], shape[axis + 1 :]
@@ -265,7 +271,7 @@ def _filters(size, output_size, response, norm, dtype):
 
 
 def _filter(inputs, axis, output_size, weights, dtype):
-    """[..., N, ...] -> [..., M, ...], by weights of the first frequencies."""
+    """Weights the first frequencies of an axis, which gets a new length."""
     weights = _cast(weights, dtype)
     x = ops.cast(ops.moveaxis(inputs, axis, -1), dtype)
     y = ops.moveaxis(backend.filter_spectrum(x, weights, output_size), -1, axis)
@@ -282,7 +288,7 @@ def resampling_matrix(
     norm: str = 'forward',
     dtype: str = 'float32',
 ) -> Any:
-    """Returns A, [output_size, size]: a NumPy array where all is known."""
+    """Returns A, [output_size, size], a NumPy array if all values are known."""
     if known(size, output_size) and (
         response is None or isinstance(response, np.ndarray)
     ):
@@ -333,14 +339,14 @@ def _basis(frequencies, size):
 
 
 def _frequencies(size, output_size):
-    """Returns f = 0 .. min(M, N) // 2, [F], and the module that holds it."""
+    """Returns f = 0 .. min(M, N) // 2, [F], and its module: NumPy or Keras."""
     xp = np if known(size, output_size) else ops
     count = minimum(size, output_size) // 2 + 1
     return xp.arange(count, dtype='int32'), xp
 
 
 def _scales(frequencies, size, output_size, norm):
-    """Returns c_f gain / M, where f is one or a pair of exponentials."""
+    """Returns c_f gain / M, the factors of A, for each frequency."""
     xp = np if isinstance(frequencies, np.ndarray) else ops
     single = (frequencies == 0) | (
         2 * frequencies == minimum(size, output_size)
@@ -376,14 +382,14 @@ def maximum(a: Any, b: Any) -> Any:
 
 
 def real(value: Any) -> Any:
-    """Returns float64 for numbers and arrays, float32 for tensors."""
+    """Returns a float64 number or array, or a tensor as float32."""
     if isinstance(value, (numbers.Real, np.ndarray)):
         return value * 1.0
     return ops.cast(value, 'float32')
 
 
 def _cast(table, dtype):
-    """Returns a tensor of a table; float64 arrays convert directly to dtype."""
+    """Returns a table as a tensor; a float64 array is rounded only once."""
     if isinstance(table, np.ndarray):
         return ops.convert_to_tensor(table, dtype)
     return ops.cast(table, dtype)

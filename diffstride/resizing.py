@@ -76,7 +76,7 @@ class SpectralResizing(SpectralResampling):
         super().__init__(data_format, method, norm, **kwargs)
         self.size = None if size is None else validation.standardize_size(size)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         shapes = input_shape or []  # Keras passes None for an empty list.
         x, _ = self._inputs(shapes, _is_list_of_shapes(shapes))
         ranks = (len(self.size),) if isinstance(self.size, tuple) else (1, 2, 3)
@@ -89,7 +89,7 @@ class SpectralResizing(SpectralResampling):
         self.rank = len(x) - 2
         self.built = True
 
-    def call(self, inputs):
+    def call(self, inputs: Any) -> Any:
         self._check(inputs)
         x, like = self._inputs(inputs, isinstance(inputs, (list, tuple)))
         outputs, axes = [x], self.spatial_axes
@@ -99,7 +99,7 @@ class SpectralResizing(SpectralResampling):
             )
         return outputs[0]
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> tuple:
         x, like = self._inputs(input_shape, _is_list_of_shapes(input_shape))
         axes = spatial_axes(self.data_format, len(x) - 2)
         shape = list(x)
@@ -143,7 +143,7 @@ class SpectralResizing(SpectralResampling):
             shape=tuple(like.shape),
         )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), 'size': self.size}
 
 

@@ -1,8 +1,8 @@
 """Pre-activation ResNets (He et al. 2016, arXiv:1603.05027) for small images.
 
-Wherever a network strides, a pooling layer may take the place of the stride:
-any Keras layer class, or callable, that takes `strides` and `data_format`.
-Gin knows everything here as `resnet.<name>`.
+Any pooling layer may take the place of a stride: a Keras layer class, or a
+callable that returns a layer, called with `strides` and `data_format`. Gin
+knows the networks as `resnet.<name>`.
 """
 
 import ast
@@ -46,7 +46,8 @@ class ResidualLayer(keras.layers.Layer):
 
     With h = relu(norm(x)) it returns x + conv(relu(norm(pool(conv(h))))), or,
     if it projects, conv1x1(pool(h)) + ... One pooling layer serves both
-    branches; on the shortcut it runs first, where the map is not yet wider.
+    branches; on the shortcut it runs before the convolution, whose input has
+    fewer channels than its output.
 
     Args:
         filters: Number of output channels.
@@ -63,10 +64,10 @@ class ResidualLayer(keras.layers.Layer):
         weight_decay: L2 penalty of the kernels.
         batch_norm_args: Arguments of the batch normalizations; None for those
             that `batch_norm()` returns.
-        pool_after: 'convolution': the inner branch pools before its second
-            normalization; or 'activation': it pools after the normalization
+        pool_after: 'convolution' to pool the inner branch before its second
+            normalization, or 'activation' to pool it after the normalization
             and the activation, conv(pool(relu(norm(conv(h))))), at the same
-            MACs. It changes nothing in strided convolutions.
+            MACs. It has no effect on strided convolutions.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Input shape:
@@ -100,7 +101,7 @@ class ResidualLayer(keras.layers.Layer):
         weight_decay: float = 5e-3,
         batch_norm_args: dict[str, Any] | None = None,
         pool_after: str = 'convolution',
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.filters = integer('filters', filters, least=1)
@@ -134,7 +135,7 @@ class ResidualLayer(keras.layers.Layer):
         ]
         self.shortcut = conv(filters, 1, conv_strides) if project else None
 
-    def build(self, input_shape):
+    def build(self, input_shape: Sequence) -> None:
         channels = input_shape[1 if self.channels_first else -1]
         require(
             self.project or channels == self.filters,
@@ -150,11 +151,11 @@ class ResidualLayer(keras.layers.Layer):
         self.convs[1].build(output_shape)
         if self.pool is not None:
             self.pool.build(input_shape)
-        if self.project:
+        if self.shortcut is not None:
             self.shortcut.build(input_shape)
         self.built = True
 
-    def call(self, inputs):
+    def call(self, inputs: Any) -> Any:
         h = ops.relu(self.norms[0](inputs))
         x = self.convs[0](h)
         if self.pool_after == 'convolution':
@@ -162,7 +163,8 @@ class ResidualLayer(keras.layers.Layer):
         x = ops.relu(self.norms[1](x))
         if self.pool_after == 'activation':
             h, x = self._pooled(h, x)
-        return self.convs[1](x) + (self.shortcut(h) if self.project else inputs)
+        shortcut = inputs if self.shortcut is None else self.shortcut(h)
+        return self.convs[1](x) + shortcut
 
     def _pooled(self, *maps):
         if self.pool is None:
@@ -171,13 +173,13 @@ class ResidualLayer(keras.layers.Layer):
             return self.pool(list(maps))  # Both share the tables.
         return [self.pool(x) for x in maps]
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Sequence) -> tuple:
         shape = self.convs[0].compute_output_shape(input_shape)
         if self.pool is not None:
             shape = self.pool.compute_output_shape(shape)
         return shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             'filters': self.filters,
@@ -192,7 +194,7 @@ class ResidualLayer(keras.layers.Layer):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> 'ResidualLayer':
         pool = keras.saving.deserialize_keras_object(config['pooling_cls'])
         pooling_cls = None if pool is None else lambda **unused: pool
         return cls(**{**config, 'pooling_cls': pooling_cls})
@@ -207,19 +209,19 @@ def ResnetBlock(
     strides: Strides = 1,
     num_layers: int = 2,
     project_first: bool = True,
-    **kwargs,
+    **kwargs: Any,
 ) -> keras.Sequential:
-    """Returns residual layers of equal width; the first one may downsample.
+    """Returns residual layers of equal width, the first of which may stride.
 
     Args:
         filters: Number of output channels.
-        strides: Strides of the first layer, if that projects.
+        strides: Strides of the first layer, which are used if it projects.
         num_layers: Number of residual layers.
         project_first: Whether the first layer projects.
         **kwargs: Arguments of every `ResidualLayer`.
 
     Raises:
-        ValueError: If there is no layer, and as in `ResidualLayer`.
+        ValueError: If `num_layers` is below 1, or from `ResidualLayer`.
     """
     integer('num_layers', num_layers, least=1)
     layer = configured(ResidualLayer)
@@ -241,7 +243,7 @@ def Resnet(
     weight_decay: float = 5e-3,
     stride_cost: float | None = None,
     pool_after: str = 'convolution',
-    **kwargs,
+    **kwargs: Any,
 ) -> keras.Sequential:
     """Returns a pre-activation ResNet for image classification.
 
@@ -332,7 +334,7 @@ def Resnet(
 def resnet18(
     strides: str | Sequence[Strides] = (1, 1, 2, 2, 2),
     width: int = 64,
-    **kwargs,
+    **kwargs: Any,
 ) -> keras.Sequential:
     """Returns a `Resnet` of 4 blocks of 2 layers.
 
@@ -346,7 +348,9 @@ def resnet18(
 
 @gin.configurable(module='resnet')
 def resnet56(
-    strides: str | Sequence[Strides] = (1, 1, 2, 2), width: int = 16, **kwargs
+    strides: str | Sequence[Strides] = (1, 1, 2, 2),
+    width: int = 16,
+    **kwargs: Any,
 ) -> keras.Sequential:
     """Returns a `Resnet` of 3 blocks of 9 layers, see `resnet18`."""
     return _resnet((1, 1, 2, 4), strides, width, num_layers=9, **kwargs)
@@ -355,7 +359,7 @@ def resnet56(
 def _resnet(widths, strides, width, **kwargs):
     strides = parse_strides(strides)
     integer('width', width, least=1)
-    # The first block widens nothing: it projects only where it strides.
+    # The first block keeps the width, so it projects only if it strides.
     id_only = [0] if strides[1:2] == [(1, 1)] else []
     kwargs = {'id_only': id_only, **kwargs}
     return Resnet([width * w for w in widths], strides, **kwargs)
@@ -363,23 +367,20 @@ def _resnet(widths, strides, width, **kwargs):
 
 def parse_strides(
     strides: str | Sequence[Strides],
-) -> list[tuple[float, float]]:
+) -> list[tuple[float, ...]]:
     """Returns (height, width) strides from a list or a string of them.
 
     Raises:
-        ValueError: If it is none, or if a stride is not a number >= 1.
+        ValueError: If it is no such list, or if a stride is not a number >= 1.
     """
     try:
         is_text = isinstance(strides, str)
         values = list(ast.literal_eval(f'[{strides}]') if is_text else strides)
-    except (SyntaxError, TypeError, ValueError):
-        values = None
-    require(
-        values is not None,
-        '`strides` must be a list of strides, or a string such as '
-        "'1, 1, 3, 2, 3'",
-        strides=strides,
-    )
+    except (SyntaxError, TypeError, ValueError) as error:
+        raise ValueError(
+            '`strides` must be a list of strides, or a string such as '
+            f"'1, 1, 3, 2, 3'. Received: strides={strides!r}"
+        ) from error
     return [standardize_strides(stride, 2) for stride in values]
 
 
@@ -426,7 +427,7 @@ def _downsampling(strides, pooling_cls, channels_first):
         return strides, None
     pooling_cls = configured(pooling_cls, 'pooling_cls')
     kwargs = {'strides': strides, 'data_format': _data_format(channels_first)}
-    # Keras's average pooling has no default window. Its `__init__` is asked
+    # Keras's average pooling has no default window. This looks at `__init__`
     # because gin hides the signature of a class.
     function = (
         pooling_cls.__init__ if inspect.isclass(pooling_cls) else pooling_cls
@@ -444,10 +445,14 @@ def _downsampling(strides, pooling_cls, channels_first):
 
 
 def configured(function: Callable, name: str = 'function') -> Callable:
-    """Returns a function or class with gin's bindings, if gin knows it.
+    """Returns a function or class, with gin's bindings if gin knows it.
+
+    Args:
+        function: Any callable.
+        name: The name of the argument that an error mentions.
 
     Raises:
-        ValueError: If it is not callable, naming it as the argument `name`.
+        ValueError: If it is not callable.
     """
     try:
         return gin.get_configurable(function)

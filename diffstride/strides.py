@@ -1,10 +1,10 @@
-"""The state of a layer with learned strides: which strides, which sizes.
+"""The state of a layer with learned strides.
 
-The state is two weights, so whatever saves, restores or averages weights does
-so with strides and sizes together: the strides, which the optimizer moves, and
-the `record`, float32 [1 + n], which it does not. The record holds 1 if the
-strides are held, and the n strides that sizes are computed from, or zeros while
-sizes follow the strides.
+The state is two weights, so strides and sizes are saved, restored and averaged
+together with all other weights. One is the strides, which the optimizer moves.
+The other is the `record`, float32 [1 + n], which it does not move: 1 if the
+strides are held, else 0; then the n strides that sizes are computed from, or
+zeros while sizes follow the strides.
 """
 
 import math
@@ -19,7 +19,7 @@ from diffstride.ramps import with_gradient_of
 
 
 class StrideState:
-    """The strides that a layer uses, and those its sizes are computed from.
+    """The strides that a layer uses, and those that set its sizes.
 
     Learned strides are a weight that the optimizer moves. Held strides are
     numbers: learning is over, and the weight has no effect until `release`.
@@ -80,7 +80,7 @@ class StrideState:
         )
 
     def known_size_values(self) -> tuple[float, ...] | None:
-        """As `size_values`, or None where values are not known in a trace."""
+        """Returns `size_values`, or None where a trace does not know them."""
         record = backend.known_values(self.record)
         weight = backend.known_values(self.weight)
         if record is None or weight is None:
@@ -89,7 +89,7 @@ class StrideState:
 
     def _per_axis(self, values):
         upper = math.inf if self.upper is None else self.upper
-        # In this order, a NaN stays NaN.
+        # A NaN stays NaN.
         values = tuple(
             value if math.isnan(value) else min(max(value, self.lower), upper)
             for value in values
@@ -130,7 +130,7 @@ class StrideState:
         self.record.assign([0.0, *values])
 
     def release(self) -> None:
-        """Goes on learning from the strides in use; sizes follow them."""
+        """Resumes learning from the strides in use; sizes follow them."""
         self.weight.assign(self.values[: self.weight.shape[0]])
         self.record.assign([0.0] * self.record.shape[0])
 
@@ -143,8 +143,8 @@ class StrideState:
         )
         self.weight.assign(strides)
 
-    def get_config(self) -> dict | None:
-        """Returns the state as plain numbers, None for sizes that follow."""
+    def get_config(self) -> dict[str, Any] | None:
+        """Returns the state as plain numbers, or None if sizes follow."""
         if not self.has_static_sizes:
             return None
         return {
@@ -152,7 +152,7 @@ class StrideState:
             'record': list(self.record.numbers()),
         }
 
-    def set_config(self, config: dict | None) -> None:
+    def set_config(self, config: dict[str, Any] | None) -> None:
         """Sets the state that `get_config` returned."""
         if config is not None:
             self.weight.assign(config['strides'])
@@ -160,10 +160,10 @@ class StrideState:
 
 
 class _Variable(keras.Variable):
-    """A float32 variable that remembers its numbers and tells of changes.
+    """A float32 variable that remembers its numbers and reports changes.
 
-    On JAX a variable has no values while `fit` runs; the last ones that were
-    assigned are what is known of it then.
+    On JAX a variable has no values while `fit` runs. Then its numbers are those
+    that were last assigned.
     """
 
     def __init__(self, values, name, trainable, changed):
@@ -206,11 +206,11 @@ class StrideLimits(keras.constraints.Constraint):
 
     def __call__(self, strides: Any) -> Any:
         upper = math.inf if self.upper is None else self.upper
-        lower, upper = (
-            ops.convert_to_tensor(limit, strides.dtype)
-            for limit in (self.lower, upper)
+        return ops.clip(
+            strides,
+            ops.convert_to_tensor(self.lower, strides.dtype),
+            ops.convert_to_tensor(upper, strides.dtype),
         )
-        return ops.clip(strides, lower, upper)
 
-    def get_config(self) -> dict:
+    def get_config(self) -> dict[str, Any]:
         return {'lower': self.lower, 'upper': self.upper}

@@ -1,4 +1,4 @@
-"""Checks of arguments. Every message names the argument, rule and value."""
+"""Checks of arguments, whose messages name the argument, rule and value."""
 
 import math
 import numbers
@@ -29,9 +29,11 @@ def finite(
     name: str, value: Any, least: float = -math.inf, above: float = -math.inf
 ) -> float:
     """Returns the argument `name` as a float if it is a number in range."""
-    bounds = [f'at least {least:g}'] * math.isfinite(least)
-    bounds += [f'above {above:g}'] * math.isfinite(above)
-    rule = ', '.join([f'`{name}` must be a finite number', *bounds])
+    rule = f'`{name}` must be a finite number'
+    if math.isfinite(least):
+        rule += f', at least {least:g}'
+    if math.isfinite(above):
+        rule += f', above {above:g}'
     require(is_finite(value, least, above), rule, **{name: value})
     return float(value)
 

@@ -28,6 +28,23 @@ if keras.backend.backend() == 'jax':
 
     jax.config.update('jax_disable_most_optimizations', True)
 
+# The training example needs TensorFlow, and so do the exports.
+NEEDS_TENSORFLOW = (
+    *('audio', 'benchmarks', 'checkpoints', 'command_line', 'commands'),
+    *('data', 'docs', 'folders', 'freezing', 'gratings', 'grid'),
+    *('long_runs', 'train'),
+)
+# JAX compiles anew for each shape, which takes minutes in these.
+LONG_ON_JAX = (
+    *('blurring', 'budget', 'plots', 'properties', 'replacing', 'resnet'),
+    *('stability', 'unet'),
+)
+collect_ignore = []
+if keras.backend.backend() != 'tensorflow':
+    collect_ignore += [f'test_{name}.py' for name in NEEDS_TENSORFLOW]
+if keras.backend.backend() == 'jax':
+    collect_ignore += [f'test_{name}.py' for name in LONG_ON_JAX]
+
 
 def pytest_configure(config):
     for line in HARMLESS_WARNINGS:

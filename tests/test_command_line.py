@@ -275,7 +275,7 @@ def test_what_the_2022_release_had_gets_a_hint(error_of, arguments, holds):
     assert holds in error_of(*bindings, **arguments)
 
 
-# What gin refuses.
+# Gin refuses these.
 
 UNKNOWN = [
     ('nowhere.x = 1', "No configurable matching 'nowhere'"),

@@ -101,7 +101,7 @@ def take(dataset, count=None):
     return np.concatenate(images), np.concatenate(labels)
 
 
-# What the datasets hold.
+# The contents of datasets.
 
 
 def test_datasets_describe_their_batches(load):
@@ -311,7 +311,7 @@ def test_gin_binds_every_parameter(load):
             data.load_datasets.mixup_alpha = 1.0
         """)
     try:
-        datasets = load.__wrapped__()  # Not one that others loaded.
+        datasets = load.__wrapped__()  # No other test has loaded it.
     finally:
         gin.clear_config()
     assert datasets.image_shape == (4, 4, 3)

@@ -92,7 +92,7 @@ def test_a_grid_is_a_list_of_commands_that_continues(
     results = read(tmp_path / 'out' / 'plain-2-seed-0' / 'results.json')
     assert results['variant'] == 'plain' and results['strides'] == '2'
     capsys.readouterr()
-    # What is finished is not repeated, and what is new is added.
+    # Finished runs are not repeated, and new ones are added.
     run(*two)
     assert len(commands) == 2
     text = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The package as a whole: its imports, names, examples, and saved models."""
+"""The package as a whole: imports, names, words, examples, saved models."""
 
 import ast
 import doctest
@@ -7,8 +7,10 @@ import inspect
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
+import tokenize
 import zipfile
 
 import keras
@@ -72,6 +74,78 @@ def test_public_names_exist():
     for name in diffstride.__all__:
         assert getattr(diffstride, name) is not None
     assert len([int(part) for part in diffstride.__version__.split('.')]) == 3
+
+
+def comments(path):
+    """Yields the comments of a file, each with the number of its line."""
+    with tokenize.open(path) as file:
+        if path.suffix == '.py':
+            for token in tokenize.generate_tokens(file.readline):
+                if token.type == tokenize.COMMENT:
+                    yield token.start[0], token.string
+        else:
+            for number, line in enumerate(file, 1):
+                yield number, line[line.find('#') :] if '#' in line else ''
+
+
+def test_comments_begin_like_sentences():
+    riddle = re.compile(r'#+ *(As|Not|Of|What|Which|Whose) ')
+    root = pathlib.Path(__file__).parents[1]
+    paths = [
+        path
+        for folder in ('benchmarks', 'diffstride', 'docs', 'tests')
+        for path in (root / folder).rglob('*')
+        if path.suffix in ('.py', '.gin')
+    ]
+    assert len(paths) > 60
+    for path in paths:
+        for number, text in comments(path):
+            assert not riddle.match(text), f'{path}:{number}: {text}'
+
+
+def signatures(name, value):
+    """Yields the public callables of a name, by their qualified names."""
+    if inspect.isclass(value):
+        for key, member in vars(value).items():
+            if isinstance(member, (classmethod, staticmethod)):
+                member = member.__func__
+            member = getattr(member, 'fget', member)
+            is_public = key == '__init__' or not key.startswith('_')
+            if inspect.isfunction(member) and is_public:
+                yield f'{name}.{key}', member
+    elif inspect.isfunction(value):
+        yield name, value
+
+
+def public_values():
+    """Yields the public names with their values, also those of modules."""
+    for name in diffstride.__all__:
+        value = getattr(diffstride, name)
+        if inspect.ismodule(value):
+            for key, member in vars(value).items():
+                if getattr(member, '__module__', '') == value.__name__:
+                    if not key.startswith('_'):
+                        yield f'{name}.{key}', member
+        else:
+            yield name, value
+
+
+def test_public_functions_have_type_hints():
+    found = 0
+    for name, value in public_values():
+        for label, function in signatures(name, value):
+            found += 1
+            signature = inspect.signature(inspect.unwrap(function))
+            hinted = [
+                parameter.annotation is not inspect.Parameter.empty
+                for key, parameter in signature.parameters.items()
+                if key not in ('self', 'cls')
+            ]
+            assert all(hinted), label
+            returns = signature.return_annotation
+            is_constructor = label.endswith('.__init__')
+            assert is_constructor or returns is not signature.empty, label
+    assert found > 60
 
 
 def documented():

@@ -68,7 +68,7 @@ def move(model, *strides):
         layer.strides = values
 
 
-# What a strided layer becomes
+# The layers that take the place of a strided one
 
 
 CONVOLUTION = {'padding': 'same', 'activation': 'relu'}
@@ -520,7 +520,7 @@ def test_fixed_sizes_must_be_those_of_the_strided_layer_to_be_flattened():
         replace_strides(model, FixedSpectralPooling)
 
 
-# Which layers
+# The choice of layers
 
 
 def test_only_chosen_layers_are_replaced():
@@ -601,7 +601,7 @@ def test_wrong_arguments(model, kwargs, match):
         replace_strides(model, **kwargs)
 
 
-# What is kept
+# The parts of a model that are kept
 
 
 def test_the_given_model_is_left_as_it_is():

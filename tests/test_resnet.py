@@ -19,7 +19,7 @@ from diffstride import (
     resnet,
 )
 
-# As the example does for the classes that gin files may name.
+# The example registers the classes that gin files may name in this way.
 KERAS_POOLINGS = {
     name: gin.external_configurable(getattr(layers, name), module='test.layers')
     for name in ('MaxPooling2D', 'AveragePooling2D')

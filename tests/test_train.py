@@ -66,7 +66,7 @@ def history_of(workdir):
     return read(workdir / 'results.json')['history']
 
 
-# What a run leaves.
+# The files of a run.
 
 
 def test_a_run_leaves_all_its_outputs(trained):
@@ -369,7 +369,7 @@ def test_the_result_is_within_the_budget(run, config):
     assert complexity(model, (12, 16, 3)).macs == results['macs']
 
 
-# What settings do.
+# The effects of settings.
 
 
 def first_loss(training):

@@ -1,12 +1,14 @@
 """Batches of labelled recordings from any TFDS dataset, and networks for them.
 
-import diffstride.examples.audio
+A gin file uses them so:
 
-train.train.load_data_fn = @audio.load_datasets
-train.train.model_cls = @audio.spectrogram_net
-audio.load_datasets:
-  name = 'spoken_digit'
-  test_filter = '_george_'
+    import diffstride.examples.audio
+
+    train.train.load_data_fn = @audio.load_datasets
+    train.train.model_cls = @audio.spectrogram_net
+    audio.load_datasets:
+      name = 'spoken_digit'
+      test_filter = '_george_'
 """
 
 import ast
@@ -14,6 +16,7 @@ import operator
 import os
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import gin
 import keras
@@ -26,20 +29,20 @@ from diffstride import resnet
 from diffstride.examples import data, sources
 from diffstride.pooling import DiffStride, DiffStride1D
 from diffstride.validation import (
+    integer,
     is_finite,
-    is_integer,
     one_of,
     require,
     standardize_strides,
 )
 
-# What is quieter than the loudest part of a recording by more is cut off.
+# Lower levels, relative to the loudest part of a recording, are raised to this.
 DYNAMIC_RANGE = 60.0  # dB
 
 AUTOTUNE = tf.data.AUTOTUNE
 
 
-@gin.configurable(module='audio', denylist=['seed'])  # It is train.seed.
+@gin.configurable(module='audio', denylist=['seed'])  # train.seed sets it.
 def load_datasets(
     name: str = 'spoken_digit',
     data_dir: str | os.PathLike | None = None,
@@ -66,48 +69,41 @@ def load_datasets(
     are standardized by the mean and deviation of the training set.
 
     Args:
-        name: a TFDS dataset with audio and a class label.
-        data_dir: where TFDS keeps its datasets; None for its default.
-        batch_size: the number of examples in a batch.
+        name: A TFDS dataset with audio and a class label.
+        data_dir: Where TFDS keeps its datasets; None for its default.
+        batch_size: The number of examples in a batch.
         features: 'log_mel' for spectrograms of Keras's MelSpectrogram, in
             decibels below the maximum of the recording and down to -60, with
             windows of four steps between frames:
             [num_mel_bins, num_frames, 1]. 'waveform' for the samples
             themselves: [duration * sample rate, 1].
-        duration: what is kept of each recording, in seconds.
-        num_mel_bins: the number of frequencies of a spectrogram.
-        num_frames: the number of points in time of a spectrogram.
-        time_shift: training examples are shifted in time by at most this, in
-            seconds, at random; 0 turns it off.
-        train_split: the split to train on, see `data.load_datasets`.
-        validation_split: see `data.load_datasets`.
-        test_split: see `data.load_datasets`; of no effect with `test_filter`.
-        test_filter: a regular expression. The recordings of the training
+        duration: The length that is kept of each recording, in seconds.
+        num_mel_bins: The number of frequencies of a spectrogram.
+        num_frames: The number of points in time of a spectrogram.
+        time_shift: The largest shift in time of a training example, in
+            seconds, which is random; 0 turns it off.
+        train_split: The split to train on, see `data.load_datasets`.
+        validation_split: See `data.load_datasets`.
+        test_split: See `data.load_datasets`. `test_filter` takes its place.
+        test_filter: A regular expression. The recordings of the training
             split for which it is found in a text feature, such as the name of
             the file, are the test set, and in no other set. Thus one can test
             on a speaker who was not trained on. None to use `test_split`.
-        filter_feature: the name of the text feature; None if there is one.
-        class_weights: see `data.load_datasets`.
-        seed: the seed of all random draws.
+        filter_feature: The name of the text feature; None if there is one.
+        class_weights: See `data.load_datasets`.
+        seed: The seed of all random draws.
 
     Returns:
         The `data.Datasets`. Its `image_shape` is the shape of the features.
 
     Raises:
-        ValueError: an argument is wrong, or the dataset does not fit.
+        ValueError: If an argument is wrong, or if the dataset does not fit.
     """
     require(isinstance(name, str) and name, '`name` must be a name', name=name)
     data.check_batches(batch_size, seed, class_weights)
     one_of('features', features, ('log_mel', 'waveform'))
-    for argument, value, least in (
-        ('num_mel_bins', num_mel_bins, 1),
-        ('num_frames', num_frames, 2),
-    ):
-        require(
-            is_integer(value, least),
-            f'`{argument}` must be an integer, at least {least}',
-            **{argument: value},
-        )
+    integer('num_mel_bins', num_mel_bins, least=1)
+    integer('num_frames', num_frames, least=2)
     require(
         is_finite(duration, above=0),
         '`duration` must be a number of seconds, above 0',
@@ -185,8 +181,8 @@ def shift(inputs: tf.Tensor, key: tf.Tensor, most: int) -> tf.Tensor:
 
     Args:
         inputs: [batch, ..., time, channels], the batch size static.
-        key: the seed of the stateless draws, [2].
-        most: the largest shift.
+        key: The seed of the stateless draws, [2].
+        most: The largest shift.
 
     Returns:
         Shifted inputs, shaped as they are.
@@ -205,18 +201,20 @@ class ResidualConv(keras.layers.Layer):
 
     Args:
         rank: 1 or 2, the number of spatial axes.
-        kernel_size: the size of the kernel along each axis.
+        kernel_size: The size of the kernel along each axis.
         data_format: 'channels_first' or 'channels_last'.
-        **kwargs: the arguments of `keras.layers.Layer`.
+        **kwargs: Arguments of `keras.layers.Layer`.
     """
 
-    def __init__(self, rank: int, kernel_size: int, data_format: str, **kwargs):
+    def __init__(
+        self, rank: int, kernel_size: int, data_format: str, **kwargs: Any
+    ):
         super().__init__(**kwargs)
         self.rank = rank
         self.kernel_size = kernel_size
         self.data_format = data_format
 
-    def build(self, input_shape):
+    def build(self, input_shape: Sequence) -> None:
         axis = 1 if self.data_format == 'channels_first' else -1
         self.conv = _conv(
             self.rank,
@@ -232,13 +230,13 @@ class ResidualConv(keras.layers.Layer):
         self.conv.build(input_shape)
         self.norm.build(input_shape)
 
-    def call(self, inputs):
+    def call(self, inputs: Any) -> Any:
         return inputs + ops.relu(self.norm(self.conv(inputs)))
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Sequence) -> Sequence:
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             'rank': self.rank,
@@ -255,21 +253,21 @@ def spectrogram_net(
     pooling_cls: Callable | None = DiffStride,
     filters: Sequence[int] = (8, 16, 32),
 ) -> keras.Sequential:
-    """A small network for spectrograms, of stages that each downsample.
+    """Returns a small network for spectrograms, whose stages downsample.
 
     A stage is a 3 x 3 convolution, batch normalization, relu, the pooling and
     a `ResidualConv`. Global average pooling and a softmax follow the last.
 
     Args:
-        num_output_classes: the number of outputs.
-        channels_first: whether the network computes in channels_first; its
+        num_output_classes: The number of outputs.
+        channels_first: Whether the network computes in channels_first; its
             input is channels_last all the same. None for
             `keras.config.image_data_format()`.
-        strides: the strides of each stage, each a number or one for frequency
+        strides: The strides of each stage, each a number or one for frequency
             and one for time, in a list or a string: '(2, 1), (2, 2), 2'.
-        pooling_cls: what downsamples, see `resnet.ResidualLayer`; None for
-            strided convolutions.
-        filters: the number of filters of each stage.
+        pooling_cls: The class of pooling layers, see `resnet.ResidualLayer`;
+            None for strided convolutions.
+        filters: The number of filters of each stage.
 
     Returns:
         A model, built at its first call: [batch, frequency, time, channels] ->
@@ -294,9 +292,9 @@ def waveform_net(
     pooling_cls: Callable | None = DiffStride1D,
     filters: Sequence[int] = (8, 16, 32),
 ) -> keras.Sequential:
-    """A small network for waveforms: `spectrogram_net` with one axis.
+    """Returns a small network for waveforms, a `spectrogram_net` of one axis.
 
-    Its kernels have a size of 9. [batch, time, channels] ->
+    Its kernels have a size of 9. It maps [batch, time, channels] to
     [batch, num_output_classes].
     """
     return _net(
@@ -338,24 +336,17 @@ def _net(
             conv_strides, pool = resnet._downsampling(
                 stride, pooling_cls, channels_first
             )
+        if pool is not None:
+            conv_strides = 1
         layers += [
-            _conv(
-                rank,
-                width,
-                kernel_size,
-                conv_strides if pool is None else 1,
-                data_format,
-            ),
+            _conv(rank, width, kernel_size, conv_strides, data_format),
             keras.layers.BatchNormalization(axis=axis),
             keras.layers.ReLU(),
-            *([] if pool is None else [pool]),
-            ResidualConv(rank, kernel_size, data_format),
         ]
-    average = (
-        keras.layers.GlobalAveragePooling1D
-        if rank == 1
-        else keras.layers.GlobalAveragePooling2D
-    )
+        if pool is not None:
+            layers.append(pool)
+        layers.append(ResidualConv(rank, kernel_size, data_format))
+    average = getattr(keras.layers, f'GlobalAveragePooling{rank}D')
     layers += [
         average(data_format=data_format),
         keras.layers.Dense(
@@ -380,7 +371,7 @@ def _conv(rank, filters, kernel_size, strides, data_format, **kwargs):
 
 
 def _log_mel(rate, samples, num_mel_bins, num_frames):
-    """A function from [batch, samples] to [batch, bins, frames, 1]."""
+    """Returns a function from [batch, samples] to [batch, bins, frames, 1]."""
     step = samples // (num_frames - 1)
     require(
         step >= 1,
@@ -407,7 +398,7 @@ def _log_mel(rate, samples, num_mel_bins, num_frames):
 
 
 def _read(builder, pieces, text_key, samples, extract):
-    """The (features, labels, texts) of a split, in arrays."""
+    """Returns the features, labels and texts of a split."""
     audio_key, label_key = _audio_keys(builder)
 
     def cut(example):

@@ -1,10 +1,10 @@
-"""The files of a run: each is whole under its name, or absent.
+"""The files of a run, each of which is whole or absent.
 
 workdir/
-  checkpoints/epoch_0007/   the two last epochs:
-    model.keras               what is evaluated and exported
-    training.keras            what is trained on, if weights are averaged
-    state.json                history and the state of callbacks
+  checkpoints/epoch_0007/   the last two epochs:
+    model.keras               the model to evaluate and export
+    training.keras            the model to train on, if weights are averaged
+    state.json                the history and the state of callbacks
   best.keras                the best epoch on validation data
   config.gin                all settings that were in effect
   data.json                 class names, image shape, mean and scale
@@ -24,10 +24,13 @@ import pathlib
 import re
 import shutil
 import zipfile
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import filelock
 import keras
 import numpy as np
+from absl import logging
 
 
 class Stop(Exception):
@@ -36,14 +39,14 @@ class Stop(Exception):
 
 @dataclasses.dataclass
 class State:
-    """How far a training is.
+    """The progress of a training.
 
     Attributes:
-        history: one dict per epoch.
-        callbacks: for each callback, the name of its class and the values
-            that it remembers.
-        ended: whether a callback has ended the training early.
-        settings: the text of the settings under which the last epoch ran.
+        history: One dict per epoch.
+        callbacks: For each callback, the name of its class and the values that
+            it remembers.
+        ended: Whether a callback has ended the training early.
+        settings: The text of the settings under which the last epoch ran.
     """
 
     history: list[dict] = dataclasses.field(default_factory=list)
@@ -54,16 +57,16 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A trained model and what is needed to use it.
+    """A trained model, and the values that its use needs.
 
     Attributes:
-        model: the model of the best epoch, or of the last one.
-        class_names: one string per class.
+        model: The model of the best epoch, or of the last one.
+        class_names: One string per class.
         image_shape: (height, width, channels).
-        mean: what is subtracted from the pixels, [channels] or [].
-        scale: what they are divided by then, [channels] or [].
-        settings: the text of config.gin, which gin parses on its own.
-        history: one dict per epoch.
+        mean: The value that is subtracted from the pixels, [channels] or [].
+        scale: The value that they are then divided by, [channels] or [].
+        settings: The text of config.gin, which gin parses on its own.
+        history: One dict per epoch.
     """
 
     model: keras.Model
@@ -76,10 +79,10 @@ class Run:
 
 
 def load_run(workdir: str | os.PathLike) -> Run:
-    """Loads what a training has left in its workdir.
+    """Loads the result of a training from its workdir.
 
     Raises:
-        ValueError: if the folder holds no trained model.
+        ValueError: If the folder holds no trained model.
     """
     workdir = pathlib.Path(workdir).expanduser()
     data = read(workdir / 'data.json')
@@ -117,13 +120,13 @@ def _epoch(folder):
 
 
 @contextlib.contextmanager
-def locked(workdir: pathlib.Path):
+def locked(workdir: pathlib.Path) -> Iterator[None]:
     """Makes the folder and keeps other processes from training in it.
 
     The lock ends with the process, however it ends.
 
     Raises:
-        Stop: if another process has the lock, or the folder cannot be made.
+        Stop: If another process has the lock, or the folder cannot be made.
     """
     lock = filelock.FileLock(workdir / 'lock', timeout=0)
     try:
@@ -156,11 +159,11 @@ def is_locked(workdir: pathlib.Path) -> bool:
 
 
 @contextlib.contextmanager
-def unfinished(path: pathlib.Path):
-    """Yields a path for a file or folder that becomes this one at the end.
+def unfinished(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields another path, for a file or folder that is renamed at the end.
 
     Raises:
-        Stop: if it cannot be written.
+        Stop: If it cannot be written.
     """
     temporary = path.with_name(f'unfinished_{path.name}')
     try:
@@ -189,7 +192,7 @@ def _remove(path):
         path.unlink(missing_ok=True)
 
 
-def write(path: pathlib.Path, content) -> None:
+def write(path: pathlib.Path, content: Any) -> None:
     """Writes text, or any other content as JSON. NaN becomes null."""
     if not isinstance(content, str):
         content = json.dumps(_plain(content), indent=1, allow_nan=False)
@@ -197,12 +200,28 @@ def write(path: pathlib.Path, content) -> None:
         temporary.write_text(content)
 
 
-def read(path: pathlib.Path):
+def read(path: pathlib.Path) -> Any:
     """Returns the content of a file of JSON, or None if it is not whole."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return None
+
+
+def write_figure(
+    path: pathlib.Path, plot: Callable[..., Any], *args: Any
+) -> None:
+    """Writes the figure that a function of `plots` returns for its arguments.
+
+    Without matplotlib it only logs a warning.
+    """
+    try:
+        figure = plot(*args)
+    except ImportError:
+        logging.warning(f'No {path.name}: pip install diffstride[plot]')
+        return
+    with unfinished(path) as temporary:
+        figure.savefig(temporary, dpi=120)
 
 
 def _plain(value):
@@ -221,7 +240,7 @@ def save(
     model: keras.Model,
     workdir: pathlib.Path,
     state: State,
-    averaged=None,
+    averaged: contextlib.AbstractContextManager | None = None,
 ) -> None:
     """Writes the checkpoint of an epoch.
 
@@ -284,26 +303,27 @@ def restore(
 ) -> State:
     """Loads the last whole checkpoint of a workdir, if it holds any.
 
-    A damaged one is renamed if the one before it is whole, else left alone.
+    A damaged checkpoint is renamed if the one before it is whole, and left
+    alone otherwise.
 
     Args:
         model: A compiled model; its weights and its optimizer's are loaded.
         workdir: Path of the folder.
-        steps_per_epoch: Batches of an epoch, which must be those of before.
+        steps_per_epoch: Number of batches in an epoch, which must not change.
 
     Raises:
-        Stop: if there are checkpoints and none can be continued.
+        Stop: If there are checkpoints and none can be continued.
     """
     folders = epoch_folders(workdir)
     if not folders:
         return State()
     model.optimizer.build(model.trainable_variables)
-    errors = []
+    errors: list[Exception] = []
     for folder in folders:
         try:
             state = _load(model, folder)
             break
-        except Exception as error:  # Keras raises many kinds.
+        except Exception as error:  # Keras raises errors of many kinds.
             errors.append(error)
     else:
         raise Stop(
@@ -318,7 +338,7 @@ def restore(
             f'{steps_per_epoch}: set the batch size and train.steps_per_epoch '
             'as before, or another train.workdir'
         )
-    for damaged, error in zip(folders, errors):
+    for damaged, reason in zip(folders, errors):
         names = (
             damaged.with_name(f'damaged_{i}_{damaged.name}')
             for i in itertools.count(1)
@@ -326,7 +346,7 @@ def restore(
         name = next(name for name in names if not name.exists())
         os.replace(damaged, name)
         print(
-            f'{damaged} is damaged ({first_line(error)}): it is kept as '
+            f'{damaged} is damaged ({first_line(reason)}): it is kept as '
             f'{name.name}, and {folder.name} is continued instead',
             flush=True,
         )
@@ -375,10 +395,10 @@ def load_weights(model: keras.Model, path: pathlib.Path) -> None:
             variable.assign(values[variable.name].pop(0))
 
 
-def first_line(error: BaseException) -> str:
-    """Returns the first line of a message; gin and Keras add more."""
-    text = re.sub(r'\x1b\[\d*m', '', str(error))  # Colours.
+def first_line(error: BaseException | str) -> str:
+    """Returns the first line of a message, to which gin and Keras add more."""
+    text = re.sub(r'\x1b\[\d*m', '', str(error))  # This removes colors.
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     while lines[1:] and lines[0].startswith('Exception encountered when'):
-        del lines[0]  # Keras says first where it was, and then the cause.
+        del lines[0]  # Keras says where it happened before the cause.
     return lines[0] if lines else type(error).__name__

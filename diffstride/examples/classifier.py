@@ -105,15 +105,18 @@ def loaded_run() -> checkpoints.Run:
     return checkpoints.load_run(pathlib.Path(_WORKDIR.value))
 
 
-def output_folder(default: str | None = None) -> pathlib.Path | None:
+def has_output() -> bool:
+    """Tells whether the flag --output is set."""
+    return bool(_OUTPUT.value)
+
+
+def output_folder(default: str) -> pathlib.Path:
     """Returns the folder to write to, which exists from now on.
 
     Args:
         default: The name of the folder within the workdir that is used if the
-            flag --output is not set; None for no folder then.
+            flag --output is not set.
     """
-    if not _OUTPUT.value and default is None:
-        return None
     folder = pathlib.Path(_OUTPUT.value or f'{_WORKDIR.value}/{default}')
     folder.mkdir(parents=True, exist_ok=True)
     return folder

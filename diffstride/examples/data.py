@@ -20,43 +20,49 @@ import numpy as np
 import tensorflow as tf
 
 from diffstride.examples import folders, sources
-from diffstride.validation import is_finite, is_integer, one_of, require
+from diffstride.validation import (
+    finite,
+    integer,
+    is_integer,
+    one_of,
+    require,
+)
 
 # A split whose pixels take less is kept decoded in memory.
 CACHE_BYTES = 2**30
-# Enough for a mean and a standard deviation to within a level of 255.
+# These give a mean and a standard deviation to within a level of 255.
 STATISTICS_EXAMPLES = 10_000
 AUTOTUNE = tf.data.AUTOTUNE
 
 
 @dataclasses.dataclass(frozen=True)
 class Datasets:
-    """Batches of each split, and what a model must know about them.
+    """Batches of each split, and the properties that a model must know.
 
     A batch is (inputs, labels): float32 [batch, height, width, channels] and
     one-hot float32 [batch, num_classes].
 
     Attributes:
-        train: a function `train(initial_epoch=0)` that returns an endless
+        train: A function `train(initial_epoch=0)` that returns an endless
             tf.data.Dataset: the training batches from that epoch on.
-        validation: the tf.data.Dataset of the examples to choose a checkpoint
+        validation: The tf.data.Dataset of the examples to choose a checkpoint
             or settings by, in order; None if there are none.
-        test: the tf.data.Dataset of all test examples, in order. Its last
+        test: The tf.data.Dataset of all test examples, in order. Its last
             batch may be smaller. It is meant to be used once, at the end.
-        steps_per_epoch: the number of training batches in an epoch. The
+        steps_per_epoch: The number of training batches in an epoch. The
             examples that do not fill a batch are left out, others each time.
-        num_classes: the number of classes.
-        image_shape: the shape of one input, (height, width, channels).
-        class_names: one string per class.
-        train_examples: the number of training examples.
-        validation_examples: the number of validation examples.
-        test_examples: the number of test examples.
-        mean: what is subtracted from each channel, floats [channels], and
-        scale: what is then divided by, floats [channels]. Pixels have the
-            range 0..255; 16-bit values are divided by 257.
-        class_weights: the weight of each class in the loss, or None.
-        summary: lines for people: what was read, and what looks like a
-            mistake in it.
+        num_classes: The number of classes.
+        image_shape: The shape of one input, (height, width, channels).
+        class_names: One string per class.
+        train_examples: The number of training examples.
+        validation_examples: The number of validation examples.
+        test_examples: The number of test examples.
+        mean: The value that is subtracted from each channel, [channels].
+            Pixels have the range 0..255; 16-bit values are divided by 257.
+        scale: The value that each channel is then divided by, [channels].
+        class_weights: The weight of each class in the loss, or None.
+        summary: Lines for people, which say what was read and what may be a
+            mistake.
     """
 
     train: Callable[..., tf.data.Dataset]
@@ -75,7 +81,7 @@ class Datasets:
     summary: str
 
 
-@gin.configurable(module='data', denylist=['seed'])  # It is train.seed.
+@gin.configurable(module='data', denylist=['seed'])  # train.seed sets it.
 def load_datasets(
     name: str = 'cifar10',
     data_dir: str | os.PathLike | None = None,
@@ -99,18 +105,18 @@ def load_datasets(
     A folder is sliced in the same way.
 
     Args:
-        name: a TFDS dataset with an image and a class label, downloaded and
+        name: A TFDS dataset with an image and a class label, downloaded and
             prepared if need be; 'gratings'; or a folder of images, one folder
             per class in each split (name/train/cat/1.png) or without splits
             (name/cat/1.png), see `folders.read_folder`.
-        data_dir: where TFDS keeps its datasets; None for its default.
-        batch_size: the number of examples in a batch.
-        mixup_alpha: the alpha of `mixup`; 0 turns it off.
-        flip: whether to mirror half of the training images, at random. This
+        data_dir: Where TFDS keeps its datasets; None for its default.
+        batch_size: The number of examples in a batch.
+        mixup_alpha: The alpha of `mixup`; 0 turns it off.
+        flip: Whether to mirror half of the training images, at random. This
             helps with photographs and harms where left and right differ, as
             in digits, letters and signs.
-        crop_padding: pixels that `augment` shifts training images by, at
-            most; 0 turns it off.
+        crop_padding: The largest shift of training images by `augment`, in
+            pixels; 0 turns it off.
         normalization: 'dataset' subtracts the mean of each channel and
             divides by its standard deviation, both measured on the first
             10,000 training images; 'unit' divides by 255; None keeps 0..255.
@@ -120,27 +126,27 @@ def load_datasets(
             aspect ratio; None if they all have the same size.
         channels: 1 for grey images and 3 for colors; None for 1 if all images
             are grey and 3 otherwise.
-        train_split: the split to train on.
-        validation_split: the split to choose a checkpoint by; or a number,
+        train_split: The split to train on.
+        validation_split: The split to choose a checkpoint by; or a number,
             the share of the training split that is held out for it, at its
             end; or None to hold out nothing and train on everything. 'auto'
             is the split called 'validation', 'valid', 'val' or 'dev', if
             there is one that is not the test split, and otherwise 0.1.
-        test_split: the split to test on; or a number, the share of the
+        test_split: The split to test on; or a number, the share of the
             training split that is held out for it, at its end.
         class_weights: 'balanced' for weights in the loss that are inversely
             proportional to the number of training examples of a class, with a
             mean of 1 over the examples; None for none.
-        seed: the seed of all random draws.
-        cache: whether to keep the decoded images in memory; 'auto' does so
+        seed: The seed of all random draws.
+        cache: Whether to keep the decoded images in memory; 'auto' does so
             for a split below 1 GiB.
 
     Returns:
         The `Datasets`.
 
     Raises:
-        ValueError: an argument is wrong; or the dataset is unknown, cannot
-            be prepared, or has no such split, no image or no class label.
+        ValueError: If an argument is wrong; or if the dataset is unknown,
+            cannot be prepared, or has no such split, image or class label.
     """
     require(
         isinstance(name, str) and name,
@@ -155,17 +161,9 @@ def load_datasets(
         data_dir=data_dir,
     )
     check_batches(batch_size, seed, class_weights)
-    require(
-        is_finite(mixup_alpha, least=0),
-        '`mixup_alpha` must be a finite number, at least 0',
-        mixup_alpha=mixup_alpha,
-    )
+    finite('mixup_alpha', mixup_alpha, least=0)
     require(isinstance(flip, bool), '`flip` must be True or False', flip=flip)
-    require(
-        is_integer(crop_padding, least=0),
-        '`crop_padding` must be an integer, at least 0',
-        crop_padding=crop_padding,
-    )
+    integer('crop_padding', crop_padding, least=0)
     one_of('normalization', normalization, ('dataset', 'unit', None))
     require(
         image_size is None
@@ -257,17 +255,17 @@ def make_datasets(
     """Makes batches of examples.
 
     Args:
-        name: what the dataset is called.
-        splits: the examples of 'train', 'test' and possibly 'validation'.
-        class_names: the names of the classes.
-        mean: see `Datasets`, [channels].
-        scale: see `Datasets`, [channels].
-        prepare: a function of a training batch (inputs, labels) and a key, a
+        name: The name of the dataset.
+        splits: The examples of 'train', 'test' and possibly 'validation'.
+        class_names: The names of the classes.
+        mean: See `Datasets`, [channels].
+        scale: See `Datasets`, [channels].
+        prepare: A function of a training batch (inputs, labels) and a key, a
             seed [2], that augments and returns it.
-        batch_size: the number of examples in a batch.
-        seed: the seed of all random draws.
-        class_weights: see `load_datasets`.
-        notes: further lines of the summary.
+        batch_size: The number of examples in a batch.
+        seed: The seed of all random draws.
+        class_weights: See `load_datasets`.
+        notes: Further lines of the summary.
 
     Returns:
         The `Datasets`.
@@ -339,7 +337,9 @@ def make_datasets(
     )
 
 
-def augment(images, key, flip, crop_padding):
+def augment(
+    images: tf.Tensor, key: tf.Tensor, flip: bool, crop_padding: int
+) -> tf.Tensor:
     """Mirrors and shifts each image of a batch at random.
 
     An image is padded with zeros by `crop_padding` pixels on each side and
@@ -347,9 +347,9 @@ def augment(images, key, flip, crop_padding):
 
     Args:
         images: [batch, height, width, channels], the batch size static.
-        key: the seed of the stateless draws, [2].
-        flip: whether to mirror each image with probability 1/2.
-        crop_padding: the largest shift, in pixels.
+        key: The seed of the stateless draws, [2].
+        flip: Whether to mirror each image with probability 1/2.
+        crop_padding: The largest shift, in pixels.
 
     Returns:
         Images, [batch, height, width, channels].
@@ -375,7 +375,9 @@ def augment(images, key, flip, crop_padding):
     return images
 
 
-def mixup(images, labels, key, alpha):
+def mixup(
+    images: tf.Tensor, labels: tf.Tensor, key: tf.Tensor, alpha: float
+) -> tuple[tf.Tensor, tf.Tensor]:
     """Mixes each example with another of its batch.
 
         x = lambda x_i + (1 - lambda) x_j,  lambda ~ Beta(alpha, alpha)
@@ -386,9 +388,9 @@ def mixup(images, labels, key, alpha):
 
     Args:
         images: [batch, height, width, channels], the batch size static.
-        labels: one-hot or soft, [batch, num_classes].
-        key: the seed of the stateless draws, [2].
-        alpha: the parameter of the Beta distribution, > 0. Small values
+        labels: One-hot or soft, [batch, num_classes].
+        key: The seed of the stateless draws, [2].
+        alpha: The parameter of the Beta distribution, > 0. Small values
             leave most images nearly as they are; 1 is uniform.
 
     Returns:
@@ -433,9 +435,9 @@ class ExamplesInMemory:
     """The examples of a split, held in memory.
 
     Attributes:
-        count: how many there are.
-        ordered: a tf.data.Dataset of (input, label), always in this order.
-        labels: integers [count].
+        count: The number of examples.
+        ordered: A tf.data.Dataset of (input, label), always in one order.
+        labels: Integers [count].
     """
 
     def __init__(self, inputs: np.ndarray, labels: np.ndarray):
@@ -451,8 +453,8 @@ class ExamplesInMemory:
         Call it inside the function of a tf.data.Dataset.
 
         Args:
-            batch_size: the number of examples in a batch.
-            key: the seed of the stateless draws, [2].
+            batch_size: The number of examples in a batch.
+            key: The seed of the stateless draws, [2].
         """
         steps = self.count // batch_size
         order = tf.random.experimental.stateless_shuffle(
@@ -469,12 +471,13 @@ class ExamplesOnDisk:
     """The examples of a split, read and decoded whenever they are used.
 
     Args:
-        source: a source of images.
-        pieces: the pieces of the split.
-        read: a function of (record, label) that returns (image, label).
-        with_labels: whether `labels` are needed even if they must be read.
+        source: A source of images.
+        pieces: The pieces of the split.
+        read: A function of (record, label) that returns (image, label).
+        with_labels: Whether `labels` are needed even if they must be read.
 
-    Attributes and methods: see `ExamplesInMemory`; `labels` may be None.
+    It has the attributes and methods of `ExamplesInMemory`, but `labels` may be
+    None.
     """
 
     def __init__(
@@ -493,7 +496,7 @@ class ExamplesOnDisk:
         self._buffer = source.buffer or self.count
         self.ordered = self._records.map(read, AUTOTUNE)
 
-    def shuffled(self, batch_size, key):
+    def shuffled(self, batch_size: int, key: tf.Tensor) -> tf.data.Dataset:
         # Dataset.shuffle also depends on the global seed. Here, in the graph
         # of a function, this sets the seed of that graph alone.
         tf.random.set_seed(1)
@@ -508,9 +511,9 @@ class ExamplesOnDisk:
 
 
 def _load(source, pieces, read, cache, with_labels):
-    """The examples of a split, in memory or on disk."""
+    """Returns the examples of a split, in memory or on disk."""
     examples = ExamplesOnDisk(source, pieces, read, with_labels)
-    # TFDS marks so every example of a split that has no labels.
+    # TFDS gives the label -1 to all examples of a split without labels.
     if any(label < 0 for _, label in examples.ordered.take(1)):
         raise ValueError(f'the split {pieces[0][0]!r} has no labels')
     image, _ = examples.ordered.element_spec
@@ -535,11 +538,11 @@ def _load(source, pieces, read, cache, with_labels):
     return ExamplesInMemory(images, examples.labels)
 
 
-def statistics(examples) -> np.ndarray:
+def statistics(examples: 'ExamplesInMemory | ExamplesOnDisk') -> np.ndarray:
     """Returns the mean and the standard deviation of each channel.
 
-    They are those of the first 10,000 examples; of a channel that is constant
-    the deviation is given as 1.
+    They are those of the first 10,000 examples. A constant channel gets a
+    deviation of 1.
 
     Returns:
         float32 [2, channels].
@@ -560,7 +563,7 @@ def statistics(examples) -> np.ndarray:
 
 
 def _summary(name, splits, class_names, shape, notes):
-    """What was read, and what looks like a mistake in it."""
+    """Returns lines that say what was read and what may be a mistake."""
     lines, described = [], []
     for split in 'train', 'validation', 'test':
         if split not in splits:
@@ -584,13 +587,11 @@ def _summary(name, splits, class_names, shape, notes):
     return '\n'.join([first, *lines, *notes])
 
 
-def check_batches(batch_size: int, seed: int, class_weights: str | None):
-    """Checks arguments that all loaders of datasets have."""
-    require(
-        is_integer(batch_size, least=1),
-        '`batch_size` must be an integer, at least 1',
-        batch_size=batch_size,
-    )
+def check_batches(
+    batch_size: int, seed: int, class_weights: str | None
+) -> None:
+    """Checks the arguments that all loaders of datasets have."""
+    integer('batch_size', batch_size, least=1)
     require(
         is_integer(seed, least=0) and seed < 2**63,
         '`seed` must be an integer in [0, 2**63)',

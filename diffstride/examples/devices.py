@@ -1,4 +1,4 @@
-"""Where a training runs: the layout of images, one device or several."""
+"""The devices of a training, and the layout of images on them."""
 
 import contextlib
 
@@ -12,8 +12,8 @@ def is_channels_first(data_format: str) -> bool:
     """Returns whether a model computes in channels_first.
 
     Args:
-        data_format: 'channels_first', 'channels_last' or 'auto':
-            channels_first on a GPU, but on JAX, where XLA chooses layouts.
+        data_format: 'channels_first', 'channels_last' or 'auto', which means
+            channels_first on a GPU, except on JAX, where XLA chooses layouts.
     """
     one_of(
         'data_format', data_format, ('auto', 'channels_first', 'channels_last')
@@ -48,7 +48,7 @@ def scope(distribution: str) -> contextlib.AbstractContextManager:
     if distribution == 'auto' and len(_gpus()) > 1:
         distribution = several
     if distribution == 'data_parallel':
-        # All of Keras's own devices; it shards each batch over them.
+        # Keras shards each batch over all of its devices.
         keras.distribution.set_distribution(keras.distribution.DataParallel())
     if distribution == 'mirrored':
         cpus = tf.config.list_logical_devices('CPU')

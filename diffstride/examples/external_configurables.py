@@ -1,9 +1,9 @@
-"""Registers with gin all that a configuration may name.
+"""Registers with gin the classes and functions that a configuration may name.
 
-Beside the project's own functions these are Keras's layers, callbacks,
-optimizers, schedules and losses, as `keras.optimizers.SGD` (or, as in 2022,
-`tf.keras.optimizers.SGD`). One's own are registered in a module of one's own,
-which a gin file or a binding then imports:
+They are those of the project, and Keras's layers, callbacks, optimizers,
+schedules and losses, with names such as `keras.optimizers.SGD` (or, as in 2022,
+`tf.keras.optimizers.SGD`). Register your own in a module that a gin file or a
+binding then imports:
 
     import gin, keras
 
@@ -33,6 +33,6 @@ for _module, _base in (
     (keras.losses, keras.losses.Loss),
 ):
     _classes = filter(inspect.isclass, vars(_module).values())
-    for _cls in dict.fromkeys(_classes):  # Some have two names.
+    for _cls in dict.fromkeys(_classes):  # Some classes have two names.
         if issubclass(_cls, _base):
             gin.register(_cls, module=f'tf.{_module.__name__}')

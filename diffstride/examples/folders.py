@@ -1,10 +1,10 @@
-"""Folders of labelled images: which files are read, and how.
+"""Reading of folders of labelled images.
 
     name/train/cat/1.png        name/cat/1.png
     name/test/dog/2.jpg         name/dog/2.jpg
 
-The folder of a class may hold further folders. All that a file manager shows
-is read, or else named in `ImageFolder.notes`. Nothing is ever written there.
+The folder of a class may hold further folders. All visible files are read, or
+counted in `ImageFolder.notes`. Nothing is written to the folder.
 """
 
 import collections
@@ -28,20 +28,19 @@ try:
 except ImportError:
     _HAS_PILLOW = False
 
-# The first two bytes of the formats that TensorFlow decodes; Pillow decodes
-# the others. TensorFlow learned to read WebP later.
+# These are the first two bytes of the formats that TensorFlow decodes; Pillow
+# decodes the others. Old versions of TensorFlow do not decode WebP.
 _MAGIC = [b'\x89P', b'\xff\xd8', b'GI', b'BM']
 _PILLOW_SUFFIXES = {'.pbm', '.pgm', '.pnm', '.ppm', '.tif', '.tiff', '.webp'}
 if hasattr(tf.io, 'decode_webp'):
     _MAGIC.append(b'RI')
     _PILLOW_SUFFIXES.remove('.webp')
-SUFFIXES = {
-    *('.bmp', '.gif', '.jfif', '.jpe', '.jpeg', '.jpg', '.png', '.webp'),
-    *_PILLOW_SUFFIXES,
-}
+SUFFIXES = _PILLOW_SUFFIXES | set(
+    '.bmp .gif .jfif .jpe .jpeg .jpg .png .webp'.split()
+)
 _SYSTEM_FOLDERS = {'__MACOSX', '$RECYCLE.BIN', '@eaDir', 'lost+found'}
 
-# What takes less than seconds to compute is not stored.
+# Results for fewer examples take less than seconds, and are not stored.
 CACHED_EXAMPLES = 1_000
 
 AUTOTUNE = tf.data.AUTOTUNE
@@ -56,11 +55,11 @@ class ImageFolder:
     'train[:80%]' holds about 80% of each class.
 
     Attributes:
-        root: the path of the folder.
-        class_names: the names of the classes, in alphabetical order.
-        splits: maps the name of each split to (paths, labels): strings [n]
+        root: The path of the folder.
+        class_names: The names of the classes, in alphabetical order.
+        splits: Maps the name of each split to (paths, labels): strings [n]
             and integers [n].
-        notes: sentences about what was skipped or looks like a mistake.
+        notes: Sentences about what was skipped or looks like a mistake.
     """
 
     root: str
@@ -73,16 +72,16 @@ def read_folder(root: str, train_split: str = 'train') -> ImageFolder:
     """Lists the images of a folder.
 
     Args:
-        root: the path of a folder. It has splits if one of its folders is
+        root: The path of a folder. It has splits if one of its folders is
             called `train_split`, or if none of them holds images itself;
             otherwise its folders are the classes of a split 'train'.
-        train_split: the name of the training split.
+        train_split: The name of the training split.
 
     Returns:
         The `ImageFolder`.
 
     Raises:
-        ValueError: there is no such folder.
+        ValueError: If there is no such folder.
     """
     require(os.path.isdir(root), '`name` must be an existing folder', name=root)
     skipped: collections.Counter[str] = collections.Counter()
@@ -126,10 +125,10 @@ def read_folder(root: str, train_split: str = 'train') -> ImageFolder:
 def decode_image(
     contents: tf.Tensor, channels: int, dtype: tf.DType = tf.uint8
 ) -> tf.Tensor:
-    """Decodes the contents of an image file; of an animation the first image.
+    """Decodes an image file, or the first image of an animation.
 
     Args:
-        contents: the bytes of the file, a string [].
+        contents: The bytes of the file, a string [].
         channels: 1 or 3. Colors become grey and grey becomes RGB as needed;
             an alpha channel is dropped. 0 keeps what the file has.
         dtype: tf.uint8, or tf.uint16 to keep all 16 bits of files that have
@@ -159,17 +158,17 @@ def decode_image(
 
 
 def measure(paths: Sequence[str]) -> np.ndarray:
-    """Decodes images to find out what they are.
+    """Decodes images to find out their sizes and kinds.
 
     Args:
-        paths: the paths of images, strings [n].
+        paths: The paths of images, strings [n].
 
     Returns:
         The height, width, number of channels and bits (8 or 16) of each
         image, int32 [n, 4].
 
     Raises:
-        ValueError: some cannot be decoded. The message names them.
+        ValueError: If some cannot be decoded. The message names them.
     """
 
     def kind(index, path):
@@ -198,16 +197,16 @@ def measure(paths: Sequence[str]) -> np.ndarray:
 def cached(
     key: str, files: Iterable[str], count: int, make: Callable[[], np.ndarray]
 ) -> np.ndarray:
-    """Returns what `make` returns, which is kept for the next start.
+    """Returns the array that `make` returns, and keeps it for the next start.
 
     It is kept in $XDG_CACHE_HOME/diffstride, or ~/.cache/diffstride, until
     the path, the size or the time of one of the files changes.
 
     Args:
-        key: what is computed, and with which parameters.
-        files: the paths of the files that it is computed from.
-        count: the number of examples. For few there is no need to keep it.
-        make: computes an array.
+        key: A text that names the computation and its parameters.
+        files: The paths of the files that it is computed from.
+        count: The number of examples. Results for few examples are not kept.
+        make: A function that computes the array.
     """
     if count < CACHED_EXAMPLES:
         return make()
@@ -248,13 +247,13 @@ def enumeration(names: Sequence[str], most: int = 5) -> str:
 
 
 def _folders(*parts):
-    """The names of the visible folders in a folder, sorted."""
+    """Returns the names of the visible folders in a folder, sorted."""
     with os.scandir(os.path.join(*parts)) as entries:
         return sorted(x.name for x in entries if _is_visible(x) and x.is_dir())
 
 
 def _files(*parts):
-    """The paths of the visible files in a folder, sorted."""
+    """Returns the paths of the visible files in a folder, sorted."""
     with os.scandir(os.path.join(*parts)) as entries:
         return sorted(
             x.path for x in entries if _is_visible(x) and not x.is_dir()
@@ -279,7 +278,7 @@ def _is_image(path):
 
 
 def _images(folder, skipped, parents=()):
-    """The images in a folder and in those within it; counts other files."""
+    """Returns the images in a folder, at any depth; counts other files."""
     parents = (*parents, os.path.realpath(folder))
     files = _files(folder)
     images = [file for file in files if _is_image(file)]
@@ -292,7 +291,7 @@ def _images(folder, skipped, parents=()):
 
 
 def _count_files(files, skipped):
-    """Counts files beside the folders of the classes."""
+    """Counts the files outside of the folders of classes."""
     skipped.update(
         'outside' if _is_image(file) else _suffix(file) for file in files
     )
@@ -322,7 +321,7 @@ def _notes(skipped, empty, names):
 
 
 def _spread(images, names, root):
-    """The (paths, labels) of a split, each class evenly spread over it."""
+    """Returns the paths and labels of a split, classes evenly spread."""
     paths, labels, positions, ranks = [], [], [], []
     for label, name in enumerate(names):
         files = [
@@ -380,7 +379,7 @@ def _decode_with_pillow(contents, dtype):
 
 
 def _open(contents):
-    """An image as Pillow reads it, uint8 or uint16 [height, width, 1 or 3]."""
+    """Reads an image by Pillow, uint8 or uint16 [height, width, 1 or 3]."""
     if not _HAS_PILLOW:
         raise ValueError('no image that TensorFlow decodes')
     with PIL.Image.open(io.BytesIO(contents)) as image:

@@ -43,7 +43,7 @@ def draw(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         shift       U(0, N) pixels
         bend        U(-0.3, 0.3) pixels: stripes are nearly straight
         turn        U(0, 2 pi)
-        noise       normal, standard deviation 0.14, for each pixel
+        noise       normal, standard deviation 0.17, for each pixel
 
     Along the width the stripes need frequencies up to 12 of 16 cycles.
     Along the height an image changes slowly, so that averaging rows removes
@@ -70,7 +70,7 @@ def draw(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         for frequency, phases in zip(FREQUENCIES, PHASES[labels].T)
     )
     image = 0.5 + uniform(0.024, 0.040) * stripes
-    image += rng.normal(0, 0.14, image.shape)
+    image += rng.normal(0, 0.17, image.shape)
     return np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8)[..., None]
 
 

@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import filelock
 import gin
@@ -39,23 +40,25 @@ _POOLINGS = {
 def grid(
     variants: dict[str, list[str]] | None = None,
     strides: list[str] | None = None,
-    seeds: list[int] = (0,),
+    seeds: Sequence[int] = (0,),
     only: list[str] | None = None,
     strides_parameter: str = 'resnet.resnet18.strides',
+    note: str = '',
 ) -> 'Grid':
     """Prepares the commands of all runs; writes nothing yet.
 
-    The workdir, `train.workdir`, receives a folder for each run, in which
-    `train` leaves its files and log.txt, and what `report` makes of them.
+    The workdir, `train.workdir`, receives a folder for each run, with the files
+    of `train` and log.txt, and the files of `report`.
 
     Args:
-        variants: Dict from a name to a list of gin bindings, strings; None for
+        variants: Maps a name to a list of gin bindings, strings; None for
             DiffStride, FixedSpectralPooling and strided convolution.
         strides: Values of `strides_parameter`, each a string; None to leave it
             as it is.
-        seeds: Of `train`.
+        seeds: Seeds of the runs, see `train`.
         only: Names of the variants to be trained; None for all.
         strides_parameter: The gin parameter that takes initial strides.
+        note: Text to print above the table, such as what to look at.
 
     Raises:
         ValueError: If something is set wrong.
@@ -94,35 +97,36 @@ def grid(
         strides_parameter=strides_parameter,
     )
     config = _without_grid(gin.config_str())
-    with gin.unlock_config():  # Gin must know all that the variants bind.
+    with gin.unlock_config():  # Gin must know all bindings of the variants.
         for name, bindings in variants.items():
             text = '\n'.join(bindings)
             with settings.naming(f'grid.variants[{name!r}]', text):
                 gin.parse_config(text)
-    runs = {}
-    for seed, start, name in itertools.product(
-        seeds, strides or [None], only or variants
-    ):
+    starts: Sequence[str | None] = strides or [None]
+    runs: dict[str, list[str]] = {}
+    for seed, start, name in itertools.product(seeds, starts, only or variants):
         labels = {'variant': name, 'strides': start, 'seed': seed}
-        words = [name, *([start] if start else []), f'seed {seed}']
-        run = '-'.join(re.findall(r'[\w.]+', ' '.join(words)))
+        words = re.findall(r'[\w.]+', f'{name} {start or ""} seed {seed}')
+        run = '-'.join(words)
         require(
             run not in runs,
             'grid.variants and grid.strides must differ in more than signs',
             run=run,
         )
+        bindings = list(variants[name])
+        if start:
+            bindings.append(f'{strides_parameter} = {start!r}')
         runs[run] = [
-            *variants[name],
-            *([f'{strides_parameter} = {start!r}'] if start else []),
+            *bindings,
             f'train.seed = {seed}',
             f'train.labels = {labels!r}',
             f'train.workdir = {str(workdir / run)!r}',
         ]
-    return Grid(workdir, config, runs)
+    return Grid(workdir, config, runs, note)
 
 
 def _without_grid(text):
-    """Returns a gin text without what only the process of the grid needs."""
+    """Returns a gin text without the settings of the grid itself."""
     before, *sections = text.split('# Parameters for ')
     own = re.compile(r'((grid\.)?grid|(main\.)?run):')
     sections = [x.split('\n', 2)[2] for x in sections if not own.match(x)]
@@ -134,7 +138,7 @@ def _is_text(value):
 
 
 def _are(values, is_allowed):
-    """Returns whether these are values that are allowed, each once."""
+    """Returns whether all values are allowed and different."""
     return (
         isinstance(values, (list, tuple))
         and len(values) > 0
@@ -148,17 +152,18 @@ class Grid:
     """A grid that is prepared; see `grid`.
 
     Attributes:
-        workdir: the folder of all runs.
-        config: the gin text that the runs have in common.
-        runs: for each name, the bindings of the run.
+        workdir: The folder of all runs.
+        config: The gin text that the runs have in common.
+        runs: For each name, the bindings of the run.
     """
 
     workdir: pathlib.Path
     config: str
     runs: dict[str, list[str]]
+    note: str = ''
 
     def run(self) -> None:
-        """Trains what is not finished, then reports on all runs in the workdir.
+        """Trains unfinished runs, then reports on all runs in the workdir.
 
         Raises:
             checkpoints.Stop: If the folder holds a grid of other settings, or,
@@ -176,6 +181,8 @@ class Grid:
                 )
             checkpoints.write(path, self.config)
         failed = self._run_all()
+        if self.note:
+            print(f'\n{self.note}')
         with filelock.FileLock(self.workdir / 'lock'):
             report.write(self.workdir)
         if failed:
@@ -185,7 +192,7 @@ class Grid:
             )
 
     def _run_all(self):
-        """Returns the last lines of the runs that failed."""
+        """Trains runs until all are done; returns {run: why it failed}."""
         failed = {}
         while True:
             left = [
@@ -227,7 +234,9 @@ class Grid:
     def _train(self, run):
         """Returns the last line of the command, and whether it succeeded."""
         command = [
-            *(sys.executable, '-m', 'diffstride.examples.main'),
+            sys.executable,
+            '-m',
+            'diffstride.examples.main',
             f'--gin_config={self.workdir / "grid.gin"}',
             *(f'--gin_bindings={binding}' for binding in self.runs[run]),
         ]

@@ -10,6 +10,7 @@ command continues a training that was stopped at any point.
 import contextlib
 import re
 import sys
+from collections.abc import Iterator
 
 import gin
 from absl import app, flags, logging
@@ -29,12 +30,12 @@ _BINDINGS = flags.DEFINE_multi_string(
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Not in use: bind train.workdir instead.'
 )
-# These are raised by settings that are wrong. Others are faults of code.
+# Wrong settings raise these. Other errors are faults of the code.
 _OF_SETTINGS = (ImportError, OSError, RuntimeError, TypeError, ValueError)
 
 
-def main(argv: list[str], default_job: str = 'train.train'):
-    """Prepares a job and runs it; says in one line what is wrong.
+def main(argv: list[str], default_job: str = 'train.train') -> None:
+    """Prepares a job and runs it; an error is one line that says what is wrong.
 
     A job is a function that gin knows. It checks all settings and makes all
     objects, writes nothing, and returns an object whose `run` does the work.
@@ -67,7 +68,7 @@ def main(argv: list[str], default_job: str = 'train.train'):
 
 
 @contextlib.contextmanager
-def one_line_errors():
+def one_line_errors() -> Iterator[None]:
     """Ends the process with code 1 and one line at `checkpoints.Stop`."""
     try:
         yield
@@ -79,12 +80,12 @@ def one_line_errors():
 
 
 @contextlib.contextmanager
-def wrong_settings():
+def wrong_settings() -> Iterator[None]:
     """Turns errors of wrong settings into `checkpoints.Stop`."""
     try:
         yield
     except _OF_SETTINGS as error:
-        logging.debug('Set up', exc_info=True)  # With --verbosity=1.
+        logging.debug('Set up', exc_info=True)  # --verbosity=1 shows it.
         line = checkpoints.first_line(error)
         origins = re.findall(r"In call to configurable '(\w+)'", str(error))
         origins = [x for x in origins[:1] if x not in ('train', 'grid')]

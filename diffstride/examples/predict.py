@@ -20,6 +20,7 @@ from absl import flags
 
 from diffstride.examples.classifier import (
     classifier,
+    has_output,
     loaded_run,
     output_folder,
     percent,
@@ -58,11 +59,10 @@ def predict(paths: Sequence[str]) -> None:
                 f'{run.class_names[i]} {percent(row[i])}' for i in likely
             )
         )
-    folder = output_folder()
-    if folder is not None:
+    if has_output():
         with (
-            written(folder / 'predictions.csv') as path,
-            path.open('w', newline='') as file,
+            written(output_folder('predictions') / 'predictions.csv') as target,
+            target.open('w', newline='') as file,
         ):
             table = csv.writer(file)
             table.writerow(['file', *run.class_names])

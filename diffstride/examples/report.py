@@ -1,4 +1,4 @@
-"""One table of all finished runs in a folder.
+"""Makes one table of all finished runs in a folder.
 
     python3 -m diffstride.examples.report /tmp/exp/diffstride/grid
 
@@ -13,7 +13,7 @@ import pathlib
 import statistics
 import sys
 
-from absl import app, logging
+from absl import app
 
 from diffstride import plots
 from diffstride.examples import checkpoints
@@ -42,7 +42,7 @@ def read_runs(folder: pathlib.Path) -> list[dict]:
 
 def table(runs: list[dict]) -> str:
     """Returns means and standard deviations over seeds as Markdown."""
-    groups = collections.defaultdict(list)
+    groups: dict[tuple[str, str], list[dict]] = collections.defaultdict(list)
     for run in runs:
         groups[run['variant'], run['strides']].append(run)
     lines = [
@@ -60,7 +60,7 @@ def table(runs: list[dict]) -> str:
                 ('seconds', 1, 0),
             )
         ]
-        cells.append(_mean_strides(group))
+        cells.append(mean_strides(group))
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 
@@ -75,8 +75,9 @@ def _spread(values, factor, digits):
     return text
 
 
-def _mean_strides(runs):
-    # Layers by their order, since names may differ.
+def mean_strides(runs: list[dict]) -> str:
+    """Returns the strides of each layer, averaged over runs, as text."""
+    # Layers are matched by their order, since their names may differ.
     layers = zip(*(run['layers'].values() for run in runs))
     means = [
         [statistics.mean(s) for s in zip(*(x['strides'] for x in layer))]
@@ -87,7 +88,7 @@ def _mean_strides(runs):
 
 
 def write(folder: pathlib.Path) -> None:
-    """Prints the table of the runs in a folder, and writes all files of it.
+    """Prints the table of the runs in a folder, and writes all files.
 
     The figure has a point for each variant and start, the mean over seeds.
     """
@@ -101,9 +102,11 @@ def write(folder: pathlib.Path) -> None:
     writer = csv.DictWriter(rows, _COLUMNS, extrasaction='ignore')
     writer.writeheader()
     for run in runs:
-        writer.writerow({**run, 'learned_strides': _mean_strides([run])})
+        writer.writerow({**run, 'learned_strides': mean_strides([run])})
     checkpoints.write(folder / 'runs.csv', rows.getvalue())
-    groups = collections.defaultdict(lambda: collections.defaultdict(list))
+    groups: dict[str, dict[str, list[dict]]] = collections.defaultdict(
+        lambda: collections.defaultdict(list)
+    )
     for run in runs:
         if run['macs']:
             groups[run['variant']][run['strides']].append(run)
@@ -118,17 +121,12 @@ def write(folder: pathlib.Path) -> None:
         ]
         for variant, starts in groups.items()
     }
-    try:
-        figure = plots.accuracy_macs(points)
-    except ImportError:
-        logging.warning('No accuracy_macs.png: pip install diffstride[plot]')
-        return
-    with checkpoints.unfinished(folder / 'accuracy_macs.png') as path:
-        figure.savefig(path, dpi=120)
+    path = folder / 'accuracy_macs.png'
+    checkpoints.write_figure(path, plots.accuracy_macs, points)
 
 
-def main(argv):
-    """Reports on the folder that is named."""
+def main(argv: list[str]) -> None:
+    """Reports on the folder that the argument names."""
     folder = pathlib.Path(argv[1] if len(argv) == 2 else '')
     if len(argv) != 2 or not read_runs(folder):
         sys.exit(

@@ -1,19 +1,22 @@
-"""Schedules of the learning rate in epochs, whatever the length of an epoch."""
+"""Schedules of the learning rate, measured in epochs."""
 
 import contextlib
 import contextvars
+from collections.abc import Iterator
 
 import gin
 import keras
 
-from diffstride.validation import is_finite, require
+from diffstride.validation import finite, is_finite, require
 
-_LENGTH = contextvars.ContextVar('length')
+_LENGTH: contextvars.ContextVar[tuple[int, int]] = contextvars.ContextVar(
+    'length'
+)
 
 
 @contextlib.contextmanager
-def training_of(steps_per_epoch: int, num_epochs: int):
-    """Says how long the training is for which schedules are made inside."""
+def training_of(steps_per_epoch: int, num_epochs: int) -> Iterator[None]:
+    """Sets the length of the training for schedules that are made inside."""
     token = _LENGTH.set((steps_per_epoch, num_epochs))
     try:
         yield
@@ -25,28 +28,19 @@ def training_of(steps_per_epoch: int, num_epochs: int):
 def warmup_cosine(
     peak: float, warmup_epochs: float = 1.0, final: float = 0.0
 ) -> keras.optimizers.schedules.LearningRateSchedule:
-    """One cycle: from 0 to the peak in a line, then down in half a cosine.
+    """Returns a cycle: a line from 0 to the peak, then half a cosine down.
 
     Args:
         peak: Highest learning rate.
-        warmup_epochs: Epochs until the peak, not necessarily whole. The rest of
-            the training is the way down.
+        warmup_epochs: Epochs until the peak, not necessarily a whole number. In
+            all other epochs the rate falls.
         final: Learning rate at the end.
 
     Raises:
-        ValueError: If a value is out of its range, or if no training has said
-            how long it is.
+        ValueError: If a value is out of its range, or outside of `training_of`.
     """
-    require(
-        is_finite(peak, above=0),
-        '`peak` must be a finite number above 0',
-        peak=peak,
-    )
-    require(
-        is_finite(final, least=0),
-        '`final` must be a finite number, at least 0',
-        final=final,
-    )
+    finite('peak', peak, above=0)
+    finite('final', final, least=0)
     steps_per_epoch, num_epochs = _LENGTH.get((0, 0))
     require(
         num_epochs > 0,

@@ -1,4 +1,4 @@
-"""Settings by gin: reading them, finding those without effect, comparing them.
+"""Settings by gin: this parses them, compares them, and finds idle ones.
 
 The text of all settings in effect is a gin file that parses on its own.
 """
@@ -8,6 +8,7 @@ import difflib
 import pathlib
 import re
 import tokenize
+from collections.abc import Callable, Iterator
 
 import gin
 from gin import config, config_parser
@@ -16,33 +17,46 @@ from diffstride.examples.checkpoints import first_line
 
 _PACKAGED = pathlib.Path(__file__).parent
 _IMPORT = 'import diffstride.examples.external_configurables'
-# What the last call of `parse` has bound: in the command, in the user's files.
-_bound = {'command': set(), 'files': set()}
-# What the 2022 release had under another name.
+# Keys of the bindings of the last call of `parse`, by where they stood.
+_bound: dict[str, set] = {'command': set(), 'files': set()}
+# Hints on settings that the 2022 release had under another name.
 _HINTS = {
     'augment_fn': 'data.load_datasets.flip and crop_padding have taken its '
     'place',
 }
-# These say nothing of the result of a training.
+# These have no effect on the result of a training.
 _FREE = {
-    *('data.load_datasets.cache', 'data.load_datasets.data_dir'),
-    *('main.run.job', 'train.labels', 'train.num_epochs'),
-    *('train.on_changed_settings', 'train.workdir'),
+    'data.load_datasets.cache',
+    'data.load_datasets.data_dir',
+    'main.run.job',
+    'train.labels',
+    'train.num_epochs',
+    'train.on_changed_settings',
+    'train.workdir',
 }
-# A training can go on with others of these; all others make another model.
+# A training can go on with other values of these, and of no others.
 _CONTINUABLE = (
-    *('keras.optimizers.', 'keras.losses.', 'keras.callbacks.'),
-    *('callbacks.', 'schedules.', 'train.callbacks', 'train.deterministic'),
-    *('train.distribution', 'train.jit_compile', 'train.loss_cls'),
-    *('train.seed', 'data.load_datasets.class_weights'),
-    *('data.load_datasets.crop_padding', 'data.load_datasets.flip'),
+    'callbacks.',
+    'data.load_datasets.class_weights',
+    'data.load_datasets.crop_padding',
+    'data.load_datasets.flip',
     'data.load_datasets.mixup_alpha',
+    'keras.callbacks.',
+    'keras.losses.',
+    'keras.optimizers.',
+    'schedules.',
+    'train.callbacks',
+    'train.deterministic',
+    'train.distribution',
+    'train.jit_compile',
+    'train.loss_cls',
+    'train.seed',
 )
 
 
 @gin.configurable(module='main')
-def run(job=None):
-    """Returns what the gin file asks for, such as `@grid.grid`, or None."""
+def run(job: Callable | None = None) -> Callable | None:
+    """Returns the job that gin binds, such as `@grid.grid`, or None."""
     return job
 
 
@@ -50,11 +64,11 @@ def parse(files: list[str], bindings: list[str]) -> None:
     """Parses gin files, then bindings, which override those of the files.
 
     Raises:
-        ValueError: naming the file or the binding, and its line.
+        ValueError: If one is wrong. The message names the file and the line.
     """
     for keys in _bound.values():
         keys.clear()
-    gin.add_config_file_search_path(str(_PACKAGED))  # For include statements.
+    gin.add_config_file_search_path(str(_PACKAGED))  # Includes need it.
     gin.parse_config(_IMPORT)
     for name in files:
         path = pathlib.Path(name)
@@ -78,21 +92,22 @@ def parse(files: list[str], bindings: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def naming(source: str, text: str = ''):
+def naming(source: str, text: str = '') -> Iterator[None]:
     """Turns errors of gin within into a ValueError that names the source."""
     try:
         yield
     except SyntaxError as error:
-        line = error.text or text.splitlines()[error.lineno - 1]
+        number = error.lineno or 1
+        line = error.text or text.splitlines()[number - 1]
         raise ValueError(
-            f'{error.filename or source}, line {error.lineno}: '
+            f'{error.filename or source}, line {number}: '
             f'{first_line(error.msg)} Received: {line.strip()}'
         ) from error
     except tokenize.TokenError as error:
         raise ValueError(
             f'{source}: {error.args[0]}. Received: {text.splitlines()[-1:]}'
         ) from error
-    except Exception as error:  # A module that is imported may raise any.
+    except Exception as error:  # An imported module may raise any error.
         words = ' '.join(str(error).split()).removesuffix(' ^')
         hints = [hint for name, hint in _HINTS.items() if name in words]
         if 'No configurable matching' in words:
@@ -104,7 +119,7 @@ def naming(source: str, text: str = ''):
 
 
 class _Verbatim(config_parser.ParserDelegate):
-    """References and macros as they are written."""
+    """Returns references and macros as they are written."""
 
     def configurable_reference(self, scoped_configurable_name, evaluate):
         return f'@{scoped_configurable_name}{"()" if evaluate else ""}'
@@ -119,10 +134,10 @@ def _bindings_in(text):
     for line in config_parser.ConfigParser(text, _Verbatim()):
         if isinstance(line, config_parser.BindingStatement):
             key = line.scope, line.selector, line.arg_name
-            if not line.arg_name:  # A macro.
+            if not line.arg_name:  # It is a macro.
                 macro = '/'.join(filter(None, key[:2]))
                 key = macro, 'gin.macro', 'value'
-            with contextlib.suppress(ValueError):  # It exists no longer.
+            with contextlib.suppress(ValueError):  # Nothing has this name now.
                 key = config.ParsedBindingKey.parse(key)
                 found[key.config_key, key.arg_name] = line.value
     return found
@@ -142,11 +157,12 @@ def _name(key):
 def check_reach() -> None:
     """Refuses bindings of the command that have no effect.
 
-    Those of the user's files are only told, and those of packaged files are
-    let be. It is called when all that settings are for has been made.
+    It prints those of the user's files, and allows those of packaged files. It
+    must be called after all objects that settings configure have been made.
 
     Raises:
-        ValueError: naming the bindings, and those that were probably meant.
+        ValueError: If there are any. The message names them, and those that
+            were probably meant.
     """
     operative = {
         ((scope, selector), parameter)
@@ -181,7 +197,7 @@ def _without_effect(key, operative):
 
 
 def _outer(scopes):
-    """Returns a scope and all around it, whose bindings it inherits."""
+    """Returns a scope and the outer scopes, whose bindings it inherits."""
     parts = scopes.split('/')
     return {'', *('/'.join(parts[: i + 1]) for i in range(len(parts)))}
 
@@ -195,19 +211,19 @@ def changes(before: str, after: str) -> tuple[list[str], bool]:
     """Compares two texts of settings.
 
     Returns:
-        A line for each setting that differs, and whether a training of the
-        one can go on with the other.
+        A line for each setting that differs, and whether a training can go on
+        with the settings after instead of those before.
     """
-    before, after = _bindings_in(before), _bindings_in(after)
+    old, new = _bindings_in(before), _bindings_in(after)
     changed = [
         key
-        for key in sorted({*before, *after})
-        if before.get(key) != after.get(key) and _name(key) not in _FREE
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key) and _name(key) not in _FREE
     ]
-    # Other settings that come or go with these say nothing more.
-    changed = [x for x in changed if x in before and x in after] or changed
+    # Settings that come or go with those in both texts say nothing more.
+    changed = [key for key in changed if key in old and key in new] or changed
     lines = [
-        f'{_name(key)} was {before.get(key)!r} and is {after.get(key)!r}'
+        f'{_name(key)} was {old.get(key)!r} and is {new.get(key)!r}'
         for key in changed
     ]
     return lines, all(map(_is_continuable, map(_name, changed)))

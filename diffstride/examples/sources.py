@@ -1,4 +1,4 @@
-"""Where examples come from: folders of images and datasets of TFDS."""
+"""Sources of examples: folders of images and datasets of TFDS."""
 
 import difflib
 import functools
@@ -24,12 +24,12 @@ from diffstride.examples import (
 )
 from diffstride.validation import is_finite, require
 
-# Names that people give to the split that a training is watched on.
+# These names are common for the split that a training is watched on.
 VALIDATION_NAMES = 'validation', 'valid', 'val', 'dev'
 
 AUTOTUNE = tf.data.AUTOTUNE
 
-# A part of a split: its name, and where the part starts and stops.
+# A part of a split is its name and where the part starts and stops.
 Piece = tuple[str, int, int]
 
 
@@ -37,12 +37,12 @@ class FolderSource:
     """A folder of images. Its records are paths.
 
     Attributes:
-        name: the path.
-        class_names: the names of the classes.
-        notes: see `folders.ImageFolder`.
-        splits: maps names to `tfds.core.SplitInfo`.
-        knows_labels: whether `labels` costs nothing.
-        buffer: the number of records to shuffle at a time; None for all.
+        name: The path.
+        class_names: The names of the classes.
+        notes: See `folders.ImageFolder`.
+        splits: Maps names to `tfds.core.SplitInfo`.
+        knows_labels: Whether `labels` returns without reading examples.
+        buffer: The number of records to shuffle at a time; None for all.
     """
 
     knows_labels = True
@@ -77,7 +77,7 @@ class FolderSource:
         return [np.concatenate(arrays) for arrays in zip(*parts)]
 
     def files(self, pieces: Sequence[Piece]) -> list[str]:
-        """Returns the paths of what these pieces are read from."""
+        """Returns the paths of the files that hold these pieces."""
         return self._select(pieces)[0].tolist()
 
     def labels(self, pieces: Sequence[Piece]) -> np.ndarray:
@@ -85,7 +85,7 @@ class FolderSource:
         return self._select(pieces)[1]
 
     def records(self, pieces: Sequence[Piece]) -> tf.data.Dataset:
-        """Returns (record, label), always in the same order."""
+        """Returns a dataset of (record, label), always in one order."""
         return tf.data.Dataset.from_tensor_slices(tuple(self._select(pieces)))
 
     def contents(self, record: tf.Tensor) -> tf.Tensor:
@@ -114,40 +114,46 @@ class FolderSource:
 class TfdsSource:
     """A dataset of TFDS. Its records are encoded images.
 
-    Attributes and methods: see `FolderSource`.
+    It has the attributes and methods of `FolderSource`.
     """
 
     notes = ()
     knows_labels = False
-    # About 1 GB of ImageNet's. That is enough, as TFDS stores them shuffled.
+    # This is about 1 GB of ImageNet. TFDS stores examples shuffled already.
     buffer = 10_000
 
     def __init__(self, name: str, data_dir: str | os.PathLike | None):
         self._builder = open_builder(name, data_dir, _image_keys)
         self._keys = _image_keys(self._builder)
         features = self._builder.info.features
-        self._image, label = map(features.__getitem__, self._keys)
+        image_key, label_key = self._keys
+        self._image = features[image_key]
         self.name = name
-        self.class_names = tuple(label.names)
+        self.class_names = tuple(features[label_key].names)
         self.splits = self._builder.info.splits
 
-    def files(self, pieces):
+    def files(self, pieces: Sequence[Piece]) -> list[str]:
         return sorted(map(str, self._builder.data_path.iterdir()))
 
-    def labels(self, pieces):
+    def labels(self, pieces: Sequence[Piece]) -> np.ndarray:
         labels = self.records(pieces).map(lambda _, label: label).batch(1000)
         return np.concatenate(list(labels.as_numpy_iterator()))
 
-    def records(self, pieces):
+    def records(self, pieces: Sequence[Piece]) -> tf.data.Dataset:
         image, label = self._keys
         decoders = {image: tfds.decode.SkipDecoding()}
         dataset = read_pieces(self._builder, pieces, decoders)
         return dataset.map(lambda x: (x[image], x[label]))
 
-    def contents(self, record):
+    def contents(self, record: tf.Tensor) -> tf.Tensor:
         return record
 
-    def shape(self, pieces, image_size, channels):
+    def shape(
+        self,
+        pieces: Sequence[Piece],
+        image_size: tuple[int, int] | None,
+        channels: int | None,
+    ) -> tuple[tuple[int, int, int], tf.DType]:
         *own_size, own_channels = self._image.shape
         if image_size is None and None in own_size:
             sizes = self.records(pieces).map(
@@ -160,12 +166,12 @@ class TfdsSource:
 
 
 def _size(batches):
-    """The one (height, width) that all images have, of batches [n, 2]."""
+    """Returns the (height, width) of all images, given in batches [n, 2]."""
     found = set()
     for sizes in batches:
         found.update(map(tuple, np.unique(sizes, axis=0).tolist()))
         if len(found) > 1:
-            (a, b), *_, (c, d) = sorted(found)
+            (a, b), (c, d) = min(found), max(found)
             raise ValueError(
                 f'images differ in size, {a} x {b} and {c} x {d}: set '
                 'data.load_datasets.image_size = (height, width)'
@@ -174,7 +180,7 @@ def _size(batches):
 
 
 def is_folder(name: str, train_split: str) -> bool:
-    """Returns whether it is a path, or a folder here and no TFDS dataset."""
+    """Returns whether a name is a folder, rather than a TFDS dataset."""
     return (
         name.startswith(('/', '.', '~'))
         or os.path.isdir(os.path.join(name, split_name(train_split)))
@@ -227,40 +233,40 @@ def resolve_splits(
     """Resolves the names, slices and shares of `data.load_datasets`.
 
     Args:
-        splits: the splits that a dataset has.
-        train_split: see `data.load_datasets`.
-        validation_split: see `data.load_datasets`.
-        test_split: see `data.load_datasets`.
+        splits: The splits that a dataset has.
+        train_split: See `data.load_datasets`.
+        validation_split: See `data.load_datasets`.
+        test_split: See `data.load_datasets`.
 
     Returns:
-        Maps 'train', 'validation' and 'test' to their pieces. If there is no
-        validation, that list is empty.
+        A dict from 'train', 'validation' and 'test' to their pieces. If there
+        is no validation, that list is empty.
 
     Raises:
-        ValueError: there is no such split, or it has no example.
+        ValueError: If there is no such split, or if it has no example.
     """
-    train = _pieces(splits, train_split=train_split)
+    train = _pieces(splits, 'train_split', train_split)
     if isinstance(test_split, str):
-        test = _pieces(splits, test_split=test_split)
+        test = _pieces(splits, 'test_split', test_split)
     else:
-        train, test = _divide(train, test_split=test_split)
+        train, test = _divide(train, 'test_split', test_split)
     if validation_split == 'auto':
         used = {split for split, _, _ in train + test}
         unused = [x for x in VALIDATION_NAMES if x in splits and x not in used]
-        # A tenth of fewer than five is none.
+        # A tenth of fewer than five examples is none.
         share = 0.1 if count(train) >= 5 else None
         validation_split = unused[0] if unused else share
     if validation_split is None:
         validation = []
     elif isinstance(validation_split, str):
-        validation = _pieces(splits, validation_split=validation_split)
+        validation = _pieces(splits, 'validation_split', validation_split)
     else:
-        train, validation = _divide(train, validation_split=validation_split)
+        train, validation = _divide(train, 'validation_split', validation_split)
     return {'train': train, 'validation': validation, 'test': test}
 
 
-def _pieces(splits, **argument):
-    ((name, split),) = argument.items()
+def _pieces(splits, name, split):
+    """Returns the pieces of a split, the argument `name`."""
     try:
         instruction = tfds.core.ReadInstruction.from_spec(split)
         pieces = [
@@ -273,7 +279,7 @@ def _pieces(splits, **argument):
             )
             for piece in instruction.to_absolute(splits)
         ]
-    # An unknown name and each kind of wrong slice raise another error.
+    # Unknown names and wrong slices raise errors of different types.
     except (AssertionError, KeyError, NotImplementedError, ValueError):
         pieces = []
     pieces = [piece for piece in pieces if piece[1] < piece[2]]
@@ -282,14 +288,13 @@ def _pieces(splits, **argument):
         pieces,
         f'`{name}` must be one of {sorted(splits)}, a slice of one that holds '
         f'examples{share if name != "train_split" else ""}',
-        **argument,
+        **{name: split},
     )
     return pieces
 
 
-def _divide(pieces, **argument):
-    """Cuts a share off the end of each piece."""
-    ((name, share),) = argument.items()
+def _divide(pieces, name, share):
+    """Cuts a share, the argument `name`, off the end of each piece."""
     kept, held_out = [], []
     for split, start, stop in pieces:
         middle = stop - math.floor((stop - start) * share + 0.5)
@@ -299,7 +304,7 @@ def _divide(pieces, **argument):
         kept and held_out,
         f'`{name}` must be a share of the {count(pieces)} training examples '
         'that holds one or more and leaves one or more',
-        **argument,
+        **{name: share},
     )
     return kept, held_out
 
@@ -313,7 +318,7 @@ def notes_on(
     splits: Mapping[str, tfds.core.SplitInfo],
     pieces: Mapping[str, Sequence[Piece]],
 ) -> Iterator[str]:
-    """Yields what looks like a mistake in the choice of splits."""
+    """Yields sentences on probable mistakes in the choice of splits."""
     for a, b in itertools.combinations(pieces, 2):
         shared = sum(
             max(0, min(stop, end) - max(start, begin))
@@ -354,13 +359,13 @@ def open_builder(
     """Returns a dataset of TFDS, downloaded and prepared if need be.
 
     Args:
-        name: its name.
-        data_dir: where TFDS keeps its datasets; None for its default.
-        check: a function of the builder that raises a ValueError if the
+        name: The name of the dataset.
+        data_dir: Where TFDS keeps its datasets; None for its default.
+        check: A function of the builder that raises a ValueError if the
             dataset is of the wrong kind, before it is downloaded.
 
     Raises:
-        ValueError: there is no such dataset, or it cannot be prepared.
+        ValueError: If there is no such dataset, or it cannot be prepared.
     """
     try:
         builder = tfds.builder(name, data_dir=data_dir)
@@ -397,8 +402,8 @@ def open_builder(
 def _check_network(builder):
     """Raises a ConnectionError if no host of the dataset can be found.
 
-    TFDS itself goes on trying for minutes. What was downloaded before, which
-    has an INFO beside it, needs no network, and a proxy finds hosts itself.
+    TFDS itself goes on trying for minutes. Files that were downloaded before,
+    with an INFO beside them, need no network, and a proxy finds hosts itself.
     """
     downloads = pathlib.Path(builder.data_dir_root, 'downloads')
     hosts = {
@@ -423,7 +428,7 @@ def _check_network(builder):
 
 
 def _image_keys(builder):
-    """The names of the image and of the class label in an example."""
+    """Returns the names of the image and of the class label in an example."""
     keys = supervised_keys(builder, tfds.features.Image)
     if builder.info.features[keys[0]].np_dtype not in (np.uint8, np.uint16):
         raise ValueError(
@@ -440,11 +445,11 @@ def supervised_keys(
     These are the supervised keys, or else the only ones of their kind.
 
     Args:
-        builder: the dataset.
-        kind: the type of the input, such as `tfds.features.Image`.
+        builder: The dataset.
+        kind: The type of the input, such as `tfds.features.Image`.
 
     Raises:
-        ValueError: there are none or several.
+        ValueError: If there are none or several.
     """
     features = dict(builder.info.features)
 

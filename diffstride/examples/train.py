@@ -1,4 +1,4 @@
-"""Training of an image classifier, set by gin and resumed after a kill."""
+"""Training of an image classifier, configured by gin and resumable."""
 
 import contextlib
 import dataclasses
@@ -10,12 +10,12 @@ import pathlib
 import platform
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import gin
 import keras
 import numpy as np
 import tensorflow as tf
-from absl import logging
 
 import diffstride
 from diffstride import diffstride_layers, plots, resnet
@@ -24,13 +24,14 @@ from diffstride.examples import (
     checkpoints,
     data,
     devices,
+    report,
     schedules,
     settings,
 )
 from diffstride.examples.checkpoints import Stop
 from diffstride.validation import integer, one_of, require
 
-_CHECK_STEPS = 100  # The loss is looked at this often: looking costs time.
+_CHECK_STEPS = 100  # The loss is checked this rarely because it costs time.
 
 
 @gin.configurable(module='train')
@@ -57,30 +58,31 @@ def train(
     Args:
         workdir: Folder of all outputs, see `checkpoints`, made if there is
             none. A training that has begun in it is continued.
-        load_data_fn: Called with `seed`, returns `data.Datasets`.
+        load_data_fn: Called with `seed`; returns `data.Datasets`.
         model_cls: Called with `num_output_classes` and `channels_first`; makes
-            a Keras model of [batch, height, width, channels] images that puts
-            out what `loss_cls` expects.
+            a Keras model of [batch, height, width, channels] images, whose
+            outputs fit `loss_cls`.
         optimizer_cls: Returns the optimizer. If it averages weights
-            (`use_ema`), the averages are what is validated and kept.
+            (`use_ema`), the averages are validated and kept.
         loss_cls: Returns the loss, of one-hot labels.
-        num_epochs: Epochs in all, those before a resumption counted in.
+        num_epochs: Total number of epochs, with those before a resumption.
         steps_per_epoch: Steps of an epoch; None for the whole training set.
         data_format: 'channels_first', 'channels_last' or 'auto': channels_first
             on a GPU and channels_last on a CPU, whose convolutions need it.
-        dtype_policy: Such as 'mixed_bfloat16'.
-        jit_compile: As in `keras.Model.compile`.
+        dtype_policy: A dtype policy of Keras, such as 'mixed_bfloat16'.
+        jit_compile: See `keras.Model.compile`.
         distribution: 'none'; 'mirrored' (TensorFlow) or 'data_parallel' (JAX)
             over all devices of the kind that computes; 'auto' for the one that
             the backend has if there are several GPUs.
-        callbacks: Keras callbacks. The numbers that they remember, such as the
-            best loss of EarlyStopping, are restored, arrays are not.
-        seed: Of the initialization, the order of the data, and augmentation.
+        callbacks: Keras callbacks. A resumption restores the numbers that they
+            remember, such as the best loss of EarlyStopping, but no arrays.
+        seed: Seed of the initialization, the order of the data, and
+            augmentation.
         deterministic: Whether two runs of one seed on one machine, interrupted
             or not, must give equal numbers, at the cost of speed.
         on_changed_settings: 'refuse' to continue a training under other
-            settings, or 'continue' where that is possible: another learning
-            rate, loss, callback, seed or augmentation. More epochs always are.
+            settings, or 'continue' to allow another learning rate, loss,
+            callback, seed or augmentation. More epochs are always allowed.
         labels: Words that name the run in a report, such as
             {'variant': 'DiffStride'}.
 
@@ -262,7 +264,7 @@ class Training:
             print('Changed: ' + '; '.join(self.changes), flush=True)
         if any('learning_rate was' in change for change in self.changes):
             with contextlib.suppress(TypeError):  # A schedule is in effect.
-                optimizer.learning_rate = rate  # Not the checkpoint's.
+                optimizer.learning_rate = rate  # The checkpoint had another.
         return state
 
     def _fit(self, state):
@@ -292,7 +294,7 @@ class Training:
             validation_data=data.validation,
             class_weight=weights and dict(enumerate(weights)),
             callbacks=[
-                # First, so that its line does not list every stride.
+                # It comes first, so that its line does not list every stride.
                 keras.callbacks.ProgbarLogger(),
                 *([swap] if swap else []),
                 *self.callbacks,
@@ -333,7 +335,7 @@ class Training:
         steps = int(self.model.optimizer.iterations)
         checkpoints.load_weights(self.model, model_path)
         epoch = checkpoints.best_epoch(history) or len(history)
-        logs = {}  # The logger tells strides, sizes and MACs.
+        logs = {}  # The logger writes strides, sizes and MACs to it.
         logger = StrideLogger(self.datasets.image_shape)
         logger.set_model(self.model)
         logger.on_epoch_end(epoch - 1, logs)
@@ -383,33 +385,25 @@ class Training:
             for key in rows[0]
             if key.startswith('stride/')
         }
-        if not columns:
-            return
         initial = {
             name: layer['initial_strides']
             for name, layer in results['layers'].items()
         }
-        try:
-            figure = plots.strides(columns, initial)
-        except ImportError:
-            logging.warning('No strides.png: pip install diffstride[plot]')
-            return
-        with checkpoints.unfinished(self.workdir / 'strides.png') as path:
-            figure.savefig(path, dpi=120)
+        if initial:
+            path = self.workdir / 'strides.png'
+            checkpoints.write_figure(path, plots.strides, columns, initial)
 
     def _tell(self, results):
-        strides = ', '.join(
-            '({})'.format(', '.join(f'{s:.2f}' for s in layer['strides']))
-            for layer in results['layers'].values()
-        )
-        print(
+        line = (
             f'{results["epochs"]} epochs of {self.num_epochs} are done in '
             f'{self.workdir}. Test accuracy of epoch {results["epoch"]}: '
             f'{100 * results["test_accuracy"]:.2f}%'
-            + (f', {results["macs"] / 1e6:.2f} MMAC' if results['macs'] else '')
-            + (f', strides {strides}' if strides else ''),
-            flush=True,
         )
+        if results['macs']:
+            line += f', {results["macs"] / 1e6:.2f} MMAC'
+        if results['layers']:
+            line += f', strides {report.mean_strides([results])}'
+        print(line, flush=True)
 
 
 class _Recorder(keras.callbacks.Callback):
@@ -481,7 +475,7 @@ class _Recorder(keras.callbacks.Callback):
         yield
         self.swap.on_test_end()
         for variable, value in zip(variables, values):
-            variable.assign(value)  # Swapping twice has rounded it.
+            variable.assign(value)  # Swapping twice rounds it.
 
 
 def _remembered(callback):
@@ -497,7 +491,8 @@ def _remembered(callback):
 
 
 def _innermost(optimizer):
-    while hasattr(optimizer, 'inner_optimizer'):  # Of a LossScaleOptimizer.
+    """Returns the optimizer within any LossScaleOptimizer."""
+    while hasattr(optimizer, 'inner_optimizer'):
         optimizer = optimizer.inner_optimizer
     return optimizer
 
@@ -513,8 +508,8 @@ def _returned(name, function, kind, **kwargs):
     return made
 
 
-def checked_workdir(workdir) -> pathlib.Path:
-    """Returns the path of a folder that is or can be made and written."""
+def checked_workdir(workdir: Any) -> pathlib.Path:
+    """Returns the path of a folder if it can be made and written."""
     is_path = isinstance(workdir, (str, os.PathLike))
     if not is_path or workdir == '' or '\0' in str(workdir):
         raise ValueError(
@@ -577,7 +572,7 @@ def _check_outputs(model, loss, datasets):
     labels = np.eye(datasets.num_classes, dtype='float32')[[0, 0]]
     try:
         value = float(keras.ops.convert_to_numpy(loss(labels, outputs)))
-    except Exception as error:  # Keras raises many kinds.
+    except Exception as error:  # Keras raises errors of many kinds.
         raise ValueError(
             '`loss_cls` must return a loss of one-hot labels. Received: '
             f'{type(loss).__name__} ({checkpoints.first_line(error)})'

@@ -11,8 +11,8 @@ down from there.
 """
 
 import functools
-import numbers
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -35,7 +35,7 @@ AXES = ('height', 'width')
 def unet(
     num_classes: int,
     filters: Sequence[int] = (16, 32, 64),
-    strides: float | Sequence[float | Sequence[float]] = 2.0,
+    strides: float | Sequence[Any] = 2.0,
     pooling_cls: Callable[..., layers.Layer] = DiffStride,
     input_shape: Sequence[int | None] = (None, None, 1),
     data_format: str | None = None,
@@ -46,8 +46,8 @@ def unet(
         num_classes: Number of classes.
         filters: Number of filters at each level, from the finest to the
             coarsest. A pooling layer lies between two levels: 'pool_0', ...
-        strides: A number for all pooling layers, or one stride per layer, each
-            a number or one per axis.
+        strides: A number for all pooling layers, or a sequence of one stride
+            per layer, each a number or one per axis.
         pooling_cls: A layer class, or a callable that returns a layer, that
             takes `strides`, `data_format` and `name`, such as DiffStride,
             FixedSpectralPooling or `keras.layers.MaxPooling2D`.
@@ -76,7 +76,7 @@ def unet(
     """
     data_format = data_format or keras.config.image_data_format()
     channels = 1 if data_format == 'channels_first' else -1
-    if isinstance(strides, numbers.Real):
+    if isinstance(strides, (int, float, np.number)):
         strides = [strides] * (len(filters) - 1)
     validation.require(
         len(strides) == len(filters) - 1,
@@ -156,18 +156,18 @@ def mean_iou(predicted: np.ndarray, expected: np.ndarray) -> float:
 
 
 class Progress(keras.callbacks.Callback):
-    """Prints the loss, strides and sizes of an epoch, as StrideLogger logs."""
+    """Prints the loss, strides and sizes that StrideLogger logs."""
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        logs = logs or {}
         texts = [f'epoch {epoch + 1}: loss {logs["loss"]:.3f}']
         for pool in diffstride_layers(self.model):
-            strides, sizes = (
-                [logs[f'{what}/{pool.name}/{axis}'] for axis in AXES]
-                for what in ('stride', 'size')
+            strides = [logs[f'stride/{pool.name}/{axis}'] for axis in AXES]
+            sizes = [logs[f'size/{pool.name}/{axis}'] for axis in AXES]
+            texts.append(
+                f'{pool.name} strides {strides[0]:.2f} x {strides[1]:.2f}, '
+                f'size {sizes[0]} x {sizes[1]}'
             )
-            strides = ' x '.join(f'{stride:.2f}' for stride in strides)
-            sizes = ' x '.join(map(str, sizes))
-            texts.append(f'{pool.name} strides {strides}, size {sizes}')
         print('; '.join(texts))
 
 
