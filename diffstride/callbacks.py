@@ -245,15 +245,21 @@ class StrideBudget(StrideLogger):
         if self._macs_of is not None:
             models.sync(self.model)
             moved = self._macs_of.strides()
-            limit = math.exp(self._largest_change(batch))
-            strides = np.clip(
-                moved, self._strides / limit, self._strides * limit
-            )
-            self._strides = self._macs_of.project(
-                strides, self._budget, self._metric()
-            )
+            self._strides = self._limited(self._on_budget(moved), batch)
             if not np.array_equal(self._strides, moved):
                 self._macs_of.assign(self._strides)
+
+    def _on_budget(self, strides):
+        return self._macs_of.project(strides, self._budget, self._metric())
+
+    def _limited(self, strides, batch):
+        """Returns strides on the budget, nearer to those before if need be."""
+        change = np.log(strides / self._strides)
+        limit = self._largest_change(batch)
+        if np.max(np.abs(change)) <= limit:
+            return strides
+        change *= limit / np.max(np.abs(change))
+        return self._on_budget(self._strides * np.exp(change))
 
     def _largest_change(self, batch):
         """Returns how far the logarithm of a stride may move in a step.

@@ -308,7 +308,7 @@ def test_learned_strides_are_the_best_ones_of_the_budget():
     model = quadratic_model(STARTS[0], keras.optimizers.SGD(0.1))
     expected = optimum(2e4)
     for start in STARTS:
-        found = rest(model, start, 80)
+        found = rest(model, start, 160)
         np.testing.assert_allclose(found, expected, atol=1e-2)
 
 
