@@ -394,10 +394,10 @@ class MacsOfStrides:
     def fit(self, strides: np.ndarray, budget: float) -> np.ndarray:
         """Returns strides near the given ones whose sizes use up a budget.
 
-        They move along the gradient of the MACs until the exact MACs are within
-        the budget. Then single maps grow by a step while the others keep their
-        sizes, as long as the budget allows it: at first those whose stride then
-        is nearest to, or above, the given one.
+        Their logarithms move along the gradient of the MACs until the exact
+        MACs are within the budget. Then single maps grow by a step while the
+        others keep their sizes, as long as the budget allows it: at first those
+        whose stride then is nearest to, or above, the given one.
 
         Raises:
             ValueError: If no sizes within the budget are found.
@@ -425,7 +425,11 @@ class MacsOfStrides:
 
     def _fit(self, strides, target):
         strides = np.asarray(strides, float)
-        line = self._line(strides, self.project(strides, target))
+        # The gradient in the logarithms moves all strides by like factors. The
+        # gradient in the strides themselves would move the least ones most.
+        metric = strides**2
+        nearest = self.project(strides, target, metric)
+        line = self._line(strides, nearest, metric)
 
         def total(found):
             return self._total(self._integer_sizes(found)[1])
