@@ -55,21 +55,20 @@ def commands(monkeypatch):
     """Runs the commands of a grid within this process; lists them."""
     started = []
 
-    def run(arguments, stdout, stderr):
+    def run(arguments, stdout, stderr, text):
         started.append(arguments)
         flags.FLAGS.unparse_flags()
         for name in ('gin_config', 'gin_bindings'):
             flags.FLAGS[name].unparse()
         grid.gin.clear_config()
         flags.FLAGS(arguments[2:])
-        code = 0
+        code, message = 0, ''
         with contextlib.redirect_stdout(stdout):
             try:
                 main.main(['main'])
             except SystemExit as stop:
-                print(stop.code)
-                code = 1
-        return types.SimpleNamespace(returncode=code)
+                code, message = 1, stop.code
+        return types.SimpleNamespace(returncode=code, stderr=message)
 
     monkeypatch.setattr(grid.subprocess, 'run', run)
     return started

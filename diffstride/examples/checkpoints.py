@@ -32,6 +32,8 @@ import keras
 import numpy as np
 from absl import logging
 
+IN_USE = 'is in use by another training'
+
 
 class Stop(Exception):
     """Ends the command with its message, one line, and exit code 1."""
@@ -128,13 +130,14 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     Raises:
         Stop: If another process has the lock, or the folder cannot be made.
     """
-    lock = filelock.FileLock(workdir / 'lock', timeout=0)
+    # `is_locked` of other processes holds the lock for a moment.
+    lock = filelock.FileLock(workdir / 'lock', timeout=1)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except filelock.Timeout:
         raise Stop(
-            f'{workdir} is in use by another training: wait for its end, or '
+            f'{workdir} {IN_USE}: wait for its end, or '
             'set train.workdir to another folder'
         ) from None
     except OSError as error:

@@ -202,24 +202,35 @@ class Grid:
             ]
             if not left:
                 return failed
-            free = [
-                run for run in left if not checkpoints.is_locked(self._of(run))
-            ]
-            if not free:  # Other processes have them.
-                time.sleep(_POLL_SECONDS)
-                continue
-            run = free[0]
-            done = len(self.runs) - len(left) - len(failed)
-            print(f'{run} ({done} of {len(self.runs)} are done)', flush=True)
-            line, succeeded = self._train(run)
-            if succeeded:
-                checkpoints.write(
-                    self._of(run) / 'command.txt', self._text(run)
+            if not any([self._try(run, failed) for run in left]):
+                time.sleep(_POLL_SECONDS)  # Other processes have the rest.
+
+    def _try(self, run, failed):
+        """Trains a run unless another process has it; returns whether."""
+        self._of(run).mkdir(exist_ok=True)
+        try:
+            with filelock.FileLock(self._of(run) / 'grid.lock', timeout=0):
+                if self._is_finished(run):
+                    return True
+                if checkpoints.is_locked(self._of(run)):
+                    return False  # The grid that began it was killed.
+                done = sum(map(self._is_finished, self.runs))
+                print(
+                    f'{run} ({done} of {len(self.runs)} are done)', flush=True
                 )
-                print(line, flush=True)
-            elif not checkpoints.is_locked(self._of(run)):
-                print(f'failed: {line}', flush=True)
-                failed[run] = f'{run}: {line}'
+                line, succeeded = self._train(run)
+                if succeeded:
+                    checkpoints.write(
+                        self._of(run) / 'command.txt', self._text(run)
+                    )
+                elif checkpoints.IN_USE in line:
+                    return False
+                else:
+                    failed[run] = f'{run}: {line}'
+                print(line if succeeded else f'failed: {line}', flush=True)
+                return True
+        except filelock.Timeout:
+            return False
 
     def _of(self, run):
         return self.workdir / run
@@ -240,13 +251,17 @@ class Grid:
             f'--gin_config={self.workdir / "grid.gin"}',
             *(f'--gin_bindings={binding}' for binding in self.runs[run]),
         ]
-        self._of(run).mkdir(exist_ok=True)
         path = self._of(run) / 'log.txt'
         with path.open('a') as log:
-            ended = subprocess.run(command, stdout=log, stderr=log)
+            ended = subprocess.run(
+                command, stdout=log, stderr=subprocess.PIPE, text=True
+            )
+        text = ended.stderr if ended.returncode else path.read_text()
+        with path.open('a') as log:
+            log.write(ended.stderr)
         if ended.returncode == 130:
             raise KeyboardInterrupt
-        lines = path.read_text().strip().splitlines()
+        lines = text.strip().splitlines()
         line = lines[-1] if lines else f'it ended with {ended.returncode}'
         return line, ended.returncode == 0
 
