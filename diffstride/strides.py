@@ -189,7 +189,8 @@ class _Variable(keras.Variable):
     def assign(self, value):
         if self._changed is None or backend.is_symbolic():
             return super().assign(value)
-        before = self.numbers()
+        # Sizes are compiled from the numbers that were known last.
+        before = self._numbers
         value = super().assign(value)
         if self.numbers() != before:
             self._changed()
