@@ -1,6 +1,5 @@
 """Differences between backends: known values, FFTs, custom gradients."""
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -111,15 +110,6 @@ def stored_values(variable: keras.Variable) -> tuple[float, ...] | None:
             return None
         return tuple(np.asarray(value).tolist())
     return tuple(ops.convert_to_numpy(value).tolist())
-
-
-def eager_scope() -> contextlib.AbstractContextManager:
-    """Returns a context that computes values also while a graph is traced."""
-    if keras.backend.backend() == 'tensorflow':
-        import tensorflow as tf
-
-        return tf.init_scope()
-    return contextlib.nullcontext()
 
 
 def matmul(a: Any, b: Any) -> Any:

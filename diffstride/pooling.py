@@ -97,8 +97,20 @@ class SpectralPooling(SpectralResampling):
         Args:
             size: N, the size of the axis in the input.
             index: The spatial axis, counted from 0.
-            stride: The stride to assume; None for the present one.
+            stride: The stride to assume; None for the one that sizes are
+                computed from at present.
         """
+        if stride is None:
+            stride = self._size_values[index]
+        return self._output_size(size, stride)
+
+    @property
+    def _size_values(self):
+        """The strides that sizes are computed from, as numbers."""
+        return self.stride_values
+
+    def _output_size(self, size, stride):
+        """Returns the output size; size and stride may be tensors."""
         raise NotImplementedError
 
     def _weights(self, size, index):
@@ -377,21 +389,13 @@ class DiffStride(SpectralPooling):
         """Lets the strides be learned, and the sizes follow them."""
         self.state.release()
 
-    def output_size(
-        self, size: int, index: int = 0, stride: float | None = None
-    ) -> int:
-        """Returns the output size of one spatial axis.
+    @property
+    def _size_values(self):
+        return self.state.size_values
 
-        Args:
-            size: N, the size of the axis in the input.
-            index: The spatial axis, counted from 0.
-            stride: The stride to assume; None for the one that sizes are
-                computed from at present.
-        """
+    def _output_size(self, size, stride):
         if not self.cropping:
             return size
-        if stride is None:
-            stride = self.state.size_values[index]
         edge = self._ramp.band_edge(size, stride)
         return self._ramp.output_size(size, edge)
 
@@ -416,12 +420,9 @@ class DiffStride(SpectralPooling):
 
         def rule(index, size):
             edge = ramp.band_edge(size, (held or strides)[index])
-            output_size = size
-            if self.cropping:
-                size_edge = ramp.band_edge(size, size_strides[index])
-                output_size = ramp.output_size(size, size_edge)
-                if is_traced and known(output_size):
-                    self._compiled[index, size] = output_size
+            output_size = self._output_size(size, size_strides[index])
+            if is_traced and known(output_size):
+                self._compiled[index, size] = output_size
             weights = None
             if ramp.kind != 'straight_through':
                 weights = (
@@ -430,7 +431,9 @@ class DiffStride(SpectralPooling):
                     else ramp.response(_all_frequencies(output_size), edge)
                 )
             if held:
-                return output_size, Response(weights)
+                return output_size, None if weights is None else Response(
+                    weights
+                )
             frequencies = ramp.frequencies(size, output_size, edge)
             varying = ramp.response(frequencies, edge)
             return output_size, Response(weights, frequencies, varying)
@@ -602,18 +605,7 @@ class FixedSpectralPooling(SpectralPooling):
         super().__init__(strides, data_format, method, norm, **kwargs)
         self.strides = self.initial_strides
 
-    def output_size(
-        self, size: int, index: int = 0, stride: float | None = None
-    ) -> int:
-        """Returns the output size of one spatial axis.
-
-        Args:
-            size: N, the size of the axis in the input.
-            index: The spatial axis, counted from 0.
-            stride: The stride to assume; None for that of the layer.
-        """
-        if stride is None:
-            stride = self.initial_strides[index]
+    def _output_size(self, size, stride):
         return Brickwall.output_size(size, stride)
 
     def _rule(self):

@@ -355,7 +355,7 @@ def test_a_workdir_without_permission(error_of, tmp_path, monkeypatch):
     assert f'can be made and written, and {tmp_path} cannot' in message
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='of Linux')
+@pytest.mark.skipif(sys.platform != 'linux', reason='Linux only')
 @pytest.mark.parametrize('path', ['/proc/x/y', '/sys/x'])
 def test_a_workdir_where_the_kernel_lets_nobody_write(error_of, path):
     message = error_of(LINEAR, workdir=path)
