@@ -11,24 +11,27 @@ ROOT = pathlib.Path(__file__).parents[1]
 # where the repository is browsed.
 FOLDERS = ('images', 'results', 'benchmarks/results')
 SUFFIXES = {'.csv', '.md', '.png'}
+ROOT_PAGES = ('CHANGELOG.md', 'CONTRIBUTING.md')
 
 
 def on_files(files, config):
-    """Adds figures and tables to the site."""
+    """Adds pages, figures and tables that are not in the folder docs."""
+    paths = [ROOT / name for name in ROOT_PAGES]
     for folder in FOLDERS:
-        for path in sorted((ROOT / folder).rglob('*')):
-            if path.suffix in SUFFIXES:
-                name = path.relative_to(ROOT).as_posix()
-                files.append(
-                    File.generated(config, name, abs_src_path=str(path))
-                )
+        paths += sorted((ROOT / folder).rglob('*'))
+    for path in paths:
+        if path.suffix in SUFFIXES:
+            name = path.relative_to(ROOT).as_posix()
+            files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Points links to these folders to where the site has them."""
-    folders = '|'.join(FOLDERS)
-    return re.sub(rf'\]\(\.\./(?=({folders})/)', '](', markdown)
+    """Points links between these folders and docs to where the site is."""
+    outside = '|'.join((*FOLDERS, *ROOT_PAGES))
+    if page.file.src_uri in ROOT_PAGES:
+        return markdown.replace('](docs/', '](')
+    return re.sub(rf'\]\(\.\./(?=({outside}))', '](', markdown)
 
 
 class Examples(griffe.Extension):

@@ -1,13 +1,16 @@
 """The README and the documentation: snippets run, names and links exist."""
 
-import importlib.util
+import importlib
 import inspect
 import pathlib
 import pkgutil
 import re
+import unittest
 
 import gin
 import pytest
+import sybil
+from sybil.parsers import markdown
 
 import diffstride
 from diffstride import callbacks, costs
@@ -15,69 +18,85 @@ from diffstride.examples import main  # noqa: F401, registers configurables
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = ROOT / 'diffstride/examples'
-SETUP = (ROOT / 'setup.py').read_text()
 PAGES = {
     path.name: path.read_text()
-    for path in [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
-}
-FENCE = re.compile(
-    r'(?:<!-- not run: (?P<reason>.+?) -->\n)?'
-    r'^```(?P<language>\w+)\n(?P<code>.*?)^```$',
-    re.M | re.S,
-)
-
-
-def blocks(page, language):
-    """Returns (code, the reason why it is not run or None) of each block."""
-    return [
-        (block['code'], block['reason'])
-        for block in FENCE.finditer(PAGES[page])
-        if block['language'] == language
+    for path in [
+        ROOT / 'README.md',
+        ROOT / 'CHANGELOG.md',
+        ROOT / 'CONTRIBUTING.md',
+        *sorted((ROOT / 'docs').glob('*.md')),
     ]
+}
 
 
-def pages_with(language):
-    return [page for page in PAGES if blocks(page, language)]
+def check_commands(example):
+    """Checks that modules, files, flags, extras and settings exist."""
+    for command in example.parsed.replace('\\\n', '').splitlines():
+        for module in re.findall(r'-m (diffstride[\w.]+)', command):
+            source = inspect.getsource(importlib.import_module(module))
+            source += (EXAMPLES / 'main.py').read_text()
+            source += (EXAMPLES / 'classifier.py').read_text()
+            for flag in re.findall(r'--(\w+)=', command):
+                assert f"'{flag}'" in source
+        for path in re.findall(r'python3? ([\w/]+\.py)', command):
+            assert (ROOT / path).exists()
+        for extras in re.findall(r"install .*'\.\[(.+?)\]'", command):
+            for extra in extras.split(','):
+                assert re.search(f'^{extra} = \\[', PYPROJECT, re.M)
+        for name in re.findall(r'--gin_config=(\S+)', command):
+            assert (EXAMPLES / name).exists()
+        for text in re.findall(r'--gin_bindings="(.+?)"', command):
+            gin.parse_config(text)
 
 
-@pytest.mark.parametrize('page', pages_with('python'))
-def test_snippets_run_and_print_what_they_say(
+def check_settings(example):
+    """Checks that gin knows what is set."""
+    gin.parse_config(example.parsed)
+
+
+# A comment in a page leaves out the block below it and says why:
+# <!-- skip: next "It needs a trained network." -->
+SYBIL = sybil.Sybil(
+    [
+        markdown.SkipParser(),
+        markdown.PythonCodeBlockParser(),
+        markdown.CodeBlockParser('gin', check_settings),
+        markdown.CodeBlockParser('bash', check_commands),
+    ]
+)
+PYPROJECT = (ROOT / 'pyproject.toml').read_text()
+CODE = re.compile(r'^```.*?^```$', re.M | re.S)
+
+
+def path_of(page):
+    in_docs = ROOT / 'docs' / page
+    return in_docs if in_docs.exists() else ROOT / page
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_code_blocks_run_in_order_and_print_what_they_say(
     page, monkeypatch, tmp_path, capsys
 ):
+    expected = []
+    document = SYBIL.parse(path_of(page))
     monkeypatch.chdir(tmp_path)
-    namespace, expected = {}, []
-    for code, reason in blocks(page, 'python'):
-        compiled = compile(code, page, 'exec')
-        if reason is None:
-            exec(compiled, namespace)
+    for example in document.examples():
+        try:
+            example.evaluate()
+        except unittest.SkipTest as reason:
+            assert str(reason)
+            compile(example.parsed, page, 'exec')
+        else:
+            code = str(example.parsed)
             expected += re.findall(r'^print\(.+\)  # (.+)$', code, re.M)
     printed = capsys.readouterr().out.splitlines()
     assert [line for line in printed if line in expected] == expected
 
 
-@pytest.mark.parametrize('page', pages_with('gin'))
-def test_settings_are_known(page):
-    for code, _ in blocks(page, 'gin'):
-        gin.parse_config(code)
-
-
-@pytest.mark.parametrize('page', pages_with('bash'))
-def test_commands_name_modules_files_flags_and_settings(page):
-    for code, _ in blocks(page, 'bash'):
-        for command in code.replace('\\\n', '').splitlines():
-            for module in re.findall(r'-m (diffstride[\w.]+)', command):
-                source = inspect.getsource(importlib.import_module(module))
-                source += (EXAMPLES / 'main.py').read_text()
-                source += (EXAMPLES / 'classifier.py').read_text()
-                for flag in re.findall(r'--(\w+)=', command):
-                    assert f"'{flag}'" in source
-            for extras in re.findall(r"install '\.\[(.+?)\]'", command):
-                for extra in extras.split(','):
-                    assert f"'{extra}': [" in SETUP or f"'{extra}': _" in SETUP
-            for name in re.findall(r'--gin_config=(\S+)', command):
-                assert (EXAMPLES / name).exists()
-            for text in re.findall(r'--gin_bindings="(.+?)"', command):
-                gin.parse_config(text)
+@pytest.mark.parametrize('page', PAGES)
+def test_code_blocks_are_of_languages_that_run(page):
+    languages = set(re.findall(r'^```(\w+)', PAGES[page], re.M))
+    assert languages <= {'python', 'gin', 'bash', 'text', 'bibtex'}
 
 
 @pytest.mark.parametrize('page', PAGES)
@@ -95,15 +114,15 @@ def test_files_exist(page):
 
 def anchors(text):
     """Returns what Markdown makes of the headings."""
-    headings = re.findall(r'^#+ (.+)$', FENCE.sub('', text), re.M)
+    headings = re.findall(r'^#+ (.+)$', CODE.sub('', text), re.M)
     texts = [re.sub(r'[^\w\s-]', '', heading) for heading in headings]
     return {re.sub(r'\s', '-', text.strip().lower()) for text in texts}
 
 
 @pytest.mark.parametrize('page', PAGES)
 def test_links_lead_to_files_and_headings(page):
-    folder = ROOT if page == 'README.md' else ROOT / 'docs'
-    for link in re.findall(r'\]\(([^)\s]+)\)', FENCE.sub('', PAGES[page])):
+    folder = path_of(page).parent
+    for link in re.findall(r'\]\(([^)\s]+)\)', CODE.sub('', PAGES[page])):
         if not link.startswith('https://'):
             name, _, anchor = link.partition('#')
             path = folder / (name or page)

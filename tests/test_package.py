@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tokenize
@@ -23,6 +24,7 @@ import diffstride
 from diffstride import costs, freeze, pooling, replace_strides, resnet
 
 PACKAGE = pathlib.Path(diffstride.__file__).parent
+ROOT = pathlib.Path(__file__).parents[1]
 MODULES = sorted(path.stem for path in PACKAGE.glob('*.py'))
 # The examples of other modules are about a model that the reader has.
 WITH_EXAMPLES = (
@@ -47,6 +49,47 @@ def test_import_needs_no_datasets_and_no_example():
     for unwanted in ('tensorflow_datasets', 'diffstride.examples'):
         assert unwanted not in names
     assert BACKEND == 'tensorflow' or 'tensorflow' not in names
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    """The names of the files in a wheel, and its metadata."""
+    copy = tmp_path_factory.mktemp('sources')
+    for name in ('LICENSE', 'README.md', 'pyproject.toml'):
+        shutil.copy(ROOT / name, copy)
+    for name in ('diffstride', 'tests'):
+        ignore = shutil.ignore_patterns('__pycache__')
+        shutil.copytree(ROOT / name, copy / name, ignore=ignore)
+    command = 'pip wheel --quiet --no-deps --no-build-isolation .'
+    subprocess.run(
+        [sys.executable, '-m', *command.split()], cwd=copy, check=True
+    )
+    (path,) = copy.glob('*.whl')
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        (metadata,) = [x for x in names if x.endswith('/METADATA')]
+        return names, archive.read(metadata).decode()
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    expected = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / 'diffstride').rglob('*')
+        if path.suffix in ('.py', '.gin') or path.name == 'py.typed'
+    }
+    folder = f'diffstride-{diffstride.__version__}.dist-info'
+    found = {name for name in wheel[0] if not name.startswith(folder)}
+    assert found == expected
+    assert f'{folder}/licenses/LICENSE' in wheel[0]
+    assert 'diffstride/py.typed' in found
+    assert any(name.endswith('quickstart.gin') for name in found)
+
+
+def test_wheel_asks_for_no_backend_of_keras(wheel):
+    needed = re.findall(r'^Requires-Dist: ([\w-]+)(?!.*extra)', wheel[1], re.M)
+    assert needed == ['gin-config', 'keras', 'numpy']
+    extras = re.findall('^Provides-Extra: (.+)$', wheel[1], re.M)
+    assert {'tensorflow', 'jax', 'torch', 'train', 'export'} <= set(extras)
 
 
 def imported_at_once(tree):
@@ -90,11 +133,10 @@ def comments(path):
 
 def test_comments_begin_like_sentences():
     riddle = re.compile(r'#+ *(As|Not|Of|What|Which|Whose) ')
-    root = pathlib.Path(__file__).parents[1]
     paths = [
         path
         for folder in ('benchmarks', 'diffstride', 'docs', 'tests')
-        for path in (root / folder).rglob('*')
+        for path in (ROOT / folder).rglob('*')
         if path.suffix in ('.py', '.gin')
     ]
     assert len(paths) > 60
