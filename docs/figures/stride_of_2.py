@@ -31,7 +31,7 @@ def rings():
 def main(folder=FOLDER):
     image = rings()
     maps = {
-        'image, 128 x 128': image,
+        'an image of rings': image,
         'every second pixel,\nas a strided convolution': image[::2, ::2],
     }
     for name, layer in {
@@ -41,12 +41,13 @@ def main(folder=FOLDER):
     }.items():
         pooled = layer(keras.ops.convert_to_tensor(image[None, ..., None]))
         maps[name] = keras.ops.convert_to_numpy(pooled)[0, ..., 0]
-    figure = matplotlib.figure.Figure(figsize=(10, 2.6), layout='constrained')
-    for axes, (name, x) in zip(figure.subplots(1, len(maps)), maps.items()):
+    figure = matplotlib.figure.Figure(figsize=(7, 3.9), layout='constrained')
+    grid = figure.subplot_mosaic('AABC;AADE')
+    for axes, (name, x) in zip(grid.values(), maps.items()):
         axes.imshow(x, cmap='gray', vmin=0, vmax=1, interpolation='nearest')
-        axes.set_title(name, fontsize=9)
+        axes.set_title(name, fontsize=10)
         axes.set_axis_off()
-    figure.savefig(pathlib.Path(folder, 'stride_of_2.png'), dpi=130)
+    figure.savefig(pathlib.Path(folder, 'stride_of_2.png'), dpi=160)
 
 
 if __name__ == '__main__':
