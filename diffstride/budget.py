@@ -352,22 +352,15 @@ class MacsOfStrides:
         ratios = np.divide(after, self._after)
         return float(self._coefficients @ _products(self._slopes, ratios))
 
-    def project(
-        self,
-        strides: np.ndarray,
-        budget: float,
-        metric: np.ndarray | float = 1.0,
-    ) -> np.ndarray:
+    def project(self, strides: np.ndarray, budget: float) -> np.ndarray:
         """Moves strides to where the smooth MACs are the budget.
 
-        They move to the nearest such point within their limits, along the
-        gradient that the MACs have there.
+        Their logarithms move to the nearest such point within their limits,
+        along the gradient that the MACs have there.
 
         Args:
             strides: The strides, [n].
             budget: The MACs for one image.
-            metric: Factors of the gradient, [n]: the distances that the
-                optimizer moves the strides for equal gradients.
 
         Returns:
             The new strides, all at a limit if none have the budget.
@@ -375,21 +368,56 @@ class MacsOfStrides:
         strides = nearest = np.asarray(strides, float)
         for _ in range(6):
             before = nearest
-            line = self._line(strides, nearest, metric)
+            line = self._line(strides, nearest)
             nearest = _crossing(line, self, budget)
             if np.allclose(nearest, before, rtol=0.01):
                 break
         return nearest
 
-    def _line(self, strides, nearest, metric=1.0):
-        """Returns strides as a function of a step, along the gradient there."""
-        direction = -metric * self.gradient(nearest)
-        direction = direction / np.max(direction / strides)
+    def _line(self, strides, nearest):
+        """Returns strides as a function of a step, along the gradient there.
+
+        The gradient is that in the logarithms of the strides. The gradient in
+        the strides themselves would move small ones most.
+        """
+        direction = -nearest * self.gradient(nearest)
+        direction = direction / np.max(direction)
 
         def line(step):
-            return np.clip(strides + step * direction, self._lower, self._upper)
+            moved = strides * np.exp(np.clip(step * direction, -50, 50))
+            return np.clip(moved, self._lower, self._upper)
 
         return line
+
+    def along(
+        self, strides: np.ndarray, direction: np.ndarray, length: float
+    ) -> np.ndarray:
+        """Moves strides to where the MACs are the same, to first order.
+
+        Args:
+            strides: The strides, [n].
+            direction: The direction in which their logarithms would move, [n].
+                What would change the MACs or exceed a limit is taken out.
+            length: The largest change of the logarithm of a stride.
+
+        Returns:
+            The new strides. They stay where they are if no direction is left.
+        """
+        normal = strides * self.gradient(strides)
+        tangent, free = direction, np.ones(len(strides), bool)
+        for _ in strides:  # A stride that is stopped may stop another one.
+            tangent = np.where(free, direction, 0.0)
+            normal = np.where(free, normal, 0.0)
+            tangent -= normal * (normal @ tangent) / max(normal @ normal, 1e-300)
+            stopped = (strides <= self._lower) & (tangent < 0)
+            stopped |= (strides >= self._upper) & (tangent > 0)
+            if not np.any(stopped):
+                break
+            free &= ~stopped
+        longest = np.max(np.abs(tangent))
+        if not 0 < longest < math.inf:
+            return strides
+        return strides * np.exp(length / longest * tangent)
 
     def fit(self, strides: np.ndarray, budget: float) -> np.ndarray:
         """Returns strides near the given ones whose sizes use up a budget.
@@ -425,11 +453,7 @@ class MacsOfStrides:
 
     def _fit(self, strides, target):
         strides = np.asarray(strides, float)
-        # The gradient in the logarithms moves all strides by like factors. The
-        # gradient in the strides themselves would move the least ones most.
-        metric = strides**2
-        nearest = self.project(strides, target, metric)
-        line = self._line(strides, nearest, metric)
+        line = self._line(strides, self.project(strides, target))
 
         def total(found):
             return self._total(self._integer_sizes(found)[1])

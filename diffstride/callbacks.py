@@ -17,8 +17,10 @@ from diffstride.budget import (
 )
 from diffstride.pooling import DiffStride, diffstride_layers
 
-# While it is learned, a stride may change by a factor of exp(3) in all.
-_LONGEST_WAY = 3.0
+# While it is learned, a stride may change by a factor of exp(6) in all, and by
+# 10% in a step.
+_LONGEST_WAY = 6.0
+_LONGEST_STEP = 0.1
 _AXES = {
     1: ('time',),
     2: ('height', 'width'),
@@ -242,43 +244,34 @@ class StrideBudget(StrideLogger):
         return self.learn
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        if self._macs_of is not None:
-            models.sync(self.model)
-            moved = self._macs_of.strides()
-            self._strides = self._limited(self._on_budget(moved), batch)
-            if not np.array_equal(self._strides, moved):
-                self._macs_of.assign(self._strides)
+        if self._macs_of is None:
+            return
+        models.sync(self.model)
+        step = (self._macs_of.strides() - self._strides) / self._metric()
+        moved = self._macs_of.along(
+            self._strides, self._strides * step, self._length(batch)
+        )
+        self._strides = self._macs_of.project(moved, self._budget)
+        self._macs_of.assign(self._strides)
 
-    def _on_budget(self, strides):
-        return self._macs_of.project(strides, self._budget, self._metric())
+    def _length(self, batch):
+        """Returns how far the logarithm of a stride moves at most in a step.
 
-    def _limited(self, strides, batch):
-        """Returns strides on the budget, nearer to those before if need be."""
-        change = np.log(strides / self._strides)
-        limit = self._largest_change(batch)
-        if np.max(np.abs(change)) <= limit:
-            return strides
-        change *= limit / np.max(np.abs(change))
-        return self._on_budget(self._strides * np.exp(change))
-
-    def _largest_change(self, batch):
-        """Returns how far the logarithm of a stride may move in a step.
-
-        The limit falls linearly to 0 at the end of learning.
+        It falls linearly to 0 at the end of learning.
         """
         steps = self.params.get('steps')
         if steps is None:  # Keras does not know them in a first epoch.
-            return _LONGEST_WAY
+            return _LONGEST_STEP
         total = steps * self._epochs_of_learning
         done = steps * (self._epochs_begun - 1) + batch
-        return 2 * _LONGEST_WAY / total * max(0.0, 1 - done / total)
+        longest = min(2 * _LONGEST_WAY / total, _LONGEST_STEP)
+        return longest * max(0.0, 1 - done / total)
 
     def _metric(self):
         """Returns how far the optimizer moves each stride per gradient, [n].
 
-        Adam and its kin divide a gradient by the root of its mean square. The
-        way back to the budget has to be as distorted as their steps, or they
-        come to rest where the loss could still fall.
+        Adam and its kin divide a gradient by the root of its mean square. This
+        is undone, so that strides come to rest where the loss cannot fall.
         """
         if self._mean_squares is None:
             found = {x.name: x for x in self.model.optimizer.variables}
