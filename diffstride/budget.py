@@ -29,6 +29,8 @@ from diffstride.pooling import (
 
 # The relative distance that a stride keeps from one at which a size changes.
 _MARGIN = 2.0**-14
+# The size of the smallest map that a DiffStride layer returns, without a ramp.
+_LEAST_SIZE = 2.0
 
 
 def set_budget(
@@ -305,7 +307,8 @@ class MacsOfStrides:
         """Returns the gradient of the MACs in the strides, below 0.
 
         A size that is limited by N counts as one that is not limited, so that
-        every stride has a gradient.
+        small strides have a gradient. A stride beyond the one that gives the
+        least size has none.
         """
         before, after = self._smooth_sizes(strides)
         ratios = np.divide(after, self._after)
@@ -316,14 +319,16 @@ class MacsOfStrides:
             row = _elasticity(slopes, ratios) @ jacobian
             row[axis] -= 1
             band = before[axis] / axis_strides[axis]
-            jacobian[axis] = row * band / (band + self._extra[axis])
+            if band >= _LEAST_SIZE:
+                jacobian[axis] = row * band / (band + self._extra[axis])
         products = self._coefficients * _products(self._slopes, ratios)
         total = products @ _elasticity(self._slopes, ratios) @ jacobian
         return np.bincount(self._owner, total)[: len(strides)] / strides
 
     def _smooth_sizes(self, strides):
         def size(axis, before, stride):
-            return min(before, max(before / stride, 2.0) + self._extra[axis])
+            band = max(before / stride, _LEAST_SIZE)
+            return min(before, band + self._extra[axis])
 
         return self._sizes(strides, size)
 
@@ -397,35 +402,49 @@ class MacsOfStrides:
         Args:
             strides: The strides, [n].
             direction: The direction in which their logarithms would move, [n].
-                What would change the MACs or exceed a limit is taken out.
+                What would change the MACs, exceed a limit, or lead beyond the
+            least size of a map is taken out.
             length: The largest change of the logarithm of a stride.
 
         Returns:
             The new strides. They stay where they are if no direction is left.
         """
+        upper = self._largest_strides(strides)
         normal = strides * self.gradient(strides)
         tangent, free = direction, np.ones(len(strides), bool)
         for _ in strides:  # A stride that is stopped may stop another one.
             tangent = np.where(free, direction, 0.0)
             normal = np.where(free, normal, 0.0)
-            tangent -= normal * (normal @ tangent) / max(normal @ normal, 1e-300)
+            tangent -= (
+                normal * (normal @ tangent) / max(normal @ normal, 1e-300)
+            )
             stopped = (strides <= self._lower) & (tangent < 0)
-            stopped |= (strides >= self._upper) & (tangent > 0)
+            stopped |= (strides >= upper) & (tangent > 0)
             if not np.any(stopped):
                 break
             free &= ~stopped
         longest = np.max(np.abs(tangent))
         if not 0 < longest < math.inf:
             return strides
-        return strides * np.exp(length / longest * tangent)
+        return np.minimum(
+            strides * np.exp(length / longest * tangent),
+            np.maximum(strides, upper),
+        )
+
+    def _largest_strides(self, strides):
+        """Returns the strides beyond which sizes stay as they are."""
+        before, _ = self._smooth_sizes(strides)
+        largest = np.ones(len(strides) + len(self._constants))
+        np.maximum.at(largest, self._owner, np.divide(before, _LEAST_SIZE))
+        return np.minimum(self._upper, largest[: len(strides)])
 
     def fit(self, strides: np.ndarray, budget: float) -> np.ndarray:
         """Returns strides near the given ones whose sizes use up a budget.
 
-        Their logarithms move along the gradient of the MACs until the exact
-        MACs are within the budget. Then single maps grow by a step while the
-        others keep their sizes, as long as the budget allows it: at first those
-        whose stride then is nearest to, or above, the given one.
+        Their logarithms move to the nearest strides whose smooth MACs are the
+        budget, and on until the exact MACs are within it. Then single maps grow
+        by a step, as long as the budget allows it and none doubles: at first
+        those whose stride then is nearest to, or above, the given one.
 
         Raises:
             ValueError: If no sizes within the budget are found.
@@ -510,7 +529,10 @@ class MacsOfStrides:
         return strides
 
     def _larger_sizes(self, sizes, preferred):
-        """Yields (distance to the preferred stride, sizes with one step up)."""
+        """Yields (distance to the preferred stride, sizes with one step up).
+
+        No map grows to twice the size that its preferred stride asks for.
+        """
         strides = self._strides_for(sizes, preferred)
         before, sizes = self._integer_sizes(strides)
         for owner, wanted in enumerate(preferred):
@@ -524,7 +546,11 @@ class MacsOfStrides:
             larger = [
                 larger[i] if i in axes else size for i, size in enumerate(sizes)
             ]
-            if larger != sizes:
+            is_doubled = all(
+                larger[i] >= 2 * (before[i] / wanted + self._extra[i])
+                for i in axes
+            )
+            if larger != sizes and not is_doubled:
                 yield math.log(wanted / lowered[owner]), larger
 
 

@@ -17,9 +17,9 @@ from diffstride.budget import (
 )
 from diffstride.pooling import DiffStride, diffstride_layers
 
-# While it is learned, a stride may change by a factor of exp(6) in all, and by
-# 10% in a step.
-_LONGEST_WAY = 6.0
+# The most that the logarithm of a stride moves while it is learned, and in one
+# step.
+_LONGEST_WAY = 4.0
 _LONGEST_STEP = 0.1
 _AXES = {
     1: ('time',),
@@ -154,13 +154,13 @@ class StrideBudget(StrideLogger):
     """Learns strides within a budget of multiply-accumulates.
 
     Training has two phases. At first strides are learned. They start on the
-    budget, and after each training step they move back to the nearest strides
-    that use it up, so a larger map of one layer is paid for by the others.
-    Where this comes to rest, the loss cannot fall by an exchange of MACs
-    between two strides. The steps are limited, and shrink to nothing at the end
-    of learning, so one wild gradient does not undo it. Then the sizes that use
-    the budget up are set, the strides are held, and the rest of the training
-    fits the weights to maps whose sizes do not change any more.
+    budget and stay on it, so a larger map of one layer is paid for by the
+    others. The optimizer gives the direction of each step, and the callback its
+    length, which does not depend on the learning rate: 0 at first, soon
+    largest, and 0 again at the end. Where the strides come to rest, the loss
+    cannot fall by an exchange of MACs between two of them. Then the sizes that
+    use the budget up are set, the strides are held, and the rest of the
+    training fits the weights to maps whose sizes do not change any more.
 
     It adds to the logs what `StrideLogger` does, and 'strides_held', 1 or 0. A
     budget above the MACs of the initial strides is used up, too. A model whose
@@ -257,15 +257,16 @@ class StrideBudget(StrideLogger):
     def _length(self, batch):
         """Returns how far the logarithm of a stride moves at most in a step.
 
-        It falls linearly to 0 at the end of learning.
+        It rises from 0, since at first the weights tell little about strides,
+        and falls to 0 at the end of learning.
         """
         steps = self.params.get('steps')
         if steps is None:  # Keras does not know them in a first epoch.
             return _LONGEST_STEP
         total = steps * self._epochs_of_learning
-        done = steps * (self._epochs_begun - 1) + batch
-        longest = min(2 * _LONGEST_WAY / total, _LONGEST_STEP)
-        return longest * max(0.0, 1 - done / total)
+        done = min(1.0, (steps * (self._epochs_begun - 1) + batch + 1) / total)
+        length = 12 * _LONGEST_WAY / total * done * (1 - done) ** 2
+        return min(length, _LONGEST_STEP)
 
     def _metric(self):
         """Returns how far the optimizer moves each stride per gradient, [n].

@@ -232,6 +232,40 @@ def test_shift_moves_each_example_and_repeats_the_edges():
     )
 
 
+def test_shift_and_mask_along_frequency():
+    ramp = np.arange(1.0, 11, dtype=np.float32)
+    inputs = np.tile(ramp[:, None, None], (200, 1, 3, 1))
+    shifted = audio.shift(tf.constant(inputs), tf.constant([1, 2]), 2, axis=1)
+    steps = shifted.numpy()[:, 5, 0, 0] - 6
+    assert set(steps) == {-2, -1, 0, 1, 2}
+    masked = audio.mask(tf.constant(inputs), tf.constant([1, 2]), 3, axis=1)
+    is_masked = masked.numpy()[..., 0] == 0
+    assert (is_masked == is_masked[:, :, :1]).all()
+    np.testing.assert_array_equal(
+        masked.numpy()[..., 0], np.where(is_masked, 0, inputs[..., 0])
+    )
+    widths = is_masked[..., 0].sum(axis=1)
+    assert set(widths) == {0, 1, 2, 3}
+    edges = np.abs(np.diff(is_masked[..., 0].astype(int), axis=1)).sum(axis=1)
+    assert edges.max() <= 2  # It is one stretch.
+    assert is_masked[:, 0].any() and is_masked[:, -1].any()
+
+
+def test_training_examples_are_shifted_and_masked(load):
+    plain = {'time_shift': 0, 'num_mel_bins': 16, 'num_frames': 20}
+    expected, _ = take(load(**plain).train(), 8)
+    for name, value in (
+        ('frequency_shift', 3),
+        ('time_mask', 0.5),
+        ('frequency_mask', 5),
+    ):
+        found, _ = take(load(**plain, **{name: value}).train(), 8)
+        changed = (found != expected).any(axis=(1, 2, 3))
+        assert 0.3 < changed.mean() <= 1, name
+        test, _ = take(load(**plain, **{name: value}).test, 4)
+        np.testing.assert_array_equal(test, take(load(**plain).test, 4)[0])
+
+
 # The networks.
 
 
@@ -326,6 +360,9 @@ def test_config_of_spoken_digits_is_parsed():
         ('num_frames', 1, 'an integer, at least 2'),
         ('num_frames', 2000, 'at most 1001 in 1000 samples'),
         ('time_shift', 1.0, 'a number of seconds, at least 0 and below'),
+        ('time_mask', -1, 'a number of seconds, at least 0 and below'),
+        ('frequency_shift', 999, 'a number of bins, at least 0 and below'),
+        ('frequency_mask', 1.5, 'a number of bins, at least 0 and below'),
         ('test_filter', '(', 'a regular expression or None'),
         ('test_filter', 'nobody', 'match some recordings and not all'),
         ('test_filter', 'wav', 'match some recordings and not all'),

@@ -167,14 +167,36 @@ def test_the_ramp_outside_adds_its_width_to_a_size():
 
 @pytest.mark.parametrize('share', [0.5, 1.2])
 def test_projection_is_the_nearest_point_of_the_budget(share):
-    """The way in logarithms is parallel to the gradient: Lagrange's condition."""
+    """The way in logarithms is along the gradient: Lagrange's condition."""
     function = macs_of(sequential(ramp='inside'))
     start = function.strides() + 0.1
     budget = share * function(start)
     found = function.project(start, budget)
     assert function(found) == pytest.approx(budget)
-    ratios = np.log(found / start) / (found * function.gradient(found))
-    np.testing.assert_allclose(ratios, ratios[0], rtol=0.1)
+    way, normal = np.log(found / start), found * function.gradient(found)
+    factor = way @ normal / (normal @ normal)
+    np.testing.assert_allclose(way, factor * normal, atol=0.1 * max(abs(way)))
+
+
+def test_steps_along_the_budget_keep_the_macs():
+    """To first order; what is stopped by a limit or a least size stays."""
+    function = macs_of(sequential(ramp='inside'))
+    start = function.strides()
+    direction = np.random.default_rng(0).normal(size=len(start))
+    for length in (1e-2, 1e-3):
+        moved = function.along(start, direction, length)
+        assert np.abs(np.log(moved / start)).max() == pytest.approx(length)
+        change = function(moved) / function(start) - 1
+        assert abs(change) < 5 * length**2
+    still = function.along(start, np.full(len(start), np.nan), 0.1)
+    np.testing.assert_array_equal(still, start)
+    lowest = np.ones(len(start))
+    moved = function.along(lowest, -np.eye(len(start))[0], 0.1)
+    assert moved[0] == 1
+    highest = start.copy()
+    highest[-1] = 100.0
+    moved = function.along(highest, np.eye(len(start))[-1], 0.1)
+    assert moved[-1] == 100
 
 
 def test_projection_stays_within_limits():

@@ -31,6 +31,7 @@ from diffstride.pooling import DiffStride, DiffStride1D
 from diffstride.validation import (
     integer,
     is_finite,
+    is_integer,
     one_of,
     require,
     standardize_strides,
@@ -52,6 +53,9 @@ def load_datasets(
     num_mel_bins: int = 64,
     num_frames: int = 64,
     time_shift: float = 0.1,
+    frequency_shift: int = 0,
+    time_mask: float = 0.0,
+    frequency_mask: int = 0,
     train_split: str = 'train',
     validation_split: str | float | None = 'auto',
     test_split: str | float = 'test',
@@ -82,6 +86,13 @@ def load_datasets(
         num_frames: The number of points in time of a spectrogram.
         time_shift: The largest shift in time of a training example, in
             seconds, which is random; 0 turns it off.
+        frequency_shift: The largest shift of a training spectrogram towards
+            high or low frequencies, in bins, like that of another speaker's
+            voice; 0 turns it off.
+        time_mask: The longest stretch of a training example that is masked by
+            the mean, in seconds, at a random place (SpecAugment,
+            arXiv:1904.08779); 0 turns it off.
+        frequency_mask: The widest band that is masked, in bins, likewise.
         train_split: The split to train on, see `data.load_datasets`.
         validation_split: See `data.load_datasets`.
         test_split: See `data.load_datasets`. `test_filter` takes its place.
@@ -115,6 +126,23 @@ def load_datasets(
         '`duration`',
         time_shift=time_shift,
     )
+    require(
+        is_finite(time_mask, least=0) and time_mask < duration,
+        '`time_mask` must be a number of seconds, at least 0 and below '
+        '`duration`',
+        time_mask=time_mask,
+    )
+    for key, bins in (
+        ('frequency_shift', frequency_shift),
+        ('frequency_mask', frequency_mask),
+    ):
+        require(
+            is_integer(bins, least=0)
+            and bins < (num_mel_bins if features == 'log_mel' else 1),
+            f'`{key}` must be a number of bins, at least 0 and below '
+            '`num_mel_bins`, and 0 for waveforms',
+            **{key: bins},
+        )
     sources.check_splits(train_split, validation_split, test_split)
     require(
         test_filter is None or _is_pattern(test_filter),
@@ -155,10 +183,17 @@ def load_datasets(
                 inputs, labels = inputs[chosen], labels[chosen]
             splits[split] = data.ExamplesInMemory(inputs, labels)
     shape = splits['train'].ordered.element_spec[0].shape
-    most = round(time_shift / duration * shape[-2])
+    frames = shape[-2] / duration
 
     def prepare(inputs, labels, key):
-        return shift(inputs, key, most), labels
+        keys = tf.unstack(tf.random.split(key, 4))
+        inputs = shift(inputs, keys[0], round(time_shift * frames))
+        inputs = mask(inputs, keys[1], round(time_mask * frames))
+        if frequency_shift:
+            inputs = shift(inputs, keys[2], frequency_shift, axis=1)
+        if frequency_mask:
+            inputs = mask(inputs, keys[3], frequency_mask, axis=1)
+        return inputs, labels
 
     label = builder.info.features[_audio_keys(builder)[1]]
     mean, scale = data.statistics(splits['train'])
@@ -176,23 +211,55 @@ def load_datasets(
     )
 
 
-def shift(inputs: tf.Tensor, key: tf.Tensor, most: int) -> tf.Tensor:
-    """Shifts each example of a batch in time at random; the edges repeat.
+def shift(
+    inputs: tf.Tensor, key: tf.Tensor, most: int, axis: int = -2
+) -> tf.Tensor:
+    """Shifts each example of a batch at random; the edges repeat.
 
     Args:
         inputs: [batch, ..., time, channels], the batch size static.
         key: The seed of the stateless draws, [2].
         most: The largest shift.
+        axis: The axis along which examples are shifted; time by default.
 
     Returns:
         Shifted inputs, shaped as they are.
     """
-    batch, length = inputs.shape[0], inputs.shape[-2]
+    batch, length = inputs.shape[0], inputs.shape[axis]
     offsets = tf.random.stateless_uniform(
         [batch, 1], key, -most, most + 1, tf.int32
     )
-    times = tf.clip_by_value(tf.range(length) + offsets, 0, length - 1)
-    return tf.gather(inputs, times, axis=inputs.shape.rank - 2, batch_dims=1)
+    places = tf.clip_by_value(tf.range(length) + offsets, 0, length - 1)
+    axis %= inputs.shape.rank
+    return tf.gather(inputs, places, axis=axis, batch_dims=1)
+
+
+def mask(
+    inputs: tf.Tensor, key: tf.Tensor, widest: int, axis: int = -2
+) -> tf.Tensor:
+    """Sets one stretch of each example of a batch to 0, the mean.
+
+    Args:
+        inputs: [batch, ..., time, channels], the batch size static.
+        key: The seed of the stateless draws, [2].
+        widest: The largest width of a stretch; the least is 0.
+        axis: The axis along which the stretch lies; time by default.
+
+    Returns:
+        Masked inputs, shaped as they are.
+    """
+    batch, length = inputs.shape[0], inputs.shape[axis]
+    width_key, start_key = tf.unstack(tf.random.split(key))
+    width = tf.random.stateless_uniform(
+        [batch, 1], width_key, 0, widest + 1, tf.int32
+    )
+    start = tf.random.stateless_uniform([batch, 1], start_key)
+    start = tf.cast(start * tf.cast(length - width + 1, tf.float32), tf.int32)
+    places = tf.range(length)
+    kept = (places < start) | (places >= start + width)
+    shape = [batch] + [1] * (inputs.shape.rank - 1)
+    shape[axis] = length
+    return inputs * tf.cast(tf.reshape(kept, shape), inputs.dtype)
 
 
 @keras.saving.register_keras_serializable(package='diffstride')
