@@ -1,0 +1,110 @@
+"""The README's commands lead from a training to a file that stands alone."""
+
+import json
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import onnxruntime
+import pytest
+from PIL import Image
+from small_runs import environment
+
+ROOT = pathlib.Path(__file__).parents[1]
+NAMES = ('blue', 'green', 'red')
+# These turn the training of the README's command into one of seconds.
+SMALL = """
+data.load_datasets.name = 'pictures'
+data.load_datasets.batch_size = 12
+data.load_datasets.mixup_alpha = 0
+train.train.num_epochs = 3
+train.train.model_cls = @resnet.Resnet
+resnet.Resnet.filters = [4, 4]
+resnet.Resnet.strides = '1, 2'
+resnet.Resnet.num_layers = 1
+"""
+
+
+def blocks(page, language):
+    return re.findall(
+        rf'^```{language}\n(.*?)^```$', (ROOT / page).read_text(), re.M | re.S
+    )
+
+
+def picture(name, seed, size=(32, 32)):
+    """Returns noise in which one color is brighter by 80 levels."""
+    pixels = np.random.default_rng(seed).integers(40, 120, (*size, 3))
+    pixels[..., ('red', 'green', 'blue').index(name)] += 80
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs a command of the README in a folder with pictures: its output."""
+    for split, count in (('train', 24), ('test', 4)):
+        for i, name in enumerate(NAMES):
+            folder = tmp_path / 'pictures' / split / name
+            folder.mkdir(parents=True)
+            for j in range(count):
+                image = picture(name, seed=1000 * i + 100 * len(split) + j)
+                image.save(folder / f'{j}.jpg')
+
+    def run(command):
+        arguments = shlex.split(command)
+        assert arguments[0] == '.venv/bin/python'
+        if 'main' in command:
+            bindings = SMALL.strip().splitlines()
+            arguments += [f'--gin_bindings={x}' for x in bindings]
+        ended = subprocess.run(
+            [sys.executable, *arguments[1:]],
+            env=environment(),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
+
+    return run
+
+
+@pytest.mark.slow
+def test_from_a_training_to_the_class_of_a_jpeg_without_this_package(
+    run, tmp_path, monkeypatch, capsys
+):
+    workdir = str(tmp_path / 'run')
+    commands = [
+        command.replace('/tmp/cifar10', workdir)
+        for block in blocks('README.md', 'bash')
+        for command in block.replace('\\\n', '').splitlines()
+        if '-m diffstride' in command and '/tmp/cifar10' in command
+    ]
+    jobs = [re.search(r'examples\.(\w+)', x)[1] for x in commands]
+    assert jobs == ['main', 'evaluate', 'predict', 'export']
+    for i, name in enumerate(NAMES):
+        picture(name, seed=i, size=(48, 40)).save(tmp_path / f'{name}.jpg')
+    commands[2] = commands[2].replace(
+        'cat.jpg', ' '.join(f'{name}.jpg' for name in NAMES)
+    )
+    _, evaluated, predicted, _ = map(run, commands)
+    assert '12 images, accuracy 100.0%' in evaluated
+    first = dict(re.findall(r'^(\w+)\.jpg: (\w+)', predicted, re.M))
+    assert first == {name: name for name in NAMES}
+
+    (snippet,) = (
+        code.replace('/tmp/cifar10', workdir)
+        for code in blocks('docs/export.md', 'python')
+        if 'onnxruntime' in code
+    )
+    assert 'diffstride' not in snippet.replace(workdir, '')
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    for name in NAMES:
+        exec(snippet.replace('cat.jpg', f'{name}.jpg'), {})
+    assert capsys.readouterr().out.split() == [first[x] for x in NAMES]
+    session = onnxruntime.InferenceSession(f'{workdir}/export/model.onnx')
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata['class_names']) == list(NAMES)
