@@ -1,4 +1,4 @@
-"""Draws accuracy against MACs of all runs of each study in results/.
+"""Draws accuracy against MACs of all runs of two studies in results/.
 
     python docs/figures/accuracy_macs.py [folder]
 
@@ -13,6 +13,7 @@ import matplotlib.figure
 
 FOLDER = pathlib.Path(__file__).parent
 RESULTS = FOLDER.parents[1] / 'results'
+STUDIES = ('cifar10_short', 'quickstart')
 KINDS = {
     'max pooling': 'C2',
     'average pooling': 'C4',
@@ -38,7 +39,8 @@ def points(path):
 
 
 def main(folder=FOLDER):
-    for path in sorted(RESULTS.glob('*/runs.csv')):
+    for study in STUDIES:
+        path = RESULTS / study / 'runs.csv'
         figure = matplotlib.figure.Figure((6, 3.6), layout='constrained')
         axes = figure.subplots()
         for kind, found in points(path).items():
@@ -59,7 +61,7 @@ def main(folder=FOLDER):
         axes.set_xlabel('million multiply-accumulates per image')
         axes.set_ylabel('test accuracy (%)')
         axes.legend(fontsize=8)
-        name = f'accuracy_macs_{path.parent.name}.png'
+        name = f'accuracy_macs_{study}.png'
         figure.savefig(pathlib.Path(folder, name), dpi=110)
 
 
