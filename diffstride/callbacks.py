@@ -19,7 +19,7 @@ from diffstride.pooling import DiffStride, diffstride_layers
 
 # The most that the logarithm of a stride moves while it is learned, and in one
 # step.
-_LONGEST_WAY = 4.0
+_LONGEST_WAY = 8.0
 _LONGEST_STEP = 0.1
 _AXES = {
     1: ('time',),
@@ -157,10 +157,12 @@ class StrideBudget(StrideLogger):
     budget and stay on it, so a larger map of one layer is paid for by the
     others. The optimizer gives the direction of each step, and the callback its
     length, which does not depend on the learning rate: 0 at first, soon
-    largest, and 0 again at the end. Where the strides come to rest, the loss
-    cannot fall by an exchange of MACs between two of them. Then the sizes that
-    use the budget up are set, the strides are held, and the rest of the
-    training fits the weights to maps whose sizes do not change any more.
+    largest, and 0 again at the end. With Adam and its kin, steps are short
+    where the gradients of the last steps do not agree. Where the strides come
+    to rest, the loss cannot fall by an exchange of MACs between two of them.
+    Then the sizes that use the budget up are set, the strides are held, and the
+    rest of the training fits the weights to maps whose sizes do not change any
+    more.
 
     It adds to the logs what `StrideLogger` does, and 'strides_held', 1 or 0. A
     budget above the MACs of the initial strides is used up, too. A model whose
@@ -247,10 +249,13 @@ class StrideBudget(StrideLogger):
         if self._macs_of is None:
             return
         models.sync(self.model)
-        step = (self._macs_of.strides() - self._strides) / self._metric()
-        moved = self._macs_of.along(
-            self._strides, self._strides * step, self._length(batch)
-        )
+        step = self._macs_of.strides() - self._strides
+        metric = self._metric()
+        length = self._length(batch)
+        if metric is not None:
+            length *= self._agreement(step)
+            step /= metric
+        moved = self._macs_of.along(self._strides, self._strides * step, length)
         self._strides = self._macs_of.project(moved, self._budget)
         self._macs_of.assign(self._strides)
 
@@ -268,11 +273,22 @@ class StrideBudget(StrideLogger):
         length = 12 * _LONGEST_WAY / total * done * (1 - done) ** 2
         return min(length, _LONGEST_STEP)
 
+    def _agreement(self, step):
+        """Returns how well the last gradients agree, from 0 to 1.
+
+        Adam moves a variable by its learning rate where they do, and by little
+        where they are noise, as those of an untrained network are.
+        """
+        rate = self.model.optimizer.learning_rate
+        rate = max(float(ops.convert_to_numpy(rate)), 1e-30)
+        return min(1.0, float(np.max(np.abs(step))) / rate) ** 2
+
     def _metric(self):
-        """Returns how far the optimizer moves each stride per gradient, [n].
+        """Returns how far Adam moves each stride per gradient, [n].
 
         Adam and its kin divide a gradient by the root of its mean square. This
-        is undone, so that strides come to rest where the loss cannot fall.
+        is undone, so that strides come to rest where the loss cannot fall. For
+        other optimizers it is None.
         """
         if self._mean_squares is None:
             found = {x.name: x for x in self.model.optimizer.variables}
@@ -282,7 +298,7 @@ class StrideBudget(StrideLogger):
             ]
             self._mean_squares = [found[x] for x in names if x in found]
         if len(self._mean_squares) < len(self._macs_of.layers):
-            return 1.0
+            return None
         squares = np.concatenate(
             [ops.convert_to_numpy(x) for x in self._mean_squares]
         )
