@@ -32,7 +32,7 @@ if keras.backend.backend() == 'jax':
 NEEDS_TENSORFLOW = (
     *('audio', 'benchmarks', 'checkpoints', 'command_line', 'commands'),
     *('data', 'docs', 'folders', 'freezing', 'gratings', 'grid'),
-    *('long_runs', 'train'),
+    *('long_runs', 'readme_commands', 'train'),
 )
 # JAX compiles anew for each shape, which takes minutes in these.
 LONG_ON_JAX = (
