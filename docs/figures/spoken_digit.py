@@ -41,9 +41,7 @@ def main(folder=FOLDER):
     axes.set_xlabel('speaker of the test')
     axes.set_ylabel('test accuracy in %')
     axes.legend()
-    path = pathlib.Path(folder) / 'spoken_digit.png'
-    figure.savefig(path, dpi=100)
-    print(path)
+    figure.savefig(pathlib.Path(folder, 'spoken_digit.png'), dpi=100)
 
 
 if __name__ == '__main__':
