@@ -383,9 +383,12 @@ class MacsOfStrides:
         """Returns strides as a function of a step, along the gradient there.
 
         The gradient is that in the logarithms of the strides. The gradient in
-        the strides themselves would move small ones most.
+        the strides themselves would move small ones most. If it is 0, since
+        all maps have their least size, all strides move alike.
         """
         direction = -nearest * self.gradient(nearest)
+        if not np.any(direction):
+            direction = np.ones(len(direction))
         direction = direction / np.max(direction)
 
         def line(step):
@@ -403,7 +406,7 @@ class MacsOfStrides:
             strides: The strides, [n].
             direction: The direction in which their logarithms would move, [n].
                 What would change the MACs, exceed a limit, or lead beyond the
-            least size of a map is taken out.
+                least size of a map is taken out.
             length: The largest change of the logarithm of a stride.
 
         Returns:

@@ -199,6 +199,13 @@ def test_steps_along_the_budget_keep_the_macs():
     assert moved[-1] == 100
 
 
+def test_projection_from_maps_of_the_least_size():
+    function = macs_of(sequential(ramp='inside'))
+    start = function.strides()
+    found = function.project(np.full(len(start), 1e3), function(start))
+    assert function(found) == pytest.approx(function(start))
+
+
 def test_projection_stays_within_limits():
     model = sequential(
         ramp='inside', lower_limit_stride=1.3, upper_limit_stride=2.1
