@@ -17,6 +17,7 @@ import numpy as np
 from keras import ops
 
 import diffstride
+from diffstride.pooling import spatial_axes
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 BACKEND = keras.backend.backend()
@@ -42,10 +43,10 @@ class _SizesOfDiffStride(diffstride.DiffStride):
     def call(self, inputs):
         is_list = isinstance(inputs, list)
         maps = inputs if is_list else [inputs]
-        sizes = [ops.shape(maps[0])[axis] for axis in self.spatial_axes]
-        rule = self._rule()
-        rules = [rule(index, size) for index, size in enumerate(sizes)]
-        outputs = [self.pool(x, sizes, *zip(*rules)) for x in maps]
+        sizes = [ops.shape(maps[0])[axis] for axis in spatial_axes(self)]
+        plan = self._plan()
+        plans = [plan(index, size) for index, size in enumerate(sizes)]
+        outputs = [self.pool(x, sizes, *zip(*plans)) for x in maps]
         return outputs if is_list else outputs[0]
 
 
@@ -80,7 +81,7 @@ class FreePooling(_SizesOfDiffStride):
 
     def pool(self, inputs, sizes, output_sizes, responses):
         slices = [slice(None)] * 4
-        for axis, output_size in zip(self.spatial_axes, output_sizes):
+        for axis, output_size in zip(spatial_axes(self), output_sizes):
             slices[axis] = slice(None, output_size)
         return inputs[tuple(slices)]
 

@@ -86,14 +86,14 @@ class BlurPooling(keras.layers.Layer):
         x = inputs
         if self.pool_size > 1:
             x = ops.max_pool(x, self.pool_size, 1, 'same', self.data_format)
-        axes = spatial_axes(self.data_format, rank=2)
+        axes = spatial_axes(self, rank=2)
         for axis, stride in zip(axes, self.strides):
             x = _blurred(x, axis, stride, self.kernel_size or 2 * stride - 1)
         return x
 
     def compute_output_shape(self, input_shape: Sequence) -> tuple:
         shape = list(input_shape)
-        axes = spatial_axes(self.data_format, rank=2)
+        axes = spatial_axes(self, rank=2)
         for axis, stride in zip(axes, self.strides):
             if shape[axis] is not None:
                 shape[axis] = math.ceil(shape[axis] / stride)

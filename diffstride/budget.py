@@ -25,6 +25,7 @@ from diffstride.pooling import (
     DiffStride,
     SpectralPooling,
     diffstride_layers,
+    spatial_axes,
 )
 
 # The relative distance that a stride keeps from one at which a size changes.
@@ -191,7 +192,7 @@ class MacsOfStrides:
         for layer in self._poolings:
             for side, found in enumerate(sizes):
                 shapes = {
-                    tuple(shape[axis] for axis in layer.spatial_axes)
+                    tuple(shape[axis] for axis in spatial_axes(layer))
                     for call in calls[layer]
                     for shape in call[side]
                 }
@@ -560,7 +561,7 @@ class MacsOfStrides:
 def _with_sizes(layer, sizes, shape):
     """Returns a shape with other sizes of the layer's spatial axes."""
     shape = list(shape)
-    for axis, size in zip(layer.spatial_axes, sizes):
+    for axis, size in zip(spatial_axes(layer), sizes):
         shape[axis] = size
     return tuple(shape)
 
@@ -569,7 +570,9 @@ def _with_strides(layer, strides, shape):
     """Returns the shape of a layer's output at given strides."""
     sizes = [
         layer.output_size(shape[axis], index, stride)
-        for index, (axis, stride) in enumerate(zip(layer.spatial_axes, strides))
+        for index, (axis, stride) in enumerate(
+            zip(spatial_axes(layer), strides)
+        )
     ]
     return _with_sizes(layer, sizes, shape)
 

@@ -15,7 +15,7 @@ from diffstride.budget import (
     check_budget,
     known_input_shape,
 )
-from diffstride.pooling import DiffStride, diffstride_layers
+from diffstride.pooling import DiffStride, diffstride_layers, spatial_axes
 
 # The most that the logarithm of a stride moves while it is learned, and in one
 # step.
@@ -100,7 +100,7 @@ class StrideLogger(keras.callbacks.Callback):
         logs['macs'] = sum(row.macs or 0 for row in rows.values())
         for layer in layers:
             for call in calls.get(layer, [])[-1:]:
-                sizes = [call.outputs[-1][axis] for axis in layer.spatial_axes]
+                sizes = [call.outputs[-1][axis] for axis in spatial_axes(layer)]
                 for axis, size in zip(_AXES[layer.rank], sizes):
                     logs[f'size/{layer.name}/{axis}'] = size
                 if self.log_dir is not None:
@@ -113,7 +113,7 @@ class StrideLogger(keras.callbacks.Callback):
             self._writer = tf.summary.create_file_writer(
                 os.path.join(self.log_dir, 'masks')
             )
-        sizes = [shape[axis] for axis in layer.spatial_axes]
+        sizes = [shape[axis] for axis in spatial_axes(layer)]
         with self._writer.as_default(epoch):
             image = np.atleast_2d(layer.mask(sizes))
             while image.ndim > 2:

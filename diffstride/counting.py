@@ -333,7 +333,7 @@ def _einsum_dense(layer, x, y):
 
 def _spectral_resampling(layer, x, y, skip_identity):
     macs, shape = [], list(x)
-    for axis in layer.spatial_axes:
+    for axis in pooling.spatial_axes(layer):
         size, shape[axis] = shape[axis], y[axis]
         is_identity = size == y[axis] and not layer.weights
         skip = is_identity and skip_identity

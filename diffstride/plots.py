@@ -150,7 +150,10 @@ def response(layer: DiffStride, size: int, index: int = 0) -> Any:
     validation.integer('size', size, least=1)
     validation.one_of('index', index, tuple(range(layer.rank)))
     figure, axes = _figure('frequency f (cycles per map)', 'response m(f)')
-    values = layer.response(size, index)
+    sizes = [1] * layer.rank
+    sizes[index] = size
+    # The mask begins at f = -(N // 2), and it is the same at f and -f.
+    values = layer.mask(sizes).ravel()[size // 2 :: -1]
     output_size = layer.output_size(size, index)
     stride = layer.stride_values[index]
     axes.plot(values, marker='.', label='m(f)')

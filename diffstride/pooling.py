@@ -1,4 +1,11 @@
-"""Pooling layers that crop the spectrum of a feature map."""
+"""Pooling layers that crop the spectrum of a feature map.
+
+A call has two steps for each spatial axis. The layer plans the output size and
+the weights of the frequencies, and `resampling.resample` computes the output.
+The plan of a stride comes from a `Ramp` or, for a fixed stride, a `Brickwall`.
+A learned stride gets its gradient through `Ramp.learned_response`. A
+`StrideState` keeps the learned strides in weights of the layer.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +17,7 @@ from keras import ops, tree
 
 from diffstride import backend, models, resampling, validation
 from diffstride.ramps import RAMPS, Brickwall, Ramp, with_finite_gradient
-from diffstride.resampling import Response, known
+from diffstride.resampling import known
 from diffstride.strides import StrideState
 
 
@@ -37,13 +44,8 @@ class SpectralResampling(keras.layers.Layer):
         self.method = validation.one_of('method', method, resampling.METHODS)
         self.norm = validation.one_of('norm', norm, resampling.NORMS)
 
-    @property
-    def spatial_axes(self) -> range:
-        """The spatial axes of a batch."""
-        return spatial_axes(self.data_format, self.rank)
-
     def _check(self, inputs):
-        validation.check_inputs(self, inputs, self.spatial_axes)
+        validation.check_inputs(self, inputs, spatial_axes(self))
 
     def compute_output_spec(self, inputs: Any) -> Any:
         self._check(inputs)
@@ -117,10 +119,10 @@ class SpectralPooling(SpectralResampling):
         """Returns the forward weights of the frequencies that are kept."""
         raise NotImplementedError
 
-    def _rule(self) -> Callable:
+    def _plan(self) -> Callable:
         """Returns a function of the index and size of a spatial axis.
 
-        It returns the output size and the `Response`, or None for ones.
+        It returns the output size, and the `Response` or None for ones.
         """
         raise NotImplementedError
 
@@ -128,10 +130,10 @@ class SpectralPooling(SpectralResampling):
         self._check(inputs)
         is_list = isinstance(inputs, (list, tuple))
         outputs = list(inputs) if is_list else [inputs]
-        rule = self._rule()
-        for index, axis in enumerate(self.spatial_axes):
+        plan = self._plan()
+        for index, axis in enumerate(spatial_axes(self)):
             size = backend.shape_of(outputs[0])[axis]
-            output_size, response = rule(index, size)
+            output_size, response = plan(index, size)
             outputs = resampling.resample(
                 outputs, axis, output_size, self.norm, self.method, response
             )
@@ -141,7 +143,7 @@ class SpectralPooling(SpectralResampling):
         if hasattr(input_shape[0], '__len__'):
             return [self.compute_output_shape(shape) for shape in input_shape]
         shape = list(input_shape)
-        for index, axis in enumerate(self.spatial_axes):
+        for index, axis in enumerate(spatial_axes(self)):
             if shape[axis] is not None:
                 shape[axis] = self._symbolic_size(shape[axis], index)
         return tuple(shape)
@@ -152,35 +154,24 @@ class SpectralPooling(SpectralResampling):
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), 'strides': self.initial_strides}
 
-    def response(self, size: int, index: int = 0) -> np.ndarray:
-        """Returns the weight that the layer gives to each frequency now.
-
-        Args:
-            size: N, the size of the axis in the input.
-            index: The spatial axis, counted from 0.
-
-        Returns:
-            float32 [N // 2 + 1], for f = 0 .. N // 2 in cycles per N samples.
-            Cropped frequencies have a weight of 0.
-        """
-        response = np.zeros(size // 2 + 1, 'float32')
-        kept = min(size, self.output_size(size, index)) // 2 + 1
-        response[:kept] = self._weights(size, index)
-        return response
-
     def mask(self, sizes: Sequence[int]) -> np.ndarray:
-        """Returns the weights of all frequencies, that of 0 in the middle.
+        """Returns the weight that the layer gives to each frequency now.
 
         Args:
             sizes: N of each spatial axis of the input.
 
         Returns:
-            A float32 array of these sizes.
+            A float32 array of these sizes, for the frequencies
+            f = -(N // 2) .. (N - 1) // 2 along each axis, in cycles per N
+            samples. Cropped frequencies have a weight of 0.
         """
         mask = np.ones((), 'float32')
         for index, size in enumerate(sizes):
+            response = np.zeros(size // 2 + 1, 'float32')
+            kept = min(size, self.output_size(size, index)) // 2 + 1
+            response[:kept] = self._weights(size, index)
             frequencies = np.abs(np.arange(size) - size // 2)
-            mask = mask[..., None] * self.response(size, index)[frequencies]
+            mask = mask[..., None] * response[frequencies]
         return mask
 
 
@@ -295,9 +286,17 @@ class DiffStride(SpectralPooling):
         )
         self.ramp = validation.one_of('ramp', ramp, RAMPS)
         self.strides_regularizer = keras.regularizers.get(strides_regularizer)
+        validation.require(
+            self.cropping or ramp != 'straight_through',
+            "`cropping` must be True with `ramp='straight_through'`, which "
+            'removes nothing else',
+            cropping=cropping,
+        )
+        self._check_shared(self.initial_strides)
         lower, upper = self.lower_limit_stride or 1.0, self.upper_limit_stride
-        self._check_strides(lower, upper)
         self._ramp = Ramp(ramp, self.smoothness_factor, lower, upper)
+        # Traced functions took these as constants: the strides if they are
+        # held, and the output size for an axis and its size.
         self._compiled: dict = {}
         with keras.name_scope(self.name):
             self.state = StrideState(
@@ -312,31 +311,6 @@ class DiffStride(SpectralPooling):
         self._weight, self._record = self.state.weight, self.state.record
         self._weight.trainable = trainable
         self._state_changed()
-
-    def _check_strides(self, lower, upper):
-        limits = {'lower_limit_stride': lower, 'upper_limit_stride': upper}
-        strides = self.initial_strides
-        validation.require(
-            upper is None or lower <= upper,
-            '`lower_limit_stride` must not exceed `upper_limit_stride`',
-            **limits,
-        )
-        rounding = 1e-6  # Strides may have gone through float32.
-        validation.require(
-            min(strides) >= lower * (1 - rounding)
-            and (upper is None or max(strides) <= upper * (1 + rounding)),
-            '`strides` must lie between `lower_limit_stride` and '
-            '`upper_limit_stride`',
-            strides=strides,
-            **limits,
-        )
-        validation.require(
-            self.cropping or self.ramp != 'straight_through',
-            "`cropping` must be True with `ramp='straight_through'`, which "
-            'removes nothing else',
-            cropping=self.cropping,
-        )
-        self._check_shared(strides)
 
     def _check_shared(self, strides):
         validation.require(
@@ -408,7 +382,7 @@ class DiffStride(SpectralPooling):
             )
         return outputs
 
-    def _rule(self):
+    def _plan(self):
         state, ramp = self.state, self._ramp
         held = state.values if state.held else None
         is_traced = backend.known_values(state.record) is None
@@ -418,27 +392,19 @@ class DiffStride(SpectralPooling):
             strides = with_finite_gradient(state.tensor())
         size_strides = held or self._size_strides()
 
-        def rule(index, size):
+        def plan(index, size):
             edge = ramp.band_edge(size, (held or strides)[index])
             output_size = self._output_size(size, size_strides[index])
             if is_traced and known(output_size):
                 self._compiled[index, size] = output_size
-            weights = None
-            if ramp.kind != 'straight_through':
-                weights = (
-                    ramp.constant_response(output_size, edge)
-                    if known(output_size, edge)
-                    else ramp.response(_all_frequencies(output_size), edge)
-                )
-            if held:
-                return output_size, None if weights is None else Response(
-                    weights
-                )
-            frequencies = ramp.frequencies(size, output_size, edge)
-            varying = ramp.response(frequencies, edge)
-            return output_size, Response(weights, frequencies, varying)
+            response = (
+                ramp.held_response(output_size, edge)
+                if held
+                else ramp.learned_response(size, output_size, edge)
+            )
+            return output_size, response
 
-        return rule
+        return plan
 
     def _size_strides(self):
         """Returns the strides for sizes, as numbers where they are known."""
@@ -512,10 +478,6 @@ class DiffStride(SpectralPooling):
 
 def _limit(name, value):
     return None if value is None else validation.finite(name, value, least=1)
-
-
-def _all_frequencies(output_size):
-    return ops.arange(output_size // 2 + 1, dtype='int32')
 
 
 def _with_zero_gradient(x, variable):
@@ -608,7 +570,7 @@ class FixedSpectralPooling(SpectralPooling):
     def _output_size(self, size, stride):
         return Brickwall.output_size(size, stride)
 
-    def _rule(self):
+    def _plan(self):
         return lambda index, size: (self.output_size(size, index), None)
 
     def _weights(self, size, index):
@@ -693,8 +655,7 @@ class SpatialPooling(keras.layers.AveragePooling2D):
         )
 
     def _check_input(self, inputs):
-        axes = spatial_axes(self.data_format, rank=2)
-        validation.check_inputs(self, inputs, axes)
+        validation.check_inputs(self, inputs, spatial_axes(self, rank=2))
 
     def call(self, inputs: Any) -> Any:
         self._check_input(inputs)
@@ -710,10 +671,15 @@ class SpatialPooling(keras.layers.AveragePooling2D):
         return config
 
 
-def spatial_axes(data_format: str, rank: int) -> range:
-    """Returns the spatial axes of a batch."""
-    first = 2 if data_format == 'channels_first' else 1
-    return range(first, first + rank)
+def spatial_axes(layer: keras.layers.Layer, rank: int | None = None) -> range:
+    """Returns the spatial axes of a batch.
+
+    Args:
+        layer: A layer with a `data_format`.
+        rank: The number of these axes; None for `layer.rank`.
+    """
+    first = 2 if layer.data_format == 'channels_first' else 1
+    return range(first, first + (layer.rank if rank is None else rank))
 
 
 def diffstride_layers(model: keras.layers.Layer) -> list[DiffStride]:

@@ -19,6 +19,7 @@ from keras import ops
 from diffstride import backend
 from diffstride.resampling import (
     TOLERANCE,
+    Response,
     known,
     maximum,
     minimum,
@@ -107,6 +108,27 @@ class Ramp:
         slope *= _step(level, tolerance) - _step(level - 1, tolerance)
         weights = ops.clip(level, 0, 1) + slope * (band - edge)
         return ops.where(frequencies > 0, weights, 1.0)
+
+    def learned_response(
+        self, size: Any, output_size: Any, edge: Any
+    ) -> Response:
+        """Returns the weights m(f), with a gradient at those on the ramp."""
+        held = self.held_response(output_size, edge)
+        frequencies = self.frequencies(size, output_size, edge)
+        return Response(
+            None if held is None else held.weights,
+            frequencies,
+            self.response(frequencies, edge),
+        )
+
+    def held_response(self, output_size: Any, edge: Any) -> Response | None:
+        """Returns the weights m(f) without a gradient, or None for ones."""
+        if self.kind == 'straight_through':
+            return None
+        if known(output_size, edge):
+            return Response(self.constant_response(output_size, edge))
+        frequencies = ops.arange(output_size // 2 + 1, dtype='int32')
+        return Response(self.response(frequencies, edge))
 
     def constant_response(self, output_size: int, edge: float) -> np.ndarray:
         """Returns the forward weights of f = 0 .. M // 2, float64."""

@@ -394,7 +394,7 @@ class _Sizes:
         if not (isinstance(pool, pooling.DiffStride) and pool.cropping):
             return self._output(layer, pool.compute_output_spec, (x,), {})
         shape = list(x.shape)
-        for axis in pool.spatial_axes:
+        for axis in pooling.spatial_axes(pool):
             shape[axis] = _Size('pooling', layer, axis, (shape[axis],))
         return _Map(shape, x.dtype)
 

@@ -92,7 +92,7 @@ class SpectralResizing(SpectralResampling):
     def call(self, inputs: Any) -> Any:
         self._check(inputs)
         x, like = self._inputs(inputs, isinstance(inputs, (list, tuple)))
-        outputs, axes = [x], self.spatial_axes
+        outputs, axes = [x], spatial_axes(self)
         for axis, size in zip(axes, self._sizes(ops.shape(like), axes)):
             outputs = resampling.resample(
                 outputs, axis, size, self.norm, self.method
@@ -101,7 +101,7 @@ class SpectralResizing(SpectralResampling):
 
     def compute_output_shape(self, input_shape: Any) -> tuple:
         x, like = self._inputs(input_shape, _is_list_of_shapes(input_shape))
-        axes = spatial_axes(self.data_format, len(x) - 2)
+        axes = spatial_axes(self, len(x) - 2)
         shape = list(x)
         for axis, size in zip(axes, self._sizes(like, axes)):
             shape[axis] = size
@@ -137,7 +137,7 @@ class SpectralResizing(SpectralResampling):
         super()._check(x)
         validation.require(
             len(like.shape) == len(x.shape)
-            and all(like.shape[axis] != 0 for axis in self.spatial_axes),
+            and all(like.shape[axis] != 0 for axis in spatial_axes(self)),
             f'The second input of layer "{self.name}" must have '
             f'ndim={self.rank + 2} and spatial sizes of at least 1',
             shape=tuple(like.shape),

@@ -33,6 +33,9 @@ class StrideState:
         upper: The largest stride in use, or None.
         changed: Called without arguments after the numbers change eagerly.
 
+    Raises:
+        ValueError: If the limits exclude each other or an initial stride.
+
     Attributes:
         weight: The strides, a trainable float32 variable [n], where n is the
             rank, or 1 for a stride that all axes share.
@@ -47,6 +50,21 @@ class StrideState:
         upper: float | None,
         changed: Callable[[], None],
     ):
+        limits = {'lower_limit_stride': lower, 'upper_limit_stride': upper}
+        validation.require(
+            upper is None or lower <= upper,
+            '`lower_limit_stride` must not exceed `upper_limit_stride`',
+            **limits,
+        )
+        rounding = 1e-6  # Strides may have gone through float32.
+        validation.require(
+            min(initial) >= lower * (1 - rounding)
+            and (upper is None or max(initial) <= upper * (1 + rounding)),
+            '`strides` must lie between `lower_limit_stride` and '
+            '`upper_limit_stride`',
+            strides=initial,
+            **limits,
+        )
         self.rank = rank
         self.lower = lower
         self.upper = upper

@@ -147,6 +147,35 @@ def diffstride(
     return x
 
 
+def of_layer(layer, x, strides=None, sizes=None):
+    """Returns what a DiffStride or FixedSpectralPooling layer returns.
+
+    Without `strides` they are those of the layer, as decimals of float32.
+    """
+    strides = np.float32(layer.stride_values) if strides is None else strides
+    if not hasattr(layer, 'ramp'):
+        return fixed_spectral_pooling(x, strides, layer.norm, layer.data_format)
+    return diffstride(x, strides, *_arguments(layer), sizes)
+
+
+def _arguments(layer):
+    """Returns the arguments of `diffstride` that a layer has."""
+    return (
+        layer.smoothness_factor,
+        layer.ramp,
+        layer.norm,
+        layer.cropping,
+        layer.lower_limit_stride,
+        layer.upper_limit_stride,
+        layer.data_format,
+    )
+
+
+def stride_gradient_of_layer(layer, x, weights, strides):
+    """Returns the gradient of sum(weights * layer(x)) in strides, [rank]."""
+    return diffstride_stride_gradient(x, weights, strides, *_arguments(layer))
+
+
 def diffstride_stride_gradient(
     x,
     weights,

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from keras import ops
+from backends import array, random
 
 from diffstride import resnet
 from diffstride.blurring import BlurPooling
@@ -40,31 +40,24 @@ def expected(x, strides, lengths):
 )
 @pytest.mark.parametrize('shape', [(16, 13), (7, 8)])
 def test_values_agree_with_numpy(strides, kernel_size, lengths, shape):
-    x = np.random.default_rng(0).normal(size=(2, *shape, 3)).astype('float32')
+    x = random(2, *shape, 3)
     layer = BlurPooling(strides, kernel_size)
-    y = ops.convert_to_numpy(layer(x))
+    y = array(layer(x))
     np.testing.assert_allclose(
         y, expected(x, layer.strides, lengths), atol=1e-6
     )
     assert layer.compute_output_shape(x.shape) == y.shape
     first = BlurPooling(strides, kernel_size, data_format='channels_first')
-    z = ops.convert_to_numpy(first(x.transpose(0, 3, 1, 2)))
+    z = array(first(x.transpose(0, 3, 1, 2)))
     np.testing.assert_array_equal(z.transpose(0, 2, 3, 1), y)
 
 
 def test_maximum_comes_before_the_blur():
     x = np.zeros((1, 9, 9, 1), 'float32')
     x[0, 4, 4] = 1.0
-    y = ops.convert_to_numpy(BlurPooling(2, pool_size=3)(x))
+    y = array(BlurPooling(2, pool_size=3)(x))
     line = np.convolve([0, 0, 0, 1, 1, 1, 0, 0, 0], FILTERS[3], 'same')[::2]
     np.testing.assert_allclose(y[0, :, :, 0], np.outer(line, line), atol=1e-6)
-
-
-def test_the_highest_frequency_is_removed_and_the_mean_is_kept():
-    n = np.arange(16)
-    x = (3.0 + np.cos(np.pi * n))[None, :, None, None] * np.ones((1, 1, 16, 1))
-    y = ops.convert_to_numpy(BlurPooling(2)(x.astype('float32')))
-    np.testing.assert_allclose(y, 3.0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -86,9 +79,9 @@ def test_a_network_with_blurred_strides_is_saved(tmp_path):
     model = resnet.Resnet(
         [2, 3], '2, (3, 1)', 2, pooling_cls=BlurPooling, num_layers=1
     )
-    x = np.random.default_rng(0).normal(size=(2, 18, 16, 3)).astype('float32')
-    y = ops.convert_to_numpy(model(x))
+    x = random(2, 18, 16, 3)
+    y = array(model(x))
     assert y.shape == (2, 2) and np.isfinite(y).all()
     model.save(tmp_path / 'model.keras')
     loaded = keras.models.load_model(tmp_path / 'model.keras')
-    np.testing.assert_array_equal(ops.convert_to_numpy(loaded(x)), y)
+    np.testing.assert_array_equal(array(loaded(x)), y)

@@ -240,8 +240,10 @@ def small(*layers, shape=(12, 12, 2)):
     return keras.Sequential([keras.Input(shape), *layers])
 
 
-def network(pooling_cls, **kwargs):
-    model = resnet.Resnet([2, 3], [1, 2], 3, pooling_cls=pooling_cls, **kwargs)
+def network():
+    model = resnet.Resnet(
+        [2, 3], [1, 2], 3, pooling_cls=pooling.DiffStride, stride_cost=0.1
+    )
     model.build((None, 12, 12, 2))
     return model
 
@@ -254,19 +256,10 @@ def strided():
 # Other tests save each pooling layer and each of its states.
 SAVED = {
     'DiffStride': lambda: small(
-        pooling.DiffStride(2.0, 1.0, strides_regularizer=costs.StrideCost(0.1)),
-        costs.ActivationCost(0.1),
+        pooling.DiffStride(2.0, 1.0, strides_regularizer=costs.StrideCost(0.1))
     ),
-    'SpatialPooling': lambda: small(pooling.SpatialPooling(2, 3)),
-    'ResidualLayer': lambda: small(
-        resnet.ResidualLayer(
-            3, strides=2, pooling_cls=pooling.DiffStride, project=True
-        )
-    ),
-    'Resnet': lambda: network(None),
-    'Resnet, learned': lambda: network(pooling.DiffStride, stride_cost=0.1),
-    'Resnet, average': lambda: network(layers.AveragePooling2D),
-    'freeze': lambda: freeze(network(pooling.DiffStride)),
+    'Resnet': network,
+    'freeze': lambda: freeze(network()),
     'replace_strides': lambda: freeze(replace_strides(strided())),
 }
 

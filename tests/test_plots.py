@@ -15,8 +15,6 @@ HISTORY = {
     'stride/b/width': [4.0, 4.1],
 }
 
-X = np.zeros((8, 8, 1))
-
 
 def lines(axes):
     return {x.get_label(): x.get_xydata().tolist() for x in axes.get_lines()}
@@ -51,15 +49,10 @@ def test_response():
 
 @pytest.mark.parametrize('channels_first', [False, True])
 def test_pooled(channels_first):
+    model = resnet.Resnet([4, 4], '1, 2', 3, pooling_cls=DiffStride)
     if channels_first:
-        model = keras.Sequential(
-            [
-                keras.layers.Permute((3, 1, 2)),
-                DiffStride(2.0, 1.0, data_format='channels_first'),
-            ]
-        )
-    else:
-        model = resnet.Resnet([4, 4], '1, 2', 3, pooling_cls=DiffStride)
+        pool = DiffStride(2.0, 1.0, data_format='channels_first')
+        model = keras.Sequential([keras.layers.Permute((3, 1, 2)), pool])
     image = np.random.normal(size=(16, 12, 3)).astype('float32')
     before = array(model(image[None]))
     figure = plots.pooled(model, image)
@@ -68,32 +61,26 @@ def test_pooled(channels_first):
     np.testing.assert_array_equal(array(model(image[None])), before)
 
 
+START = {'stride/a/height': [2.0]}
+
+
 @pytest.mark.parametrize(
-    'draw, message',
+    'draw, arguments, message',
     [
-        (lambda: plots.accuracy_macs({}), '`points` must have at least one'),
-        (lambda: plots.accuracy_macs({'a': []}), '`points` must have at least'),
-        (lambda: plots.strides({'loss': [1.0]}), '`history` must have strides'),
-        (
-            lambda: plots.strides({'stride/a/height': [2.0]}, {'a': []}),
-            '`initial` must have as many strides',
-        ),
-        (
-            lambda: plots.strides({'stride/a/height': [2.0]}, {'b': [2.0]}),
-            '`initial` must have as many strides',
-        ),
-        (
-            lambda: plots.response(FixedSpectralPooling(2.0), 8),
-            '`layer` must be a DiffStride',
-        ),
-        (lambda: plots.response(DiffStride(2.0), 0), '`size` must be an int'),
-        (lambda: plots.response(DiffStride(2.0), 8, 2), '`index` must be one'),
-        (
-            lambda: plots.pooled(keras.Sequential([keras.layers.ReLU()]), X),
-            '`model` must have spectral pooling layers',
-        ),
+        (plots.accuracy_macs, [{}], '`points` must have at least one'),
+        (plots.accuracy_macs, [{'a': []}], '`points` must have at least'),
+        (plots.strides, [{'loss': [1.0]}], '`history` must have strides'),
+        (plots.strides, [START, {'a': []}], '`initial` must have as many'),
+        (plots.strides, [START, {'b': [2.0]}], '`initial` must have as many'),
+        (plots.response, [FixedSpectralPooling(2.0), 8],
+         '`layer` must be a DiffStride'),
+        (plots.response, [DiffStride(2.0), 0], '`size` must be an int'),
+        (plots.response, [DiffStride(2.0), 8, 2], '`index` must be one'),
+        (plots.pooled,
+         [keras.Sequential([keras.layers.ReLU()]), np.zeros((8, 8, 1))],
+         '`model` must have spectral pooling layers'),
     ],
-)
-def test_wrong_arguments(draw, message):
+)  # fmt: skip
+def test_wrong_arguments(draw, arguments, message):
     with pytest.raises(ValueError, match=message):
-        draw()
+        draw(*arguments)

@@ -8,6 +8,8 @@ import pytest
 import reference
 from backends import (
     BACKEND,
+    COMPILERS,
+    USUAL,
     array,
     dtype_of,
     error_of,
@@ -52,14 +54,14 @@ def test_values_agree_with_reference_down_and_up(method, norm, has_weights):
         axis = i % 4
         x = random(*(size if a == axis else 2 for a in range(4)), seed=i)
         weights = weights_for(size, output_size, i) if has_weights else None
-        y = resample(
-            ops.convert_to_tensor(x),
-            axis,
-            output_size,
-            ops.convert_to_tensor(weights) if has_weights else None,
-            norm,
-            method,
-        )
+
+        def resampled(x, weights, axis=axis, size=output_size):
+            return resample(x, axis, size, weights, norm, method)
+
+        if has_weights:
+            y = COMPILERS[USUAL](resampled)(*map(ops.array, (x, weights)))
+        else:
+            y = resampled(ops.array(x), None)
         expected = reference.resample(x, axis, output_size, weights, norm)
         assert error_of(y, expected) <= 2e-6, (size, output_size)
 
@@ -85,16 +87,6 @@ def test_values_of_unknown_sizes_agree_with_reference(method):
         assert error_of(y, expected) <= 2e-6, (size, output_size)
 
 
-@every_method
-def test_float64_is_exact_to_float64(method):
-    skip_unless_there_is('float64')
-    for size, output_size in [(33, 12), (32, 13), (224, 150), (9, 30)]:
-        x = random(2, size).astype('float64')
-        y = resample(ops.convert_to_tensor(x), 1, output_size, method=method)
-        assert dtype_of(y) == 'float64'
-        assert error_of(y, reference.resample(x, 1, output_size)) <= 1e-13
-
-
 @pytest.mark.parametrize(
     'method, size, output_size',
     [('fft', 4095, 2050), ('matmul', 4096, 600), ('auto', 4096, 1241)],
@@ -111,12 +103,6 @@ def test_long_axes_are_accurate(method, size, output_size):
     )
     expected = reference.resample(x, 1, output_size, weights)
     assert error_of(y, expected) <= 1e-5
-
-
-@pytest.mark.parametrize('method', METHODS)
-def test_the_same_size_without_weights_returns_the_input(method):
-    x = ops.convert_to_tensor(random(2, 9))
-    assert np.array_equal(array(resample(x, 1, 9, method=method)), array(x))
 
 
 @pytest.mark.parametrize('norm', NORMS)
@@ -146,13 +132,20 @@ def test_the_matrix_is_the_formula(size, output_size, norm):
         assert error_of(matrix, expected) <= (1e-13 if exact else 1e-6)
 
 
-@pytest.mark.parametrize('dtype', ['float16', 'bfloat16', 'float64'])
+@pytest.mark.parametrize(
+    'dtype, tolerance',
+    [('float16', 3e-3), ('bfloat16', 2e-2), ('float64', 1e-13)],
+)
 @every_method
-def test_the_dtype_is_that_of_the_input(method, dtype):
+def test_the_dtype_is_that_of_the_input(method, dtype, tolerance):
     skip_unless_there_is(dtype)
-    x = ops.cast(random(2, 3, 12), dtype)
-    y = resample(x, 2, 7, ops.ones((4,)), method=method)
-    assert dtype_of(y) == dtype
+    x = ops.cast(random(2, 33), dtype)
+    for output_size in (12, 40):
+        y = resample(x, 1, output_size, method=method)
+        assert dtype_of(y) == dtype
+        expected = reference.resample(array(x), 1, output_size)
+        assert error_of(y, expected) <= tolerance
+    assert np.array_equal(array(resample(x, 1, 33, method=method)), array(x))
 
 
 # Gradients
@@ -352,18 +345,3 @@ def test_auto_takes_about_the_time_of_the_fft_on_long_clips():
         return min(times)
 
     assert seconds('auto') < 3 * seconds('fft')
-
-
-# Lists
-
-
-@every_method
-def test_a_list_is_resampled_as_its_tensors_are(method):
-    tensors = [ops.array(random(2, 12, c, seed=c)) for c in (1, 3)]
-    response = Response(ops.ones((4,)))
-    together = resampling.resample(
-        tensors, 1, 6, method=method, response=response
-    )
-    for x, y in zip(tensors, together):
-        alone = resample(x, 1, 6, response.weights, method=method)
-        np.testing.assert_array_equal(array(y), array(alone))

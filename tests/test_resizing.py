@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import reference
 from backends import (
-    COMPILERS,
     FORMATS,
     array,
+    assert_gradient_is_adjoint,
     compilers,
     dtype_of,
     error_of,
-    gradients,
     image,
     of_unknown_sizes,
     only,
@@ -38,6 +37,7 @@ SIZES = [
     ((1, 12), (5, 1)),
     ((7, 6), (7, 6)),
     ((4, 7, 6), (6, 7, 3)),
+    ((9, 4), (6, 6)),
 ]
 # Each pair of sizes with each norm, and with some format and method.
 CASES = [
@@ -55,7 +55,8 @@ def test_values_agree_with_reference():
         like = image(new_sizes, data_format, batch=1, channels=5)
         arguments = {'data_format': data_format, 'method': method, 'norm': norm}
         expected = reference.resize(x, new_sizes, norm, data_format)
-        y = SpectralResizing(new_sizes, **arguments)(x)
+        size = new_sizes if len({*new_sizes}) > 1 else new_sizes[0]
+        y = SpectralResizing(size, **arguments)(x)
         assert error_of(y, expected) <= 1e-6, (sizes, new_sizes, arguments)
         y = SpectralResizing(**arguments)([x, like.astype('int32')])
         assert error_of(y, expected) <= 1e-6, (sizes, new_sizes, arguments)
@@ -73,13 +74,6 @@ def test_band_limited_signals_are_resized_exactly(method):
     for size, new_size in itertools.product((7, 8, 64), (8, 33)):
         y = SpectralResizing(new_size, method=method)(wave(size))
         assert error_of(y, wave(new_size)) <= 1e-6
-
-
-def test_an_integer_is_the_size_of_every_axis():
-    for sizes in [(9,), (9, 4), (4, 9, 5)]:
-        x = image(sizes)
-        expected = reference.resize(x, [6] * len(sizes))
-        assert error_of(SpectralResizing(6)(x), expected) <= 1e-6
 
 
 @pytest.mark.parametrize(
@@ -105,22 +99,13 @@ def test_other_precisions(policy, method, tolerance):
     + [(name, 'fft') for name in compilers('xla')],
 )
 def test_gradient_is_the_transposed_operator(compiler, method):
-    """The second input has none."""
-    # The operator is applied to a unit impulse at each position: [M, N].
-    rows, columns = (
-        reference.resize(np.eye(size)[None], [new_size])[0]
-        for size, new_size in ((8, 20), (13, 6))
+    layer, like = SpectralResizing(method=method), image((20, 6))
+    assert_gradient_is_adjoint(
+        lambda x: layer([x, like]),
+        lambda x: reference.resize(x, (20, 6)),
+        image((8, 13)),
+        compiler,
     )
-    layer = SpectralResizing(method=method)
-    resize = COMPILERS[compiler](lambda x, like: layer([x, like]))
-    weights = image((20, 6), seed=1)
-    of_x, of_like = gradients(
-        lambda x, like: ops.sum(ops.array(weights) * resize(x, like)),
-        [image((8, 13)), image((20, 6))],
-    )
-    expected = np.einsum('pi,qj,bpqc->bijc', rows, columns, weights)
-    assert error_of(of_x, expected) <= 2e-6
-    assert of_like is None or not np.any(array(of_like))
 
 
 # Sizes
@@ -144,7 +129,6 @@ def test_static_shapes_are_told():
 def test_unknown_sizes_of_like_stay_unknown():
     x, like = keras.Input((8, None, 3)), keras.Input((None, 9, 5))
     assert SpectralResizing()([x, like]).shape == (None, None, 9, 3)
-    assert SpectralResizing()([like, x]).shape == (None, 8, None, 5)
     assert SpectralResizing(4)(like).shape == (None, 4, 4, 5)
 
 
@@ -190,33 +174,22 @@ def test_sizes_follow_a_learned_stride():
 # Models
 
 
-@pytest.mark.parametrize(
-    'arguments',
-    [
-        {},
-        {'size': 5, 'norm': 'ortho'},
-        {
-            'size': np.array([5, 8]),
-            'data_format': 'channels_first',
-            'method': 'fft',
-            'norm': 'backward',
-            'dtype': 'float64',
-            'name': 'resize',
-        },
-    ],
-)
-def test_config_round_trips_through_json(arguments):
-    layer = SpectralResizing(**arguments)
-    config = layer.get_config()
-    text = json.dumps(keras.layers.serialize(layer))
-    for copy in (
-        SpectralResizing.from_config(json.loads(json.dumps(config))),
-        keras.layers.deserialize(json.loads(text)),
-    ):
+def test_config_round_trips_through_json():
+    arguments = {
+        'size': np.array([5, 8]),
+        'data_format': 'channels_first',
+        'method': 'fft',
+        'norm': 'backward',
+        'dtype': 'float64',
+        'name': 'resize',
+    }
+    for layer in (SpectralResizing(), SpectralResizing(**arguments)):
+        text = json.dumps(keras.layers.serialize(layer))
+        copy = keras.layers.deserialize(json.loads(text))
         assert type(copy) is SpectralResizing
-        assert copy.get_config() == config
+        assert copy.get_config() == layer.get_config()
     names = set(inspect.signature(SpectralResizing).parameters) - {'kwargs'}
-    assert names <= set(config)
+    assert names <= set(arguments) and names <= set(layer.get_config())
 
 
 def test_arguments_are_bound_by_gin():
@@ -251,21 +224,13 @@ def test_macs_are_counted_for_the_first_input_alone():
 
 
 @pytest.mark.parametrize(
-    'name, value, rule',
-    [
-        *(
-            ('size', size, 'must be an integer or one to three integers')
-            for size in (0, 2.0, True, 'two', (), (4, 0), (2, 2, 2, 2))
-        ),
-        ('data_format', 'NHWC', 'must be one of'),
-        ('method', 'dct', 'must be one of'),
-        ('norm', None, 'must be one of'),
-    ],
+    'size', [0, 2.0, True, 'two', (), (4, 0), (2, 2, 2, 2)]
 )
-def test_bad_arguments_are_refused(name, value, rule):
-    with pytest.raises(ValueError, match=f'`{name}` {rule}') as error:
-        SpectralResizing(**{'size': 2, name: value})
-    assert f'Received: {name}={value!r}' in str(error.value)
+def test_bad_sizes_are_refused(size):
+    rule = '`size` must be an integer or one to three integers'
+    with pytest.raises(ValueError, match=rule) as error:
+        SpectralResizing(size)
+    assert f'Received: size={size!r}' in str(error.value)
 
 
 @pytest.mark.parametrize('mode', ['eager', 'symbolic'])

@@ -7,23 +7,21 @@ import gin
 import keras
 import numpy as np
 import pytest
-from backends import dtype_of, skip_unless_there_is
+from backends import array, dtype_of, error_of, random, skip_unless_there_is
 from keras import layers, ops
 
 from diffstride import (
     DiffStride,
     FixedSpectralPooling,
     SpatialPooling,
-    complexity,
     models,
     resnet,
 )
 
-# The example registers the classes that gin files may name in this way.
-KERAS_POOLINGS = {
-    name: gin.external_configurable(getattr(layers, name), module='test.layers')
-    for name in ('MaxPooling2D', 'AveragePooling2D')
-}
+# The example registers classes that gin files may name in this way.
+AVERAGE_OF_GIN = gin.external_configurable(
+    layers.AveragePooling2D, module='test.layers'
+)
 
 
 def max_pooling(strides, data_format):
@@ -39,7 +37,7 @@ POOLINGS = {
     'None': None,
     'MaxPooling2D': layers.MaxPooling2D,
     'AveragePooling2D': layers.AveragePooling2D,
-    'AveragePooling2D of gin': KERAS_POOLINGS['AveragePooling2D'],
+    'AveragePooling2D of gin': AVERAGE_OF_GIN,
     'function': max_pooling,
     'partial': functools.partial(DiffStride, smoothness_factor=1.5),
 }
@@ -47,15 +45,6 @@ every_pooling = pytest.mark.parametrize(
     'pooling_cls', POOLINGS.values(), ids=POOLINGS
 )
 every_order = pytest.mark.parametrize('pool_after', resnet.POOL_AFTER)
-
-
-def images(*shape):
-    values = np.random.default_rng(0).normal(size=shape)
-    return values.astype('float32')
-
-
-def array(tensor):
-    return ops.convert_to_numpy(tensor)
 
 
 def small_resnet(strides='1, 1, 2', filters=(4, 4, 6), classes=3, **kwargs):
@@ -86,17 +75,13 @@ def randomize(model):
 # Shapes and sizes
 
 
-@every_order
 @every_pooling
-def test_outputs_are_finite_and_have_the_computed_shapes(
-    pooling_cls, pool_after
-):
-    kwargs = {'pooling_cls': pooling_cls, 'pool_after': pool_after}
-    model = small_resnet('2, 1, (3, 2)', num_layers=1, **kwargs)
-    y = array(model(images(2, 24, 17, 3)))
+def test_outputs_are_finite_and_have_the_computed_shapes(pooling_cls):
+    model = small_resnet('2, 1, (3, 2)', num_layers=1, pooling_cls=pooling_cls)
+    y = array(model(random(2, 24, 17, 3)))
     assert y.shape == (2, 3) and np.isfinite(y).all()
-    layer = pooling_layer(strides=(2, 3), **kwargs)
-    actual = tuple(layer(images(2, 24, 17, 3)).shape)
+    layer = pooling_layer(strides=(2, 3), pooling_cls=pooling_cls)
+    actual = tuple(layer(random(2, 24, 17, 3)).shape)
     computed = layer.compute_output_shape((2, 24, 17, 3))
     learns = bool(layers_of(layer, DiffStride))
     sizes = (None, None) if learns else actual[1:3]
@@ -118,7 +103,7 @@ def test_maps_shrink_where_the_strides_say(pooling_cls, sizes):
     model = resnet.resnet18(
         '1, 1, 3, 2, 3', 2, num_output_classes=3, pooling_cls=pooling_cls
     )
-    x = ops.convert_to_tensor(images(2, 32, 32, 3))
+    x = ops.convert_to_tensor(random(2, 32, 32, 3))
     actual = []
     for layer in model.layers:
         x = layer(x)
@@ -128,7 +113,9 @@ def test_maps_shrink_where_the_strides_say(pooling_cls, sizes):
 
 
 @pytest.mark.parametrize('is_default', [True, False])
-@every_pooling
+@pytest.mark.parametrize(
+    'pooling_cls', [DiffStride, None, layers.AveragePooling2D, max_pooling]
+)
 def test_channels_first_computes_the_same_shapes(pooling_cls, is_default):
     last = pooling_layer(pooling_cls)(keras.Input((24, 16, 3))).shape
     if is_default:
@@ -146,13 +133,6 @@ def test_channels_first_computes_the_same_shapes(pooling_cls, is_default):
         assert layer.data_format == 'channels_first'
     for layer in layers_of(model, layers.BatchNormalization):
         assert layer.axis == 1
-
-
-def test_images_of_unknown_size_are_accepted():
-    model = small_resnet(pooling_cls=DiffStride)
-    assert model(keras.Input((None, None, 3))).shape == (None, 3)
-    for size in (16, 21):
-        assert np.isfinite(array(model(images(2, size, 18, 3)))).all()
 
 
 @pytest.mark.parametrize(
@@ -179,9 +159,7 @@ def test_strides_are_a_string_or_a_list_or_pairs(strides):
 @pytest.mark.parametrize(
     'width, classes, pooling_cls, strides, count',
     [
-        (64, 10, None, '1, 1, 2, 2, 2', 11179978),
         (64, 100, FixedSpectralPooling, '1, 1, 2, 2, 2', 11179978 + 90 * 513),
-        (8, 10, None, '1, 1, 2, 2, 2', 177154),
         (8, 10, DiffStride, '1, 1, 3, 1, (1, 2)', 177154 + 2 * 2),
         # A first block that strides projects: a 1x1 convolution, 8 -> 8.
         (8, 10, DiffStride, '2, 2, 2, 2, 2', 177154 + 8 * 8 + 5 * 2),
@@ -240,20 +218,8 @@ def test_order_of_the_layers_of_a_network(strides, pool_after, stem):
     assert not any(x.use_bias for x in layers_of(model, layers.Conv2D))
 
 
-def test_both_orders_cost_the_same_macs():
-    macs = [
-        complexity(
-            small_resnet('2, 1, 3', pooling_cls=cls, pool_after=pool_after),
-            (24, 24, 3),
-        ).macs
-        for cls in (FixedSpectralPooling, DiffStride)
-        for pool_after in resnet.POOL_AFTER
-    ]
-    assert macs[0] == macs[1] < macs[2] == macs[3]
-
-
 def normalized(x, norm):
-    scale = norm.gamma / np.sqrt(array(norm.moving_variance) + norm.epsilon)
+    scale = norm.gamma / ops.sqrt(norm.moving_variance + norm.epsilon)
     return (x - norm.moving_mean) * scale + norm.beta
 
 
@@ -273,7 +239,7 @@ def test_layer_is_the_pre_activation_formula(pooling_cls, project, pool_after):
         project=project,
         pool_after=pool_after,
     )
-    x = ops.convert_to_tensor(images(2, 11, 12, 6))
+    x = ops.convert_to_tensor(random(2, 11, 12, 6))
     layer(x)
     randomize(layer)
     pool = layer.pool or (lambda x: x)
@@ -288,50 +254,32 @@ def test_layer_is_the_pre_activation_formula(pooling_cls, project, pool_after):
         # Here the 1x1 convolution runs before the pooling: the two commute.
         shortcut = pool(convolved(h, layer.shortcut, strides))
     expected = array(convolved(y, layer.convs[1]) + shortcut)
-    error = np.abs(array(layer(x)) - expected).max()
-    assert error <= 1e-5 * np.abs(expected).max()
-
-
-def test_one_pooling_layer_serves_both_branches():
-    layer = pooling_layer(DiffStride)
-    layer(images(2, 16, 16, 4))
-    assert layers_of(layer, DiffStride) == [layer.pool]
-    paths = [weight.path for weight in layer.trainable_weights]
-    assert paths.count(layer.pool.strides.path) == 1
-
-
-def test_batch_statistics_move_in_training_alone():
-    layer = resnet.ResidualLayer(4)
-    x = 3 + images(4, 8, 8, 4)
-    layer(x, training=False)
-    assert np.all(array(layer.norms[0].moving_mean) == 0)
-    layer(x, training=True)
-    assert np.all(array(layer.norms[0].moving_mean) > 0.1)
+    assert error_of(layer(x), expected) <= 1e-5
 
 
 def test_training_moves_strides_and_lowers_the_loss():
     model = small_resnet(
         '1, (1.5, 2)', (4, 4), pooling_cls=DiffStride, num_layers=1
     )
-    x, y = images(8, 12, 12, 3), np.arange(8) % 3
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(0.01), loss, run_eagerly=True)
+    x, y = 3 + random(8, 12, 12, 3), np.arange(8) % 3
+    model.predict(x, verbose=0)
+    (norm, *_) = layers_of(model, layers.BatchNormalization)
+    assert np.all(array(norm.moving_mean) == 0)
     history = model.fit(x, y, batch_size=8, epochs=4, verbose=0)
     assert history.history['loss'][-1] < history.history['loss'][0]
-    (pool,) = layers_of(model, DiffStride)
+    assert np.all(array(norm.moving_mean) != 0)
+    (pool,) = layers_of(model, DiffStride)  # It serves both branches.
     assert np.all(array(pool.strides) != (1.5, 2))
 
 
-@pytest.mark.parametrize('project', [False, True])
 @pytest.mark.parametrize('dtype', ['float64', 'mixed_bfloat16'])
-def test_dtype_of_a_layer_is_that_of_its_convolutions(dtype, project):
+def test_dtype_of_a_layer_is_that_of_its_convolutions(dtype):
     skip_unless_there_is(dtype)
-    layer = resnet.ResidualLayer(
-        4, strides=2 if project else 1, project=project, dtype=dtype
-    )
-    y = layer(images(1, 8, 8, 4))
-    assert dtype_of(y) == layer.compute_dtype
-    for inner in layer.convs + layer.norms:
+    layer = pooling_layer(DiffStride, dtype=dtype)
+    assert dtype_of(layer(random(1, 8, 8, 4))) == layer.compute_dtype
+    for inner in [*layer.convs, *layer.norms, layer.shortcut, layer.pool]:
         assert inner.compute_dtype == layer.compute_dtype
 
 
@@ -357,30 +305,18 @@ def test_project_first_tells_whether_a_block_projects_and_strides(project):
     )
     assert [x.project for x in block.layers] == [project, False, False]
     assert [x.kernel_size for x in block.layers] == [5] * 3
-    assert tuple(block(images(1, 8, 8, 7)).shape) == (1, 8, 8, 7)
+    assert tuple(block(random(1, 8, 8, 7)).shape) == (1, 8, 8, 7)
 
 
-def test_output_activation_and_number_of_classes():
-    model = small_resnet(
-        classes=11, output_activation='softmax', pooling_cls=DiffStride
-    )
-    y = array(model(images(4, 16, 16, 3)))
-    assert y.shape == (4, 11)
-    np.testing.assert_allclose(y.sum(axis=-1), np.ones(4), rtol=1e-5)
-
-
-@pytest.mark.parametrize('weight_decay', [0.0, 0.25])
-def test_weight_decay_penalizes_kernels_and_the_last_bias(weight_decay):
-    model = small_resnet(weight_decay=weight_decay, pooling_cls=DiffStride)
-    model(images(1, 16, 16, 3))
+def test_weight_decay_penalizes_kernels_and_the_last_bias():
+    model = small_resnet(weight_decay=0.25, pooling_cls=DiffStride)
+    model(random(1, 16, 16, 3))
     randomize(model)
     penalized = [
         *(layer.kernel for layer in layers_of(model, layers.Conv2D)),
         *model.layers[-1].weights,
     ]
-    expected = weight_decay * sum(
-        np.sum(array(weight).astype('float64') ** 2) for weight in penalized
-    )
+    expected = 0.25 * sum(np.sum(array(x) ** 2) for x in penalized)
     assert float(sum(model.losses)) == pytest.approx(expected, rel=1e-5)
 
 
@@ -392,7 +328,7 @@ def test_stride_cost_is_that_of_the_paper(pooling_cls, cost):
     model = small_resnet(
         '1, 2, (3, 1)', pooling_cls=pooling_cls, stride_cost=0.5, weight_decay=0
     )
-    model(images(1, 16, 16, 3))
+    model(random(1, 16, 16, 3))
     assert float(sum(model.losses)) == pytest.approx(cost, rel=1e-5)
 
 
@@ -448,7 +384,7 @@ def test_wrong_arguments_are_refused(make, kwargs, message):
 def test_a_change_of_channels_without_projection_is_refused():
     layer = resnet.ResidualLayer(5)
     with pytest.raises(ValueError, match=r'`filters`.*4.*filters=5'):
-        layer(images(1, 8, 8, 4))
+        layer(random(1, 8, 8, 4))
 
 
 def test_an_unknown_keyword_is_refused():
@@ -485,15 +421,13 @@ def test_layer_config_round_trips_through_json(pooling_cls):
     assert copy.pool is None or copy.pool is not layer.pool
 
 
-@pytest.mark.parametrize(
-    'pooling_cls', [DiffStride, FixedSpectralPooling, max_pooling, None]
-)
+@pytest.mark.parametrize('pooling_cls', [DiffStride, max_pooling])
 def test_saved_and_cloned_networks_are_the_same_whatever_gin_says(
     pooling_cls, tmp_path
 ):
     keras.config.set_dtype_policy('mixed_bfloat16')
     model = small_resnet('2, 1, (2, 3)', pooling_cls=pooling_cls, num_layers=1)
-    x = images(2, 24, 17, 3)
+    x = random(2, 24, 17, 3)
     model(x)
     randomize(model)
     assert dtype_of(model(x)) == 'float32'
@@ -554,9 +488,6 @@ def test_bindings_of_gin_reach_the_whole_network():
     'value, cls',
     [
         ('@pooling.FixedSpectralPooling', FixedSpectralPooling),
-        ('@pooling.SpatialPooling', SpatialPooling),
-        ('@pooling.DiffStride', DiffStride),
-        ('@test.layers.MaxPooling2D', layers.MaxPooling2D),
         ('@test.layers.AveragePooling2D', layers.AveragePooling2D),
         ('None', None),
     ],
@@ -569,31 +500,20 @@ def test_pooling_cls_is_bound_by_gin(value, cls):
     for pool in pools:
         assert isinstance(pool, cls)
         assert tuple(pool.get_config()['strides']) == (3, 3)
-    assert np.isfinite(array(model(images(1, 12, 12, 3)))).all()
+    assert np.isfinite(array(model(random(1, 12, 12, 3)))).all()
 
 
-@pytest.mark.parametrize(
-    'make',
-    [
-        lambda: pooling_layer(DiffStride),
-        lambda: resnet.ResnetBlock(4, 2, pooling_cls=DiffStride),
-        lambda: small_resnet(pooling_cls=DiffStride, weight_decay=0.5),
-        lambda: resnet.resnet18(
-            num_output_classes=2, width=2, pooling_cls=DiffStride
-        ),
-    ],
-    ids=['ResidualLayer', 'ResnetBlock', 'Resnet', 'resnet18'],
-)
-def test_bindings_of_layers_reach_all_that_holds_them(make):
+def test_bindings_of_layers_reach_all_that_holds_them():
     gin.parse_config("""
         pooling.DiffStride.smoothness_factor = 2.0
         batch_norm.momentum = 0.25
     """)
-    model = make()
-    (*_, pool) = layers_of(model, DiffStride)
-    assert pool.smoothness_factor == 2.0
-    for layer in layers_of(model, layers.BatchNormalization):
-        assert layer.momentum == 0.25
+    for make in (pooling_layer, small_resnet):
+        model = make(pooling_cls=DiffStride, weight_decay=0.5)
+        (*_, pool) = layers_of(model, DiffStride)
+        assert pool.smoothness_factor == 2.0
+        for layer in layers_of(model, layers.BatchNormalization):
+            assert layer.momentum == 0.25
 
 
 def test_an_argument_in_the_call_wins_over_gin():

@@ -78,22 +78,11 @@ def test_strides_that_are_not_numbers_give_the_least_sizes(ramp, method):
 @pytest.mark.parametrize(
     'optimizer, scale, limits',
     [
-        (lambda: keras.optimizers.SGD(1e6), 1, (None, None)),
-        (lambda: keras.optimizers.SGD(1e6), 1, (1.5, 4.0)),
-        (lambda: keras.optimizers.Adam(10.0), 1, (None, 2.5)),
-        (lambda: keras.optimizers.SGD(1.0), 1e4, (None, None)),
-        (
-            lambda: keras.optimizers.SGD(10.0, momentum=0.9, clipnorm=1),
-            *(1e4, (1.5, 4.0)),
-        ),
-        (
-            lambda: keras.optimizers.Adam(10.0, clipvalue=0.1),
-            *(1e4, (None, None)),
-        ),
-        (
-            lambda: keras.optimizers.AdamW(0.1, weight_decay=1.0),
-            *(1, (1.5, 4.0)),
-        ),
+        (keras.optimizers.SGD(1e6), 1, (1.5, 4.0)),
+        (keras.optimizers.Adam(10.0), 1, (None, 2.5)),
+        (keras.optimizers.SGD(1.0), 1e4, (None, None)),
+        (keras.optimizers.Adam(10.0, clipvalue=0.1), 1e4, (None, None)),
+        (keras.optimizers.AdamW(0.1, weight_decay=1.0), 1, (1.5, 4.0)),
     ],
 )
 def test_strides_stay_finite_and_within_their_limits(limits, optimizer, scale):
@@ -103,7 +92,7 @@ def test_strides_stay_finite_and_within_their_limits(limits, optimizer, scale):
     )
     model = meter(pool)
     model.layers[-1].trainable = False  # Its weights are not in question.
-    model.compile(optimizer(), 'mse', run_eagerly=True)
+    model.compile(optimizer, 'mse', run_eagerly=True)
     fit(model, scale * image((16, 12), batch=4), epochs=5)
     strides = array(pool.strides)
     assert np.all(np.isfinite(strides) & (strides != 2))
@@ -159,14 +148,7 @@ def test_a_stride_pushed_against_a_limit_comes_back(start, share, arguments):
 
 @pytest.mark.parametrize(
     'ramp, sizes',
-    [
-        ('outside', (1, 1)),
-        ('inside', (1, 9)),
-        ('straight_through', (2, 2)),
-        ('outside', (1, 4096)),
-        ('inside', (3, 999)),
-        ('straight_through', (1, 1)),
-    ],
+    [('outside', (1, 1)), ('inside', (3, 999)), ('straight_through', (2, 2))],
 )
 def test_tiny_and_very_long_maps_are_trained_on(sizes, ramp):
     pool = DiffStride(2.0, 2.0, ramp=ramp)

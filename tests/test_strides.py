@@ -27,7 +27,6 @@ from diffstride import (
     DiffStride1D,
     FixedSpectralPooling,
     SpatialPooling,
-    SpectralResizing,
 )
 
 STATES = ('release', 'make_sizes_static', 'hold')
@@ -131,13 +130,14 @@ def test_compiled_functions_follow_every_change():
     layer, expected = DiffStride1D(2.0, 2.0, method='matmul'), Expected()
     model = keras.Sequential([keras.Input((24, 2)), layer])
     stored = []
-    for pair in itertools.product([*STATES, 'assign'], repeat=2):
-        for change in pair:
-            changed(layer, change, expected)
-            y = expected.output(x)
-            assert error_of(model.predict(x, verbose=0), y) <= 2e-5
+    changes = [*STATES, 'assign']
+    # Every change follows every change once.
+    for index in map(int, '00102031121322330'):
+        changed(layer, changes[index], expected)
+        y = expected.output(x)
+        assert error_of(model.predict(x, verbose=0), y) <= 2e-5
         stored.append((model.get_weights(), y))
-    for weights, y in stored[::3]:
+    for weights, y in stored[::5]:
         model.set_weights(weights)
         assert error_of(model.predict(x, verbose=0), y) <= 2e-5
 
@@ -194,39 +194,15 @@ def test_strides_beyond_their_limits_are_used_and_saved_within(
             assert error_of(pool(x), y) <= 2e-5
 
 
-def test_averaged_strides_are_used_and_saved_within_their_limits(tmp_path):
-    """Keras averages them before it clips them."""
-    inputs = keras.Input((16, 16, 1))
-    pool = DiffStride(
-        1.3, smoothness_factor=2.0, ramp='inside', method='matmul'
-    )
-    outputs = SpectralResizing(method='matmul')([pool(inputs), inputs])
-    model = keras.Model(inputs, outputs)
-    adam = keras.optimizers.Adam(0.02, use_ema=True, ema_momentum=0.9)
-    model.compile(adam, 'mse')
-    x = image((16, 16), channels=1, batch=64)
-    model.fit(x, x, batch_size=8, epochs=8, verbose=0)
-    assert np.all(array(pool.strides) < 1)  # It is what this is about.
-    assert pool.stride_values == (1.0, 1.0)
-    assert pool.output_size(16) == 16
-    model.save(tmp_path / 'model.keras')
-    loaded = keras.models.load_model(tmp_path / 'model.keras')
-    assert error_of(loaded(x), array(model(x))) <= 1e-6
-    loaded.fit(x, x, verbose=0)
-
-
 @only('torch', 'its own optimizer')
 def test_a_loop_of_pytorch_leaves_a_usable_layer():
     import torch
 
-    pool = DiffStride(2.0, 2.0)
+    pool, x = DiffStride(2.0, 2.0), image((16, 16))
     optimizer = torch.optim.SGD(pool.parameters(), lr=100.0)
-    x = image((16, 16))
-    for _ in range(3):
-        optimizer.zero_grad()
-        loss = -ops.mean(pool(x) ** 2)
-        loss.backward()
-        optimizer.step()
+    loss = -ops.mean(pool(x) ** 2)
+    loss.backward()
+    optimizer.step()
     assert np.all(array(pool.strides) < 1)
     assert pool.stride_values == (1.0, 1.0)
     assert error_of(pool(x), reference.diffstride(x, (1, 1), 2.0)) <= 2e-5
@@ -234,16 +210,12 @@ def test_a_loop_of_pytorch_leaves_a_usable_layer():
 
 @only('jax', 'a stateless update')
 def test_an_update_of_jax_leaves_a_usable_layer():
-    pool = DiffStride(2.0, 2.0)
-    x = image((16, 16))
+    pool, x = DiffStride(2.0, 2.0), image((16, 16))
     pool(x)  # It is built.
     weights = [ops.convert_to_tensor([-0.3, 0.5])]
     record = [v.value for v in pool.non_trainable_variables]
     y, _ = pool.stateless_call(weights, record, x)
-    expected = reference.diffstride(x, (1, 1), 2.0)
-    assert error_of(y, expected) <= 2e-5
-    pool.strides.assign(weights[0])
-    assert error_of(pool(x), expected) <= 2e-5
+    assert error_of(y, reference.diffstride(x, (1, 1), 2.0)) <= 2e-5
 
 
 # Assigning
@@ -261,17 +233,10 @@ def test_numbers_are_assigned_to_the_attribute():
     assert shared.stride_values == (3.0, 3.0)
 
 
-@pytest.mark.parametrize(
-    'values, rule',
-    [
-        ((3.0, 0.5), '`strides` must be a number or a sequence of 2'),
-        ((3.0,), '`strides` must be a number or a sequence of 2'),
-        (None, '`strides` must be a number or a sequence of 2'),
-        ((3.0, 2.0), '`strides` must be equal on all axes'),
-    ],
-)
-def test_bad_numbers_are_not_assigned(values, rule):
+@pytest.mark.parametrize('values', [(3.0, 0.5), (3.0,), None, (3.0, 2.0)])
+def test_bad_numbers_are_not_assigned(values):
     layer = DiffStride(2.0, shared_stride=True)
+    rule = '`strides` must be (a number or a sequence of 2|equal on all axes)'
     with pytest.raises(ValueError, match=rule):
         layer.strides = values
     assert layer.stride_values == (2.0, 2.0)
@@ -317,7 +282,7 @@ def fit_energy(pool, epochs=10, **kwargs):
     return history.history['loss'], model
 
 
-@pytest.mark.parametrize('ramp', ['outside', 'inside', 'straight_through'])
+@pytest.mark.parametrize('ramp', ['outside', 'straight_through'])
 def test_strides_and_sizes_move_and_the_loss_falls(ramp):
     """On TensorFlow a function of the model is traced once for all sizes."""
     pool = DiffStride1D(4.0, 2.0, ramp=ramp)
@@ -402,15 +367,16 @@ def test_held_strides_stay_while_other_weights_learn(compiler):
     assert pool.stride_values == (3.0,)
 
 
-@pytest.mark.parametrize('mode', ['full', 'activations'])
-def test_a_layer_is_trained_in_a_scope_that_saves_memory(mode):
-    with keras.RematScope(mode=mode):
-        pool = DiffStride1D(3.0, 2.0)
+def test_a_layer_is_trained_in_a_scope_that_saves_memory():
     expected = DiffStride1D(3.0, 2.0)
-    losses = [fit_energy(x, epochs=2)[0] for x in (pool, expected)]
-    np.testing.assert_allclose(*losses, rtol=1e-5)
-    assert pool.stride_values == pytest.approx(expected.stride_values)
-    assert pool.stride_values < (3.0,)
+    expected_losses, _ = fit_energy(expected, epochs=2)
+    assert expected.stride_values < (3.0,)
+    for mode in ('full', 'activations'):
+        with keras.RematScope(mode=mode):
+            pool = DiffStride1D(3.0, 2.0)
+        losses, _ = fit_energy(pool, epochs=2)
+        np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+        assert pool.stride_values == pytest.approx(expected.stride_values)
 
 
 # Saving and restoring
@@ -473,26 +439,12 @@ def test_copies_of_a_model_have_its_strides_and_sizes(
         assert copied.supports_jit == pool.supports_jit
 
 
-def test_a_trained_model_is_loaded_and_trained_further(tmp_path):
-    pool = DiffStride(2.5, name='pool')
-    model = sequential(pool)
-    model.compile('adam', 'mse', run_eagerly=True)
-    x, y = image((12, 17)), np.ones((2, 4))
-    model.fit(x, y, verbose=0)
-    model.save(tmp_path / 'model.keras')
-    loaded = keras.models.load_model(tmp_path / 'model.keras')
-    losses = [m.fit(x, y, verbose=0).history['loss'] for m in (loaded, model)]
-    np.testing.assert_allclose(*losses, rtol=1e-5)
-    values = loaded.get_layer('pool').stride_values
-    np.testing.assert_allclose(values, pool.stride_values, rtol=1e-5)
-
-
 class AtEpochs(keras.callbacks.Callback):
     """Tells strides after each epoch, and changes the layer at some."""
 
-    def __init__(self, pool, state, hold_after=None):
+    def __init__(self, pool, state):
         super().__init__()
-        self.pool, self.state, self.hold_after = pool, state, hold_after
+        self.pool, self.state = pool, state
         self.strides = []
 
     def on_epoch_begin(self, epoch, logs=None):

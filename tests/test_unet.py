@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from keras import ops
+from backends import array
 
 from diffstride import DiffStride, FixedSpectralPooling, diffstride_layers
 from diffstride.examples import unet
@@ -22,10 +22,6 @@ def tiny():
 
 def data(count=8, size=16):
     return unet.draw(count, np.random.default_rng(0), size)
-
-
-def array(tensor):
-    return ops.convert_to_numpy(tensor)
 
 
 def test_every_stride_is_trained_at_any_sizes():

@@ -34,8 +34,9 @@ def main(folder=FOLDER):
     spectrum.bar(
         range(len(strengths)), strengths / max(strengths), color='C0', width=0.5
     )
-    response = layer.response(SIZE)
-    spectrum.plot(response, 'C1.-', label='mask m(f)')
+    # The mask begins at f = -(N // 2), and it is the same at f and -f.
+    mask = layer.mask([SIZE, 1])[SIZE // 2 :: -1, 0]
+    spectrum.plot(mask, 'C1.-', label='mask m(f)')
     spectrum.axvline(
         SIZE / (2 * STRIDE), color='black', ls=':', label='band edge b'
     )
