@@ -59,3 +59,26 @@ def fresh_state():
     keras.config.set_image_data_format('channels_last')
     keras.config.set_floatx('float32')
     keras.config.set_dtype_policy('float32')
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A gin file of a small training."""
+    from small_runs import SMALL
+
+    path = tmp_path / 'small.gin'
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.fixture
+def run(config, tmp_path):
+    """Runs a small linear model; returns its workdir."""
+    from small_runs import LINEAR, run_here
+
+    def run(*bindings, name='run', model=(LINEAR,)):
+        workdir = tmp_path / name
+        run_here(*model, *bindings, workdir=workdir, gin_config=[config])
+        return workdir
+
+    return run

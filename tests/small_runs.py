@@ -26,6 +26,7 @@ resnet.Resnet.output_activation = 'softmax'
 resnet.Resnet.pooling_cls = @pooling.DiffStride
 pooling.DiffStride.smoothness_factor = 1.0
 """
+LINEAR = 'train.model_cls = @small_data.linear'
 
 
 def command(*bindings, workdir, module='main', gin_config=()):
@@ -63,6 +64,15 @@ def prepared(*bindings, gin_config=()):
 
 def read(path):
     return json.loads(path.read_text())
+
+
+def files(folder):
+    """Returns the contents of all files of a folder."""
+    return {p: p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+
+
+def without_seconds(history):
+    return [{k: v for k, v in row.items() if k != 'seconds'} for row in history]
 
 
 def environment(**variables):

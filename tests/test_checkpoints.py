@@ -19,40 +19,21 @@ import filelock
 import keras
 import numpy as np
 import pytest
-from small_runs import SMALL, command, environment, read, run_apart, run_here
+import tensorflow as tf
+from small_runs import (
+    LINEAR,
+    command,
+    environment,
+    files,
+    read,
+    run_apart,
+    without_seconds,
+)
 
 from diffstride.examples import checkpoints
 from diffstride.examples.checkpoints import State, Stop
 
-LINEAR = 'train.model_cls = @small_data.linear'
 STEPS = 5
-
-
-@pytest.fixture
-def config(tmp_path):
-    path = tmp_path / 'small.gin'
-    path.write_text(SMALL)
-    return path
-
-
-@pytest.fixture
-def run(config, tmp_path):
-    """Runs a small linear model; returns its workdir."""
-
-    def run(*bindings, name='run'):
-        workdir = tmp_path / name
-        run_here(LINEAR, *bindings, workdir=workdir, gin_config=[config])
-        return workdir
-
-    return run
-
-
-def files(folder):
-    return {p: p.read_bytes() for p in folder.rglob('*') if p.is_file()}
-
-
-def without_seconds(history):
-    return [{k: v for k, v in row.items() if k != 'seconds'} for row in history]
 
 
 def newest(workdir):
@@ -354,6 +335,24 @@ def test_a_second_training_in_a_workdir_is_refused(run):
         with pytest.raises(SystemExit, match='in use by another training'):
             run('train.num_epochs = 2')
     assert files(workdir) == before
+
+
+def test_any_error_on_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    """TensorBoard raises errors of TensorFlow; other errors stay."""
+
+    def fail():
+        with checkpoints.room_on_disk(tmp_path):
+            raise tf.errors.ResourceExhaustedError(None, None, 'No space left')
+
+    with pytest.raises(tf.errors.ResourceExhaustedError):
+        fail()
+    monkeypatch.setattr(
+        checkpoints.tempfile,
+        'TemporaryFile',
+        lambda dir: open('/dev/full', 'wb', buffering=0),
+    )
+    with pytest.raises(Stop, match=r'No space left.*same command continues'):
+        fail()
 
 
 # Processes.

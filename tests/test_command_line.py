@@ -1,4 +1,4 @@
-"""What is wrong with a command ends it with one line, before any work."""
+"""Tests that a wrong command ends with one line, before any work."""
 
 import gc
 import math
@@ -9,11 +9,9 @@ import gin
 import keras
 import pytest
 from absl import app
-from small_runs import SMALL, command, prepared, run_apart, run_here
+from small_runs import LINEAR, command, files, prepared, run_apart, run_here
 
-from diffstride.examples import main, train
-
-LINEAR = 'train.model_cls = @small_data.linear'
+from diffstride.examples import main, rules, train
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -26,34 +24,29 @@ def little_garbage():
 
 
 @pytest.fixture
-def error_of(tmp_path, capfd, monkeypatch):
+def error_of(config, tmp_path, capfd, monkeypatch):
     """Runs a command that is wrong; returns its line on stderr.
 
     It must leave the workdir as it was, and not have begun to train.
     """
-    config = tmp_path / 'small.gin'
-    config.write_text(SMALL)
 
     def begin(*unused, **also_unused):
         pytest.fail('training began')
 
     monkeypatch.setattr(keras.Model, 'fit', begin)
 
-    def copied():
-        return {
-            path: path.read_bytes() if path.is_file() else None
-            for path in tmp_path.rglob('*')
-        }
+    def found():
+        return sorted(tmp_path.rglob('*')), files(tmp_path)
 
     def error_of(*bindings, workdir=tmp_path / 'run', gin_config=config, **k):
-        before = copied()
+        before = found()
         with pytest.raises(SystemExit) as stop:
             run_here(*bindings, workdir=workdir, gin_config=[gin_config], **k)
         message = stop.value.code
         assert message.startswith('error: ')
         assert '\n' not in message
         assert 'Epoch' not in capfd.readouterr().out
-        assert copied() == before
+        assert found() == before
         return message
 
     return error_of
@@ -62,37 +55,58 @@ def error_of(tmp_path, capfd, monkeypatch):
 # Values out of their range.
 
 
-NO_COUNT = ('x', 0, -1, 1.5, 2.0, True, [1], math.inf)
-NO_MAKER = ('x', None, 3, [], {}, True)
+@pytest.mark.parametrize(
+    'rule, right, wrong',
+    [
+        (rules.COUNT, [1, 10**9], ['x', 0, -1, 2.0, True, [1], math.inf, None]),
+        (rules.COUNT_OR_ZERO, [0, 1], ['x', -1, 1.5, False, None]),
+        (rules.SEED, [0, 2**63 - 1], [-1, 2**63, None]),
+        (rules.choice(True, 'auto'), [True, 'auto'], [1, 'x', None, ['auto']]),
+        (rules.CALLABLE, [len], ['x', None, 3, [], True]),
+        (rules.SIZE, [None, [3, 4]], [32, (32,), (32, 0), (32.0, 32.0)]),
+        (rules.DATASETS['data_dir'], [None, 'x'], [3, '', True]),
+        (rules.DATASETS['train_split'], ['x'], [None, 0.5, '']),
+        (rules.DATASETS['validation_split'], [None, 0.5], ['', 0, 1.0, True]),
+        (rules.DATASETS['test_split'], ['x', 0.5], [None, '', 0, 1.0]),
+    ],
+)
+def test_rules(rule, right, wrong):
+    text, _ = rule
+    for value in right:
+        rules.check({'x': value}, {'x': rule})
+    for value in wrong:
+        with pytest.raises(ValueError) as error:
+            rules.check({'x': value}, {'x': rule})
+        assert str(error.value) == f'`x` must be {text}. Received: x={value!r}'
 
 
 @pytest.mark.parametrize(
     'name, values, rule',
     [
         ('workdir', (3, None, '', ['a'], True, 'a\0b'), 'must be a folder'),
-        ('load_data_fn', NO_MAKER, 'must be a class or another callable'),
-        ('model_cls', NO_MAKER, 'must be a class or another callable'),
-        ('optimizer_cls', NO_MAKER, 'must be a class or another callable'),
-        ('loss_cls', NO_MAKER, 'must be a class or another callable'),
-        ('num_epochs', (*NO_COUNT, None), 'must be an integer, at least 1'),
-        ('steps_per_epoch', NO_COUNT, 'must be an integer, at least 1'),
-        ('data_format', ('x', None, 3, True), 'must be one of'),
+        ('load_data_fn', [None], 'must be a class or another callable'),
+        ('model_cls', [3], 'must be a class or another callable'),
+        ('optimizer_cls', ['x'], 'must be a class or another callable'),
+        ('loss_cls', [{}], 'must be a class or another callable'),
+        ('num_epochs', [None], 'must be an integer, at least 1'),
+        ('steps_per_epoch', [0, 1.5], 'must be an integer, at least 1, or N'),
+        ('data_format', ['x', None], 'must be one of'),
         (
             'dtype_policy',
             ('x', None, 3, '', 'int32', 'bool', 'complex64', {}),
             'must be a policy of floats',
         ),
-        ('jit_compile', ('x', None, 3, []), 'must be one of'),
-        ('distribution', ('x', None, 3, 'all'), 'must be one of'),
+        ('jit_compile', [None], 'must be one of'),
+        ('distribution', ['x', None], 'must be one of'),
         (
             'callbacks',
-            ('x', None, 3, {}, [3], [None], [keras.callbacks.History]),
+            ('x', None, [3], [keras.callbacks.History]),
             'must be a list of Keras callbacks',
         ),
-        ('seed', ('x', None, -1, 1.5, True), 'must be an integer'),
-        ('deterministic', ('x', None, 3), 'must be one of'),
-        ('on_changed_settings', ('x', None, 3), 'must be one of'),
-        ('labels', ('x', 3, []), 'must be a dict or None'),
+        ('seed', [-1], 'must be an integer'),
+        ('deterministic', [3], 'must be one of'),
+        ('on_changed_settings', [None], 'must be one of'),
+        ('labels', ['x', []], 'must be a dict or None'),
     ],
 )
 def test_wrong_values_of_training(name, values, rule):
@@ -191,19 +205,13 @@ def test_a_wrong_setting_is_one_line(error_of, bindings, holds):
     assert holds in message
 
 
-def test_errors_of_code_keep_their_traceback(tmp_path):
+def test_errors_of_code_keep_their_traceback(run):
     @gin.register(module='broken')
     def model(**unused):
         raise KeyError('fault')
 
-    config = tmp_path / 'small.gin'
-    config.write_text(SMALL)
     with pytest.raises(KeyError, match='fault'):
-        run_here(
-            'train.model_cls = @broken.model',
-            workdir=tmp_path / 'run',
-            gin_config=[config],
-        )
+        run(model=['train.model_cls = @broken.model'])
 
 
 # Bindings that reach nothing.

@@ -60,15 +60,10 @@ def test_training_as_the_example_does_follows_the_sizes(capsys):
     pools = diffstride_layers(model)
     history = unet.train(model, data(), epochs=3, batch_size=4).history
     assert history['loss'][-1] < history['loss'][0]
-    for epoch, line in enumerate(capsys.readouterr().out.splitlines()):
-        assert line.startswith(f'epoch {epoch + 1}: loss')
-        for pool in pools:
-            stride, size = (
-                history[f'{name}/{pool.name}/width'][epoch]
-                for name in ('stride', 'size')
-            )
-            assert f' x {stride:.2f}, size ' in line
-            assert f' x {size}' in line
+    told = capsys.readouterr().out
+    for pool in pools:
+        assert told.count(f'stride/{pool.name}/width: ') == 3
+        assert told.count(f'size/{pool.name}/height: ') == 3
     images, classes = data()
     for strides in [(1.3, 4.0), (5.5, 1.4)]:
         for pool in pools:

@@ -12,6 +12,7 @@ A gin file uses them so:
 """
 
 import ast
+import functools
 import operator
 import os
 import re
@@ -26,10 +27,10 @@ import tensorflow_datasets as tfds
 from keras import ops
 
 from diffstride import resnet
-from diffstride.examples import data, sources
+from diffstride.examples import data, rules, sources
+from diffstride.examples.folders import AUTOTUNE
 from diffstride.pooling import DiffStride, DiffStride1D
 from diffstride.validation import (
-    integer,
     is_finite,
     is_integer,
     one_of,
@@ -40,7 +41,37 @@ from diffstride.validation import (
 # Lower levels, relative to the loudest part of a recording, are raised to this.
 DYNAMIC_RANGE = 60.0  # dB
 
-AUTOTUNE = tf.data.AUTOTUNE
+_SECONDS = (
+    'a number of seconds, at least 0 and below `duration`',
+    lambda x: is_finite(x, least=0),
+)
+_BINS = (
+    'a number of bins, at least 0 and below `num_mel_bins`, and 0 for '
+    'waveforms',
+    lambda x: is_integer(x, least=0),
+)
+_RULES = {
+    'name': ('the name of a TFDS dataset', rules.is_text),
+    **rules.DATASETS,
+    'features': rules.choice('log_mel', 'waveform'),
+    'duration': (
+        'a number of seconds, above 0',
+        lambda x: is_finite(x, above=0),
+    ),
+    'num_mel_bins': rules.COUNT,
+    'num_frames': (
+        'an integer, at least 2',
+        lambda x: is_integer(x, least=2),
+    ),
+    'time_shift': _SECONDS,
+    'frequency_shift': _BINS,
+    'time_mask': _SECONDS,
+    'frequency_mask': _BINS,
+    'test_filter': (
+        'a regular expression or None',
+        lambda x: x is None or rules.is_pattern(x),
+    ),
+}
 
 
 @gin.configurable(module='audio', denylist=['seed'])  # train.seed sets it.
@@ -93,7 +124,7 @@ def load_datasets(
             the mean, in seconds, at a random place (SpecAugment,
             arXiv:1904.08779); 0 turns it off.
         frequency_mask: The widest band that is masked, in bins, likewise.
-        train_split: The split to train on, see `data.load_datasets`.
+        train_split: See `data.load_datasets`.
         validation_split: See `data.load_datasets`.
         test_split: See `data.load_datasets`. `test_filter` takes its place.
         test_filter: A regular expression. The recordings of the training
@@ -104,86 +135,41 @@ def load_datasets(
         class_weights: See `data.load_datasets`.
         seed: The seed of all random draws.
 
-    Returns:
-        The `data.Datasets`. Its `image_shape` is the shape of the features.
-
     Raises:
         ValueError: If an argument is wrong, or if the dataset does not fit.
     """
-    require(isinstance(name, str) and name, '`name` must be a name', name=name)
-    data.check_batches(batch_size, seed, class_weights)
-    one_of('features', features, ('log_mel', 'waveform'))
-    integer('num_mel_bins', num_mel_bins, least=1)
-    integer('num_frames', num_frames, least=2)
-    require(
-        is_finite(duration, above=0),
-        '`duration` must be a number of seconds, above 0',
-        duration=duration,
-    )
-    require(
-        is_finite(time_shift, least=0) and time_shift < duration,
-        '`time_shift` must be a number of seconds, at least 0 and below '
-        '`duration`',
-        time_shift=time_shift,
-    )
-    require(
-        is_finite(time_mask, least=0) and time_mask < duration,
-        '`time_mask` must be a number of seconds, at least 0 and below '
-        '`duration`',
-        time_mask=time_mask,
-    )
-    for key, bins in (
-        ('frequency_shift', frequency_shift),
-        ('frequency_mask', frequency_mask),
+    rules.check(locals(), _RULES)
+    bins = num_mel_bins if features == 'log_mel' else 1
+    for key, value, limit in (
+        ('time_shift', time_shift, duration),
+        ('time_mask', time_mask, duration),
+        ('frequency_shift', frequency_shift, bins),
+        ('frequency_mask', frequency_mask, bins),
     ):
-        require(
-            is_integer(bins, least=0)
-            and bins < (num_mel_bins if features == 'log_mel' else 1),
-            f'`{key}` must be a number of bins, at least 0 and below '
-            '`num_mel_bins`, and 0 for waveforms',
-            **{key: bins},
-        )
-    sources.check_splits(train_split, validation_split, test_split)
-    require(
-        test_filter is None or _is_pattern(test_filter),
-        '`test_filter` must be a regular expression or None',
-        test_filter=test_filter,
-    )
-    builder = sources.open_builder(name, data_dir, _audio_keys)
-    rate = builder.info.features[_audio_keys(builder)[0]].sample_rate
+        rule = f'`{key}` must be {_RULES[key][0]}'
+        require(value < limit, rule, **{key: value})
+    source = sources.TfdsSource(name, data_dir, tfds.features.Audio)
+    rate = source.features[source.input].sample_rate
     if not rate:
         raise ValueError(f'dataset {name!r} does not tell its sample rate')
     samples = round(duration * rate)
+    extract = operator.itemgetter((..., None))
     if features == 'log_mel':
         extract = _log_mel(rate, samples, num_mel_bins, num_frames)
-    else:
-        extract = operator.itemgetter((..., None))
-    text_key = pattern = None
-    if test_filter is not None:
-        pattern = re.compile(test_filter)
-        text_key, test_split = _text_key(builder, filter_feature), train_split
+    text_key = None
+    if test_filter:
+        text_key, test_split = _text_key(source, filter_feature), train_split
     pieces = sources.resolve_splits(
-        builder.info.splits, train_split, validation_split, test_split
+        source.splits, train_split, validation_split, test_split
     )
     splits = {}
     for split, parts in pieces.items():
-        if parts:
-            inputs, labels, texts = _read(
-                builder, parts, text_key, samples, extract
-            )
-            if pattern is not None:
-                found = np.array([bool(pattern.search(x)) for x in texts])
-                chosen = found == (split == 'test')
-                require(
-                    chosen.any(),
-                    '`test_filter` must match some recordings and not all of '
-                    f'them, such as {texts[0]!r}',
-                    test_filter=test_filter,
-                )
-                inputs, labels = inputs[chosen], labels[chosen]
-            splits[split] = data.ExamplesInMemory(inputs, labels)
-    shape = splits['train'].ordered.element_spec[0].shape
-    frames = shape[-2] / duration
+        inputs, labels, texts = _read(source, parts, text_key, samples, extract)
+        if test_filter:
+            chosen = _is_chosen(test_filter, texts, split == 'test')
+            inputs, labels = inputs[chosen], labels[chosen]
+        splits[split] = data.ExamplesInMemory(inputs, labels)
+    frames = splits['train'].shape[-2] / duration
 
     def prepare(inputs, labels, key):
         keys = tf.unstack(tf.random.split(key, 4))
@@ -195,35 +181,96 @@ def load_datasets(
             inputs = mask(inputs, keys[3], frequency_mask, axis=1)
         return inputs, labels
 
-    label = builder.info.features[_audio_keys(builder)[1]]
-    mean, scale = data.statistics(splits['train'])
     return data.make_datasets(
-        name,
+        source,
         splits,
-        tuple(label.names),
-        mean,
-        scale,
         prepare,
         batch_size,
         seed,
         class_weights,
-        () if pattern else [*sources.notes_on(builder.info.splits, pieces)],
+        data.statistics(splits['train']),
+        () if test_filter else [*sources.notes_on(source.splits, pieces)],
     )
+
+
+def _text_key(source, filter_feature):
+    features = source.features.items()
+    keys = [k for k, x in features if isinstance(x, tfds.features.Text)]
+    if filter_feature is None and len(keys) == 1:
+        return keys[0]
+    return one_of('filter_feature', filter_feature, tuple(keys))
+
+
+def _is_chosen(pattern, texts, of_test):
+    """Returns which recordings are of the test set, or of the others."""
+    found = np.array([bool(re.search(pattern, x)) for x in texts])
+    chosen = found == of_test
+    require(
+        chosen.any(),
+        '`test_filter` must match some recordings and not all of them, such '
+        f'as {texts[0]!r}',
+        test_filter=pattern,
+    )
+    return chosen
+
+
+def _log_mel(rate, samples, num_mel_bins, num_frames):
+    """Returns a function from [batch, samples] to [batch, bins, frames, 1]."""
+    step = samples // (num_frames - 1)
+    require(
+        step >= 1,
+        f'`num_frames` must be at most {samples + 1} in {samples} samples',
+        num_frames=num_frames,
+    )
+    window = 4 * step
+    layer = keras.layers.MelSpectrogram(
+        sampling_rate=rate,
+        sequence_stride=step,
+        sequence_length=window,
+        fft_length=2 ** (window - 1).bit_length(),
+        num_mel_bins=num_mel_bins,
+        # The layer cuts below the maximum of the batch, not of a recording.
+        top_db=1e3,
+    )
+
+    def log_mel(waveforms):
+        decibels = layer(waveforms)[..., :num_frames, None]
+        decibels -= tf.reduce_max(decibels, axis=(1, 2, 3), keepdims=True)
+        return tf.maximum(decibels, -DYNAMIC_RANGE)
+
+    return log_mel
+
+
+def _read(source, pieces, text_key, samples, extract):
+    """Returns the features, labels and texts of a split."""
+
+    def cut(example):
+        waveform = tf.cast(example[source.input], tf.float32)
+        if waveform.shape.rank == 2:
+            waveform = tf.reduce_mean(waveform, -1)
+        peak = tf.reduce_max(tf.abs(waveform))
+        waveform = tf.math.divide_no_nan(waveform, peak)
+        missing = tf.maximum(samples - tf.size(waveform), 0)
+        waveform = tf.pad(waveform, [[missing // 2, missing - missing // 2]])
+        start = (tf.size(waveform) - samples) // 2
+        waveform = tf.ensure_shape(waveform[start:][:samples], [samples])
+        text = '' if text_key is None else example[text_key]
+        return waveform, example[source.label], text
+
+    batches = source.examples(pieces).map(cut, AUTOTUNE).batch(256)
+    batches = batches.map(lambda waves, *others: (extract(waves), *others))
+    arrays = zip(*batches.as_numpy_iterator())
+    inputs, labels, texts = map(np.concatenate, arrays)
+    return inputs, labels, [text.decode() for text in texts]
 
 
 def shift(
     inputs: tf.Tensor, key: tf.Tensor, most: int, axis: int = -2
 ) -> tf.Tensor:
-    """Shifts each example of a batch at random; the edges repeat.
+    """Shifts each example by up to `most` at random; the edges repeat.
 
-    Args:
-        inputs: [batch, ..., time, channels], the batch size static.
-        key: The seed of the stateless draws, [2].
-        most: The largest shift.
-        axis: The axis along which examples are shifted; time by default.
-
-    Returns:
-        Shifted inputs, shaped as they are.
+    The inputs are [batch, ..., time, channels], the batch size static. They are
+    shifted along the axis, time by default.
     """
     batch, length = inputs.shape[0], inputs.shape[axis]
     offsets = tf.random.stateless_uniform(
@@ -237,16 +284,9 @@ def shift(
 def mask(
     inputs: tf.Tensor, key: tf.Tensor, widest: int, axis: int = -2
 ) -> tf.Tensor:
-    """Sets one stretch of each example of a batch to 0, the mean.
+    """Sets one stretch of each example, up to `widest`, to 0, the mean.
 
-    Args:
-        inputs: [batch, ..., time, channels], the batch size static.
-        key: The seed of the stateless draws, [2].
-        widest: The largest width of a stretch; the least is 0.
-        axis: The axis along which the stretch lies; time by default.
-
-    Returns:
-        Masked inputs, shaped as they are.
+    The inputs are those of `shift`. The stretch lies at random along the axis.
     """
     batch, length = inputs.shape[0], inputs.shape[axis]
     width_key, start_key = tf.unstack(tf.random.split(key))
@@ -266,11 +306,7 @@ def mask(
 class ResidualConv(keras.layers.Layer):
     """Computes x + relu(norm(conv(x))), the number of channels kept.
 
-    Args:
-        rank: 1 or 2, the number of spatial axes.
-        kernel_size: The size of the kernel along each axis.
-        data_format: 'channels_first' or 'channels_last'.
-        **kwargs: Arguments of `keras.layers.Layer`.
+    `rank` is the number of spatial axes, 1 or 2; `kernel_size` holds for each.
     """
 
     def __init__(
@@ -283,17 +319,9 @@ class ResidualConv(keras.layers.Layer):
 
     def build(self, input_shape: Sequence) -> None:
         axis = 1 if self.data_format == 'channels_first' else -1
-        self.conv = _conv(
-            self.rank,
-            input_shape[axis],
-            self.kernel_size,
-            1,
-            self.data_format,
-            dtype=self.dtype_policy,
-        )
-        self.norm = keras.layers.BatchNormalization(
-            axis=axis, dtype=self.dtype_policy
-        )
+        conv, norm = _layers(self.rank, self.kernel_size, self.data_format)
+        self.conv = conv(input_shape[axis], dtype=self.dtype_policy)
+        self.norm = norm(dtype=self.dtype_policy)
         self.conv.build(input_shape)
         self.norm.build(input_shape)
 
@@ -392,7 +420,7 @@ def _net(
     if channels_first is None:
         channels_first = keras.config.image_data_format() == 'channels_first'
     data_format = 'channels_first' if channels_first else 'channels_last'
-    axis = 1 if channels_first else -1
+    conv, norm = _layers(rank, kernel_size, data_format)
     layers = []
     if channels_first:
         layers.append(keras.layers.Permute((rank + 1, *range(1, rank + 1))))
@@ -403,16 +431,14 @@ def _net(
             conv_strides, pool = resnet._downsampling(
                 stride, pooling_cls, channels_first
             )
-        if pool is not None:
-            conv_strides = 1
+        pools = [] if pool is None else [pool]
         layers += [
-            _conv(rank, width, kernel_size, conv_strides, data_format),
-            keras.layers.BatchNormalization(axis=axis),
+            conv(width, strides=1 if pools else conv_strides),
+            norm(),
             keras.layers.ReLU(),
+            *pools,
+            ResidualConv(rank, kernel_size, data_format),
         ]
-        if pool is not None:
-            layers.append(pool)
-        layers.append(ResidualConv(rank, kernel_size, data_format))
     average = getattr(keras.layers, f'GlobalAveragePooling{rank}D')
     layers += [
         average(data_format=data_format),
@@ -423,89 +449,15 @@ def _net(
     return keras.Sequential(layers)
 
 
-def _conv(rank, filters, kernel_size, strides, data_format, **kwargs):
-    conv = keras.layers.Conv1D if rank == 1 else keras.layers.Conv2D
-    return conv(
-        filters,
-        kernel_size,
-        strides=strides,
+def _layers(rank, kernel_size, data_format):
+    """Returns functions that make convolutions and batch normalizations."""
+    conv = functools.partial(
+        keras.layers.Conv1D if rank == 1 else keras.layers.Conv2D,
+        kernel_size=kernel_size,
         padding='same',
         data_format=data_format,
         use_bias=False,
         kernel_initializer='he_normal',
-        **kwargs,
     )
-
-
-def _log_mel(rate, samples, num_mel_bins, num_frames):
-    """Returns a function from [batch, samples] to [batch, bins, frames, 1]."""
-    step = samples // (num_frames - 1)
-    require(
-        step >= 1,
-        f'`num_frames` must be at most {samples + 1} in {samples} samples',
-        num_frames=num_frames,
-    )
-    window = 4 * step
-    layer = keras.layers.MelSpectrogram(
-        sampling_rate=rate,
-        sequence_stride=step,
-        sequence_length=window,
-        fft_length=2 ** (window - 1).bit_length(),
-        num_mel_bins=num_mel_bins,
-        # The layer cuts below the maximum of the batch, not of a recording.
-        top_db=1e3,
-    )
-
-    def log_mel(waveforms):
-        decibels = layer(waveforms)[..., :num_frames, None]
-        decibels -= tf.reduce_max(decibels, axis=(1, 2, 3), keepdims=True)
-        return tf.maximum(decibels, -DYNAMIC_RANGE)
-
-    return log_mel
-
-
-def _read(builder, pieces, text_key, samples, extract):
-    """Returns the features, labels and texts of a split."""
-    audio_key, label_key = _audio_keys(builder)
-
-    def cut(example):
-        waveform = tf.cast(example[audio_key], tf.float32)
-        if waveform.shape.rank == 2:
-            waveform = tf.reduce_mean(waveform, -1)
-        peak = tf.reduce_max(tf.abs(waveform))
-        waveform = tf.math.divide_no_nan(waveform, peak)
-        missing = tf.maximum(samples - tf.size(waveform), 0)
-        waveform = tf.pad(waveform, [[missing // 2, missing - missing // 2]])
-        start = (tf.size(waveform) - samples) // 2
-        waveform = tf.ensure_shape(waveform[start:][:samples], [samples])
-        text = '' if text_key is None else example[text_key]
-        return waveform, example[label_key], text
-
-    batches = (
-        sources.read_pieces(builder, pieces)
-        .map(cut, AUTOTUNE)
-        .batch(256)
-        .map(lambda waveforms, *others: (extract(waveforms), *others))
-    )
-    arrays = zip(*batches.as_numpy_iterator())
-    inputs, labels, texts = map(np.concatenate, arrays)
-    return inputs, labels, [text.decode() for text in texts]
-
-
-def _audio_keys(builder):
-    return sources.supervised_keys(builder, tfds.features.Audio)
-
-
-def _text_key(builder, filter_feature):
-    features = builder.info.features.items()
-    keys = [k for k, x in features if isinstance(x, tfds.features.Text)]
-    if filter_feature is None and len(keys) == 1:
-        return keys[0]
-    return one_of('filter_feature', filter_feature, tuple(keys))
-
-
-def _is_pattern(text):
-    try:
-        return isinstance(text, str) and bool(re.compile(text))
-    except re.error:
-        return False
+    axis = 1 if data_format == 'channels_first' else -1
+    return conv, functools.partial(keras.layers.BatchNormalization, axis=axis)

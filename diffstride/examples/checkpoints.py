@@ -23,6 +23,8 @@ import os
 import pathlib
 import re
 import shutil
+import sys
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -39,16 +41,28 @@ class Stop(Exception):
     """Ends the command with its message, one line, and exit code 1."""
 
 
+@contextlib.contextmanager
+def one_line_errors(
+    kinds: tuple = (), interrupted: str = 'interrupted'
+) -> Iterator[None]:
+    """Ends the process with one line at `Stop`, errors of kinds, or Ctrl-C."""
+    try:
+        yield
+    except (Stop, *kinds) as error:
+        logging.debug('The command failed', exc_info=True)  # --verbosity=1
+        sys.exit(f'error: {first_line(error)}')
+    except KeyboardInterrupt:
+        print(f'\n{interrupted}', file=sys.stderr)
+        sys.exit(130)
+
+
 @dataclasses.dataclass
 class State:
     """The progress of a training.
 
-    Attributes:
-        history: One dict per epoch.
-        callbacks: For each callback, the name of its class and the values that
-            it remembers.
-        ended: Whether a callback has ended the training early.
-        settings: The text of the settings under which the last epoch ran.
+    It has one dict per epoch; for each callback the name of its class and the
+    values that it remembers; whether a callback has ended the training early;
+    and the settings under which the last epoch ran.
     """
 
     history: list[dict] = dataclasses.field(default_factory=list)
@@ -59,16 +73,10 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A trained model, and the values that its use needs.
+    """A trained model of the best epoch, and the values that its use needs.
 
-    Attributes:
-        model: The model of the best epoch, or of the last one.
-        class_names: One string per class.
-        image_shape: (height, width, channels).
-        mean: The value that is subtracted from the pixels, [channels] or [].
-        scale: The value that they are then divided by, [channels] or [].
-        settings: The text of config.gin, which gin parses on its own.
-        history: One dict per epoch.
+    The pixels of images [height, width, channels] are standardized as
+    (pixels - mean) / scale. `settings` is the text of config.gin.
     """
 
     model: keras.Model
@@ -179,13 +187,37 @@ def unfinished(path: pathlib.Path) -> Iterator[pathlib.Path]:
             os.close(descriptor)
         os.replace(temporary, path)
     except OSError as error:
-        raise Stop(
-            f'{path} cannot be written ({error.strerror or error}). What was '
-            'written before is whole: make room, and the same command continues'
-        ) from error
+        raise _cannot_be_written(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             _remove(temporary)
+
+
+def _cannot_be_written(path, error):
+    return Stop(
+        f'{path} cannot be written ({error.strerror or error}). What was '
+        'written before is whole: make room, and the same command continues'
+    )
+
+
+@contextlib.contextmanager
+def room_on_disk(workdir: pathlib.Path) -> Iterator[None]:
+    """Turns any error within into a `Stop` if the folder cannot be written.
+
+    TensorBoard and others write files of their own, and raise errors of many
+    kinds on a full disk.
+    """
+    try:
+        yield
+    except Stop:
+        raise
+    except Exception:
+        try:
+            with tempfile.TemporaryFile(dir=workdir) as file:
+                file.write(bytes(2**20))
+        except OSError as error:
+            raise _cannot_be_written(workdir, error) from error
+        raise
 
 
 def _remove(path):
@@ -245,14 +277,10 @@ def save(
     state: State,
     averaged: contextlib.AbstractContextManager | None = None,
 ) -> None:
-    """Writes the checkpoint of an epoch.
+    """Writes the checkpoint of an epoch, the last one of the state.
 
-    Args:
-        model: The compiled model.
-        workdir: Path of the folder.
-        state: The state after this epoch.
-        averaged: A context within which the model holds its averaged weights;
-            None if weights are not averaged.
+    Within the context `averaged`, the model holds its averaged weights; None
+    if weights are not averaged.
     """
     path = workdir / 'checkpoints' / f'epoch_{len(state.history):04}'
     path.parent.mkdir(exist_ok=True)
@@ -270,7 +298,13 @@ def _tidy(workdir, history):
     """Keeps the two last epochs, and the last one if it is the best."""
     for old in epoch_folders(workdir)[2:]:
         shutil.rmtree(old)
-    _keep_if_best(workdir, history)
+    path = epoch_folders(workdir)[0] / 'model.keras'
+    best = workdir / 'best.keras'
+    if best_epoch(history) == len(history) and not (
+        best.exists() and filecmp.cmp(path, best, shallow=False)
+    ):
+        with unfinished(best) as temporary:
+            shutil.copyfile(path, temporary)
 
 
 def best_epoch(history: list[dict]) -> int | None:
@@ -290,29 +324,14 @@ def best_epoch(history: list[dict]) -> int | None:
     return None if best is None else 1 + accuracies.index(best)
 
 
-def _keep_if_best(workdir, history):
-    if best_epoch(history) != len(history):
-        return
-    path = epoch_folders(workdir)[0] / 'model.keras'
-    best = workdir / 'best.keras'
-    if best.exists() and filecmp.cmp(path, best, shallow=False):
-        return
-    with unfinished(best) as temporary:
-        shutil.copyfile(path, temporary)
-
-
 def restore(
     model: keras.Model, workdir: pathlib.Path, steps_per_epoch: int
 ) -> State:
     """Loads the last whole checkpoint of a workdir, if it holds any.
 
-    A damaged checkpoint is renamed if the one before it is whole, and left
-    alone otherwise.
-
-    Args:
-        model: A compiled model; its weights and its optimizer's are loaded.
-        workdir: Path of the folder.
-        steps_per_epoch: Number of batches in an epoch, which must not change.
+    The weights of the model and of its optimizer are loaded. A damaged
+    checkpoint is renamed if the one before it is whole, and left alone
+    otherwise.
 
     Raises:
         Stop: If there are checkpoints and none can be continued.

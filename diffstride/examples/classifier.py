@@ -8,9 +8,9 @@ The commands evaluate, predict and export share it:
 """
 
 import contextlib
+import csv
 import pathlib
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import keras
 import numpy as np
@@ -25,7 +25,7 @@ _WORKDIR = flags.DEFINE_string(
     'The folder of a training that has finished an epoch.',
     allow_override=True,  # `main` has a flag of this name, for a hint alone.
 )
-_OUTPUT = flags.DEFINE_string(
+OUTPUT = flags.DEFINE_string(
     'output', None, 'The folder to write files to; it is made if need be.'
 )
 
@@ -33,13 +33,8 @@ _OUTPUT = flags.DEFINE_string(
 def classifier(run: checkpoints.Run) -> keras.Model:
     """Returns a model of raw images, which contains the preprocessing.
 
-    Args:
-        run: A training, as `checkpoints.load_run` returns it.
-
-    Returns:
-        A `keras.Model` from pixels in the range 0..255 to the probabilities of
-        the classes, float32 [batch, height, width, channels] -> float32
-        [batch, classes].
+    It maps pixels in 0..255, float32 [batch, height, width, channels],
+    to the probabilities of the classes, float32 [batch, classes].
     """
     images = keras.Input(run.image_shape, dtype='float32', name='images')
     # With three axes they are per channel under any image_data_format.
@@ -66,12 +61,7 @@ def _puts_out_probabilities(model, image_shape):
 
 
 def read_image(path: str, image_shape: tuple[int, int, int]) -> np.ndarray:
-    """Reads a picture the way training does.
-
-    Args:
-        path: The file of the picture.
-        image_shape: (height, width, channels). Pictures of another size are
-            resized to it, whatever their aspect ratio.
+    """Reads a picture the way training does, and resizes it.
 
     Returns:
         The pixels in the range 0..255, float32 [height, width, channels]. Those
@@ -102,22 +92,12 @@ def loaded_run() -> checkpoints.Run:
     """
     if not _WORKDIR.value:
         raise ValueError('--workdir must be the folder of a finished training')
-    return checkpoints.load_run(pathlib.Path(_WORKDIR.value))
-
-
-def has_output() -> bool:
-    """Tells whether the flag --output is set."""
-    return bool(_OUTPUT.value)
+    return checkpoints.load_run(_WORKDIR.value)
 
 
 def output_folder(default: str) -> pathlib.Path:
-    """Returns the folder to write to, which exists from now on.
-
-    Args:
-        default: The name of the folder within the workdir that is used if the
-            flag --output is not set.
-    """
-    folder = pathlib.Path(_OUTPUT.value or f'{_WORKDIR.value}/{default}')
+    """Makes and returns the folder of --output, or the default in --workdir."""
+    folder = pathlib.Path(OUTPUT.value or f'{_WORKDIR.value}/{default}')
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -130,20 +110,22 @@ def written(path: pathlib.Path) -> Iterator[pathlib.Path]:
     print(f'Wrote {path}')
 
 
+def write_table(path: pathlib.Path, rows: Iterable) -> None:
+    """Writes a table, whose first row is the header, as CSV."""
+    with written(path) as temporary, temporary.open('w', newline='') as file:
+        csv.writer(file).writerows(rows)
+
+
 def run_command(command: Callable[[Sequence[str]], None]) -> None:
     """Runs a command on the arguments of the process.
 
-    Errors that its user can correct end it with one line and exit code 1; with
-    --verbosity=1 the place in the code is printed too.
+    Errors that its user can correct end it with one line and exit code 1.
     """
 
     def main(argv):
         if not flags.FLAGS['verbosity'].present:
             logging.set_verbosity(logging.WARNING)
-        try:
+        with checkpoints.one_line_errors((ImportError, OSError, ValueError)):
             command(argv[1:])
-        except (checkpoints.Stop, ImportError, OSError, ValueError) as error:
-            logging.debug('The command failed', exc_info=True)
-            sys.exit(f'error: {checkpoints.first_line(error)}')
 
     app.run(main)

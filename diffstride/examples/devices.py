@@ -11,9 +11,8 @@ from diffstride.validation import one_of
 def is_channels_first(data_format: str) -> bool:
     """Returns whether a model computes in channels_first.
 
-    Args:
-        data_format: 'channels_first', 'channels_last' or 'auto', which means
-            channels_first on a GPU, except on JAX, where XLA chooses layouts.
+    'auto' means channels_first on a GPU, except on JAX, where XLA chooses
+    layouts.
     """
     one_of(
         'data_format', data_format, ('auto', 'channels_first', 'channels_last')
@@ -35,13 +34,7 @@ def _gpus():
 
 
 def scope(distribution: str) -> contextlib.AbstractContextManager:
-    """Returns the context in which a model is made for its devices.
-
-    Args:
-        distribution: 'none'; 'mirrored' (TensorFlow) or 'data_parallel' (JAX)
-            over all devices of the kind that computes; 'auto' for the one that
-            the backend has if there are several GPUs.
-    """
+    """Returns the context in which a model is made, see `train.train`."""
     known = {'tensorflow': 'mirrored', 'jax': 'data_parallel'}
     several = known.get(keras.backend.backend(), 'none')
     one_of('distribution', distribution, ('auto', 'none', several))

@@ -14,7 +14,6 @@ It prints the accuracy and the classes with the lowest recall. The folder of
     confusion.png    the same as a picture, with matplotlib
 """
 
-import csv
 import re
 from collections.abc import Sequence
 
@@ -31,6 +30,7 @@ from diffstride.examples.classifier import (
     percent,
     read_image,
     run_command,
+    write_table,
     written,
 )
 
@@ -47,16 +47,7 @@ _PRINTED_CLASSES = 20
 
 
 def evaluate(arguments: Sequence[str]) -> None:
-    """Measures the model of a training on labelled images.
-
-    Args:
-        arguments: There must be none beside the flags.
-
-    Raises:
-        ValueError: If there is an argument, no training in the workdir, no
-            image, or if there are classes that the model does not know.
-        OSError: If a file cannot be written.
-    """
+    """Measures the model of a training; there are no arguments but flags."""
     if arguments:
         raise ValueError(f'Unknown arguments: {arguments}')
     run = loaded_run()
@@ -77,15 +68,16 @@ def evaluate(arguments: Sequence[str]) -> None:
     precision = right / np.maximum(taken, 1)
     _print(names, counts, recall, precision)
     folder = output_folder('evaluation')
-    _write_table(
+    write_table(
         folder / 'classes.csv',
-        ['class', 'images', 'recall', 'precision'],
-        zip(names, images, recall.round(4), precision.round(4)),
+        [
+            ['class', 'images', 'recall', 'precision'],
+            *zip(names, images, recall.round(4), precision.round(4)),
+        ],
     )
-    _write_table(
+    write_table(
         folder / 'confusion.csv',
-        ['class', *names],
-        ([name, *row] for name, row in zip(names, counts)),
+        [['class', *names], *([x, *row] for x, row in zip(names, counts))],
     )
     _draw(folder / 'confusion.png', counts, names)
 
@@ -105,30 +97,26 @@ def _of_data(run):
 
 def _of_folder(run):
     """Returns class names and pairs (outputs, labels) of a folder."""
-    folder = folders.read_folder(_FOLDER.value)
+    folder = folders.ImageFolder(_FOLDER.value)
     for note in folder.notes:
         print(note)
-    splits = folder.splits
-    if _SPLIT.value:
-        splits = {k: v for k, v in splits.items() if k == _SPLIT.value}
-    if not splits:
+    names = [_SPLIT.value] if _SPLIT.value else list(folder.examples)
+    if not names or not set(names) <= set(folder.examples):
         raise ValueError(
-            '--folder must hold images, one folder per class. '
-            f'Received: {_FOLDER.value}'
+            '--folder must hold images, one folder per class, and --split must '
+            f'be one of its splits, {list(folder.examples)}. '
+            f'Received: {_FOLDER.value}, {_SPLIT.value}'
         )
-    paths, labels = map(np.concatenate, zip(*splits.values()))
+    paths, labels = map(np.concatenate, zip(*map(folder.examples.get, names)))
     model = classifier(run)
-    return folder.class_names, (
-        (
-            model.predict_on_batch(
-                np.stack([read_image(p, run.image_shape) for p in paths[batch]])
-            ),
-            labels[batch],
-        )
-        for batch in np.split(
-            np.arange(len(paths)), range(_BATCH, len(paths), _BATCH)
-        )
-    )
+
+    def batches():
+        for start in range(0, len(paths), _BATCH):
+            batch = slice(start, start + _BATCH)
+            images = [read_image(x, run.image_shape) for x in paths[batch]]
+            yield model.predict_on_batch(np.stack(images)), labels[batch]
+
+    return folder.class_names, batches()
 
 
 def _print(names, counts, recall, precision):
@@ -151,13 +139,6 @@ def _print(names, counts, recall, precision):
             f'({len(shown) - _PRINTED_CLASSES} classes have a higher recall.)'
         )
     print()
-
-
-def _write_table(path, header, rows):
-    with written(path) as temporary, temporary.open('w', newline='') as file:
-        table = csv.writer(file)
-        table.writerow(header)
-        table.writerows(rows)
 
 
 def _draw(path, counts, names):

@@ -46,16 +46,7 @@ _FORMAT = flags.DEFINE_enum(
 
 
 def export(arguments: Sequence[str]) -> None:
-    """Exports the model of a training.
-
-    Args:
-        arguments: There must be none beside the flags.
-
-    Raises:
-        ValueError: If there is an argument, or no training in the workdir.
-        OSError: If a file cannot be written.
-        ImportError: If the package is missing that writes the format.
-    """
+    """Exports the model of a training; there are no arguments but flags."""
     if arguments:
         raise ValueError(f'Unknown arguments: {arguments}')
     run = loaded_run()

@@ -20,9 +20,10 @@ import diffstride.callbacks
 import diffstride.resnet  # noqa: F401
 from diffstride.examples import grid, schedules, train  # noqa: F401
 
+# A decorator would register it twice where that module is the command.
 gin.external_configurable(grid.grid, module='grid')
 
-for _module, _base in (
+_KERAS = (
     (keras.layers, keras.layers.Layer),
     (keras.callbacks, keras.callbacks.Callback),
     (keras.optimizers, keras.optimizers.Optimizer),
@@ -31,8 +32,13 @@ for _module, _base in (
         keras.optimizers.schedules.LearningRateSchedule,
     ),
     (keras.losses, keras.losses.Loss),
-):
-    _classes = filter(inspect.isclass, vars(_module).values())
-    for _cls in dict.fromkeys(_classes):  # Some classes have two names.
-        if issubclass(_cls, _base):
-            gin.register(_cls, module=f'tf.{_module.__name__}')
+)
+for _module, _base in _KERAS:
+    _classes = [
+        (name == cls.__name__, name, cls)
+        for name, cls in vars(_module).items()
+        if inspect.isclass(cls) and issubclass(cls, _base)
+    ]
+    # MaxPool2D is MaxPooling2D. Gin knows a class by the name that comes last.
+    for _, _name, _cls in sorted(_classes, key=lambda x: x[0]):
+        gin.register(_name, module=f'tf.{_module.__name__}')(_cls)

@@ -1,4 +1,4 @@
-"""Reading of folders of labelled images.
+"""Folders of labelled images, and the decoding of images.
 
     name/train/cat/1.png        name/cat/1.png
     name/test/dog/2.jpg         name/dog/2.jpg
@@ -8,7 +8,6 @@ counted in `ImageFolder.notes`. Nothing is written to the folder.
 """
 
 import collections
-import dataclasses
 import hashlib
 import io
 import os
@@ -17,27 +16,18 @@ import zipfile
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+import PIL.Image
 import tensorflow as tf
 
 from diffstride.validation import require
 
-try:
-    import PIL.Image
-
-    _HAS_PILLOW = True
-except ImportError:
-    _HAS_PILLOW = False
-
-# These are the first two bytes of the formats that TensorFlow decodes; Pillow
-# decodes the others. Old versions of TensorFlow do not decode WebP.
+SUFFIXES = set(
+    '.bmp .gif .jfif .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp'
+    .split()
+)  # fmt: skip
+# These are the first two bytes of the formats that TensorFlow decodes faster
+# than Pillow: PNG, JPEG, GIF and BMP.
 _MAGIC = [b'\x89P', b'\xff\xd8', b'GI', b'BM']
-_PILLOW_SUFFIXES = {'.pbm', '.pgm', '.pnm', '.ppm', '.tif', '.tiff', '.webp'}
-if hasattr(tf.io, 'decode_webp'):
-    _MAGIC.append(b'RI')
-    _PILLOW_SUFFIXES.remove('.webp')
-SUFFIXES = _PILLOW_SUFFIXES | set(
-    '.bmp .gif .jfif .jpe .jpeg .jpg .png .webp'.split()
-)
 _SYSTEM_FOLDERS = {'__MACOSX', '$RECYCLE.BIN', '@eaDir', 'lost+found'}
 
 # Results for fewer examples take less than seconds, and are not stored.
@@ -45,81 +35,192 @@ CACHED_EXAMPLES = 1_000
 
 AUTOTUNE = tf.data.AUTOTUNE
 
+# A part of a split is its name and where the part starts and stops.
+Piece = tuple[str, int, int]
 
-@dataclasses.dataclass(frozen=True)
+
 class ImageFolder:
-    """The images of a folder.
+    """A folder of images, a source of records that are paths.
 
-    The images of a split are in an order that looks random, is the same at
-    each start and has every class evenly spread. So a slice such as
+    It has splits if one of its folders is called `train_split`, or if none of
+    them holds images itself. Otherwise its folders are the classes of a split
+    'train'. The images of a split are in an order that looks random, is the
+    same at each start and has every class evenly spread. So a slice such as
     'train[:80%]' holds about 80% of each class.
 
     Attributes:
-        root: The path of the folder.
+        name: The absolute path.
         class_names: The names of the classes, in alphabetical order.
-        splits: Maps the name of each split to (paths, labels): strings [n]
+        examples: Maps the name of each split to (paths, labels): strings [n]
             and integers [n].
+        splits: Maps the name of each split to its number of images, in a list.
         notes: Sentences about what was skipped or looks like a mistake.
-    """
-
-    root: str
-    class_names: tuple[str, ...]
-    splits: dict[str, tuple[np.ndarray, np.ndarray]]
-    notes: tuple[str, ...]
-
-
-def read_folder(root: str, train_split: str = 'train') -> ImageFolder:
-    """Lists the images of a folder.
-
-    Args:
-        root: The path of a folder. It has splits if one of its folders is
-            called `train_split`, or if none of them holds images itself;
-            otherwise its folders are the classes of a split 'train'.
-        train_split: The name of the training split.
-
-    Returns:
-        The `ImageFolder`.
 
     Raises:
         ValueError: If there is no such folder.
     """
-    require(os.path.isdir(root), '`name` must be an existing folder', name=root)
-    skipped: collections.Counter[str] = collections.Counter()
-    empty: list[str] = []
-    found: dict[str, dict[str, list[str]]] = collections.defaultdict(dict)
 
-    def add_classes(split, folder):
-        for name in _folders(folder):
-            images = _images(os.path.join(folder, name), skipped)
-            if images:
-                found[split][name] = images
+    # Labels are known without reading, and all records fit into a shuffle.
+    knows_labels = True
+    buffer = None
+
+    def __init__(self, root: str, train_split: str = 'train'):
+        root = os.path.expanduser(root)
+        require(
+            os.path.isdir(root), '`name` must be an existing folder', name=root
+        )
+        folders, files = _walk(root)
+        skipped = collections.Counter(
+            _suffix(x) for x in files if _suffix(x) not in SUFFIXES
+        )
+        images = [x for x in files if _suffix(x) in SUFFIXES]
+        has_splits = (train_split,) in folders or not any(
+            len(parts) == 2 for parts in images
+        )
+        # The folder of a class is at this depth.
+        depth = 2 if has_splits else 1
+        found: dict[str, dict[str, list]] = {}
+        for parts in images:
+            if len(parts) > depth:
+                split = parts[0] if has_splits else 'train'
+                classes = found.setdefault(split, {})
+                classes.setdefault(parts[depth - 1], []).append(parts)
             else:
-                empty.append(os.path.relpath(os.path.join(folder, name), root))
-
-    folders = _folders(root)
-    if train_split in folders or not any(
-        _is_image(file) for name in folders for file in _files(root, name)
-    ):
-        for split in folders:
-            add_classes(split, os.path.join(root, split))
-            files = _files(root, split)
-            _count_files(files, skipped)
-            if not found[split] and not files and not _folders(root, split):
-                empty.append(split)
-    else:
-        add_classes('train', root)
-    _count_files(_files(root), skipped)
-    names = tuple(sorted({name for split in found.values() for name in split}))
-    return ImageFolder(
-        root,
-        names,
-        {
-            split: _spread(classes, names, root)
+                skipped['outside'] += 1
+        names = sorted({name for split in found.values() for name in split})
+        held = {parts[:depth] for parts in images}
+        # A split is not empty if it holds anything.
+        held |= {
+            parts[: depth - 1]
+            for parts in (*folders, *files)
+            if len(parts) >= depth
+        }
+        empty = [
+            os.sep.join(parts)
+            for parts in folders
+            if len(parts) <= depth and parts not in held
+        ]
+        self.name = os.path.abspath(root)
+        self.class_names = tuple(names)
+        self.examples = {
+            split: _spread(root, classes, names)
             for split, classes in sorted(found.items())
-            if classes
-        },
-        tuple(_notes(skipped, empty, names)),
-    )
+        }
+        self.splits = {k: [len(x)] for k, (x, _) in self.examples.items()}
+        self.notes = tuple(_notes(skipped, empty, names))
+
+    def _select(self, pieces):
+        parts = [
+            [array[start:stop] for array in self.examples[split]]
+            for split, start, stop in pieces
+        ]
+        return [np.concatenate(arrays) for arrays in zip(*parts)]
+
+    def files(self, pieces: Sequence[Piece]) -> list[str]:
+        """Returns the paths of the files that hold these pieces."""
+        return self._select(pieces)[0].tolist()
+
+    def labels(self, pieces: Sequence[Piece]) -> np.ndarray:
+        """Returns the labels, integers [n]."""
+        return self._select(pieces)[1]
+
+    def records(self, pieces: Sequence[Piece]) -> tf.data.Dataset:
+        """Returns a dataset of (record, label), always in one order."""
+        return tf.data.Dataset.from_tensor_slices(tuple(self._select(pieces)))
+
+    def contents(self, record: tf.Tensor) -> tf.Tensor:
+        """Returns the contents of the image file of a record."""
+        return tf.io.read_file(record)
+
+    def kind(
+        self, pieces: Sequence[Piece]
+    ) -> tuple[Iterable[tuple], int, tf.DType]:
+        """Returns (height, width) of images, their channels and dtype."""
+        paths = self.files(pieces)
+        kinds = cached(
+            f'kinds of {self.name}',
+            paths,
+            len(paths),
+            lambda: measure(paths),
+        )
+        channels = 3 if (kinds[:, 2] > 2).any() else 1
+        dtype = tf.uint16 if (kinds[:, 3] == 16).any() else tf.uint8
+        return map(tuple, kinds[:, :2].tolist()), channels, dtype
+
+
+def _walk(root, parts=(), parents=()):
+    """Returns the visible folders and files below a folder, as parts of paths.
+
+    Links are followed, but for those that lead back.
+    """
+    path = os.path.join(root, *parts)
+    parents = (*parents, os.path.realpath(path))
+    folders, files = [], []
+    with os.scandir(path) as entries:
+        visible = [
+            x
+            for x in entries
+            if not x.name.startswith('.') and x.name not in _SYSTEM_FOLDERS
+        ]
+    for entry in sorted(visible, key=lambda x: x.name):
+        if not entry.is_dir():
+            files.append((*parts, entry.name))
+        elif os.path.realpath(entry.path) not in parents:
+            inner = _walk(root, (*parts, entry.name), parents)
+            folders += [(*parts, entry.name), *inner[0]]
+            files += inner[1]
+    return folders, files
+
+
+def _suffix(parts):
+    return os.path.splitext(parts[-1])[1].lower()
+
+
+def _spread(root, classes, names):
+    """Returns the paths and labels of a split, classes evenly spread."""
+    rows = []
+    for label, name in enumerate(names):
+        ranked = sorted(
+            (_digest(''.join(f'/{part}' for part in parts)), parts)
+            for parts in classes.get(name, ())
+        )
+        rows += [
+            ((i + 0.5) / len(ranked), rank, os.path.join(root, *parts), label)
+            for i, (rank, parts) in enumerate(ranked)
+        ]
+    *_, paths, labels = zip(*sorted(rows))
+    return np.array(paths), np.array(labels)
+
+
+def _digest(text):
+    return hashlib.md5(text.encode(errors='surrogateescape')).digest()
+
+
+def _notes(skipped, empty, names):
+    outside = skipped.pop('outside', 0)
+    if outside:
+        yield f'Skipped {outside:,} images that are in no folder of a class.'
+    if skipped:
+        kinds = [
+            f'{count:,} {suffix or "without suffix"}'
+            for suffix, count in skipped.most_common()
+        ]
+        yield f'Skipped {skipped.total():,} files: {enumeration(kinds)}.'
+    if empty:
+        yield f'Skipped folders without images: {enumeration(empty)}.'
+    alike = collections.defaultdict(list)
+    for name in names:
+        alike[name.lower()].append(name)
+    pairs = [' and '.join(group) for group in alike.values() if len(group) > 1]
+    if pairs:
+        yield f'Classes that differ in case alone: {enumeration(pairs)}.'
+
+
+def enumeration(names: Sequence[str], most: int = 5) -> str:
+    """Returns the first names and how many there are beyond them."""
+    more = len(names) - most
+    text = ', '.join(names[:most])
+    return f'{text} and {more:,} more' if more > 0 else text
 
 
 def decode_image(
@@ -127,61 +228,81 @@ def decode_image(
 ) -> tf.Tensor:
     """Decodes an image file, or the first image of an animation.
 
-    Args:
-        contents: The bytes of the file, a string [].
-        channels: 1 or 3. Colors become grey and grey becomes RGB as needed;
-            an alpha channel is dropped. 0 keeps what the file has.
-        dtype: tf.uint8, or tf.uint16 to keep all 16 bits of files that have
-            them. The values of other files are then multiplied by 257, so
-            that 255 becomes 65,535.
+    With 1 or 3 channels, colors become grey and grey becomes RGB as needed; an
+    alpha channel is dropped. 0 keeps what the file has. With tf.uint16, the
+    values of files of 8 bits are multiplied by 257, so that 255 becomes 65,535.
 
     Returns:
         The image, [height, width, channels].
     """
     image = tf.cond(
-        _is_known_to_tensorflow(contents),
+        tf.reduce_any(tf.strings.substr(contents, 0, 2) == _MAGIC),
         lambda: _decode_with_tensorflow(contents, dtype),
         lambda: tf.numpy_function(
             lambda x: _decode_with_pillow(x, dtype), [contents], dtype
         ),
     )
     image = tf.ensure_shape(image, (None, None, None))
-    own = tf.shape(image)[-1]
     if channels == 0:
         return image
-    image = image[..., : tf.where(own <= 2, 1, 3)]
-    if channels == 3:
-        shape = tf.concat([tf.shape(image)[:-1], [3]], 0)
-        return tf.ensure_shape(tf.broadcast_to(image, shape), (None, None, 3))
-    image = tf.cond(own <= 2, lambda: image, lambda: _grey(image))
-    return tf.ensure_shape(image, (None, None, 1))
+    has_colors = tf.shape(image)[-1] > 2
+    image = image[..., : tf.where(has_colors, 3, 1)]
+    if channels == 1:
+        image = tf.cond(has_colors, lambda: _grey(image), lambda: image)
+    else:
+        shape = tf.concat([tf.shape(image)[:2], [3]], 0)
+        image = tf.broadcast_to(image, shape)
+    return tf.ensure_shape(image, (None, None, channels))
+
+
+def _decode_with_tensorflow(contents, dtype):
+    def decode_8_bits():
+        return tf.io.decode_image(contents, expand_animations=False)
+
+    if dtype == tf.uint8:
+        return decode_8_bits()
+    # For formats other than PNG, TensorFlow multiplies by 256.
+    return tf.cond(
+        tf.strings.substr(contents, 0, 2) == _MAGIC[0],
+        lambda: tf.io.decode_png(contents, dtype=tf.uint16),
+        lambda: 257 * tf.cast(decode_8_bits(), tf.uint16),
+    )
+
+
+def _decode_with_pillow(contents, dtype):
+    with PIL.Image.open(io.BytesIO(contents)) as image:
+        if image.mode.startswith('I'):
+            pixels = np.clip(np.asarray(image), 0, 65535).astype(np.uint16)
+        else:
+            is_grey = image.mode in ('1', 'L', 'LA')
+            image = image.convert('L' if is_grey else 'RGB')
+            pixels = np.uint16(257) * np.asarray(image)
+    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    return pixels if dtype == tf.uint16 else (pixels // 257).astype(np.uint8)
+
+
+def _grey(image):
+    # Rounding to the nearest is done here, on the scale of the image itself.
+    weights = tf.constant([0.299, 0.587, 0.114])
+    grey = tf.tensordot(tf.cast(image, tf.float32), weights, 1)
+    return tf.cast(tf.round(grey), image.dtype)[..., None]
 
 
 def measure(paths: Sequence[str]) -> np.ndarray:
-    """Decodes images to find out their sizes and kinds.
+    """Returns the height, width, channels and bits of images, int32 [n, 4].
 
-    Args:
-        paths: The paths of images, strings [n].
-
-    Returns:
-        The height, width, number of channels and bits (8 or 16) of each
-        image, int32 [n, 4].
+    The bits are 16 if 8 are not enough.
 
     Raises:
         ValueError: If some cannot be decoded. The message names them.
     """
 
     def kind(index, path):
-        contents = tf.io.read_file(path)
-        image = decode_image(contents, 0)
-        bits = tf.cond(
-            _is_known_to_tensorflow(contents),
-            lambda: tf.where(_is_png_of_16_bits(contents), 16, 8),
-            lambda: tf.numpy_function(
-                lambda x: np.int32(8 * _open(x).itemsize), [contents], tf.int32
-            ),
+        image = decode_image(tf.io.read_file(path), 0, tf.uint16)
+        is_deep = tf.reduce_any(tf.cast(image, tf.int32) % 257 != 0)
+        return index, tf.concat(
+            [tf.shape(image), [tf.where(is_deep, 16, 8)]], 0
         )
-        return index, tf.concat([tf.shape(image), [bits]], 0)
 
     kinds = np.zeros((len(paths), 4), np.int32)
     batches = tf.data.Dataset.from_tensor_slices(list(paths)).enumerate()
@@ -195,32 +316,23 @@ def measure(paths: Sequence[str]) -> np.ndarray:
 
 
 def cached(
-    key: str, files: Iterable[str], count: int, make: Callable[[], np.ndarray]
+    key: str, files: Sequence[str], count: int, make: Callable[[], np.ndarray]
 ) -> np.ndarray:
     """Returns the array that `make` returns, and keeps it for the next start.
 
-    It is kept in $XDG_CACHE_HOME/diffstride, or ~/.cache/diffstride, until
-    the path, the size or the time of one of the files changes.
-
-    Args:
-        key: A text that names the computation and its parameters.
-        files: The paths of the files that it is computed from.
-        count: The number of examples. Results for few examples are not kept.
-        make: A function that computes the array.
+    It is kept under the name `key` in $XDG_CACHE_HOME/diffstride, or
+    ~/.cache/diffstride, until one of the files that it is made of changes. It
+    is not kept if there are few examples.
     """
     if count < CACHED_EXAMPLES:
         return make()
-    home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-    digest = hashlib.sha256(key.encode())
-    path = pathlib.Path(home, 'diffstride', f'{digest.hexdigest()[:32]}.npz')
     try:
-        for file in files:
-            status = os.stat(file)
-            line = f'\n{file} {status.st_size} {status.st_mtime_ns}'
-            digest.update(line.encode(errors='surrogateescape'))
+        stats = [(x.st_size, x.st_mtime_ns) for x in map(os.stat, files)]
     except OSError:  # The files are not on a local disk.
         return make()
-    fingerprint = digest.hexdigest()
+    home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    path = pathlib.Path(home, 'diffstride', f'{_digest(key).hex()}.npz')
+    fingerprint = _digest(repr([key, *zip(files, stats)])).hex()
     try:
         with path.open('rb') as kept, np.load(kept) as stored:
             if stored['fingerprint'] == fingerprint:
@@ -237,162 +349,3 @@ def cached(
     except OSError:  # A full or read-only disk is no reason to stop.
         part.unlink(missing_ok=True)
     return array
-
-
-def enumeration(names: Sequence[str], most: int = 5) -> str:
-    """Returns the first names and how many there are beyond them."""
-    more = len(names) - most
-    text = ', '.join(names[:most])
-    return f'{text} and {more:,} more' if more > 0 else text
-
-
-def _folders(*parts):
-    """Returns the names of the visible folders in a folder, sorted."""
-    with os.scandir(os.path.join(*parts)) as entries:
-        return sorted(x.name for x in entries if _is_visible(x) and x.is_dir())
-
-
-def _files(*parts):
-    """Returns the paths of the visible files in a folder, sorted."""
-    with os.scandir(os.path.join(*parts)) as entries:
-        return sorted(
-            x.path for x in entries if _is_visible(x) and not x.is_dir()
-        )
-
-
-def _is_visible(entry):
-    return not entry.name.startswith('.') and (
-        entry.name not in _SYSTEM_FOLDERS
-    )
-
-
-def _suffix(path):
-    return os.path.splitext(path)[1].lower()
-
-
-def _is_image(path):
-    suffix = _suffix(path)
-    return suffix in SUFFIXES and (
-        _HAS_PILLOW or suffix not in _PILLOW_SUFFIXES
-    )
-
-
-def _images(folder, skipped, parents=()):
-    """Returns the images in a folder, at any depth; counts other files."""
-    parents = (*parents, os.path.realpath(folder))
-    files = _files(folder)
-    images = [file for file in files if _is_image(file)]
-    skipped.update(_suffix(file) for file in files if not _is_image(file))
-    for name in _folders(folder):
-        inner = os.path.join(folder, name)
-        if os.path.realpath(inner) not in parents:  # A link may lead back.
-            images += _images(inner, skipped, parents)
-    return images
-
-
-def _count_files(files, skipped):
-    """Counts the files outside of the folders of classes."""
-    skipped.update(
-        'outside' if _is_image(file) else _suffix(file) for file in files
-    )
-
-
-def _notes(skipped, empty, names):
-    outside = skipped.pop('outside', 0)
-    if outside:
-        yield f'Skipped {outside:,} images that are in no folder of a class.'
-    missing = sorted(_PILLOW_SUFFIXES & set(skipped)) if not _HAS_PILLOW else ()
-    kinds = [
-        f'{count:,} {suffix or "without suffix"}'
-        for suffix, count in skipped.most_common()
-    ]
-    if kinds:
-        yield f'Skipped {skipped.total():,} files: {enumeration(kinds)}.'
-    if missing:
-        yield f'To read {", ".join(missing)}: pip install pillow.'
-    if empty:
-        yield f'Skipped folders without images: {enumeration(empty)}.'
-    alike = collections.defaultdict(list)
-    for name in names:
-        alike[name.lower()].append(name)
-    pairs = [' and '.join(group) for group in alike.values() if len(group) > 1]
-    if pairs:
-        yield f'Classes that differ in case alone: {enumeration(pairs)}.'
-
-
-def _spread(images, names, root):
-    """Returns the paths and labels of a split, classes evenly spread."""
-    paths, labels, positions, ranks = [], [], [], []
-    for label, name in enumerate(names):
-        files = [
-            (hashlib.md5(_relative(path, root)).digest(), path)
-            for path in images.get(name, ())
-        ]
-        for index, (rank, path) in enumerate(sorted(files)):
-            paths.append(path)
-            labels.append(label)
-            positions.append((index + 0.5) / len(files))
-            ranks.append(rank)
-    order = sorted(range(len(paths)), key=lambda i: (positions[i], ranks[i]))
-    return np.array(paths)[order], np.array(labels)[order]
-
-
-def _relative(path, root):
-    return (
-        path[len(root) :].replace(os.sep, '/').encode(errors='surrogateescape')
-    )
-
-
-def _is_known_to_tensorflow(contents):
-    return tf.reduce_any(tf.strings.substr(contents, 0, 2) == _MAGIC)
-
-
-def _is_png(contents):
-    return tf.strings.substr(contents, 0, 2) == _MAGIC[0]
-
-
-def _is_png_of_16_bits(contents):
-    return _is_png(contents) & (tf.strings.substr(contents, 24, 1) == b'\x10')
-
-
-def _decode_with_tensorflow(contents, dtype):
-    def decode_8_bits():
-        return tf.io.decode_image(contents, expand_animations=False)
-
-    if dtype == tf.uint8:
-        return decode_8_bits()
-    # For other formats TensorFlow multiplies by 256.
-    return tf.cond(
-        _is_png(contents),
-        lambda: tf.io.decode_png(contents, dtype=tf.uint16),
-        lambda: 257 * tf.cast(decode_8_bits(), tf.uint16),
-    )
-
-
-def _decode_with_pillow(contents, dtype):
-    pixels = _open(contents)
-    if dtype == tf.uint16 and pixels.dtype == np.uint8:
-        return np.uint16(257) * pixels
-    if dtype == tf.uint8 and pixels.dtype == np.uint16:
-        return (pixels // 257).astype(np.uint8)
-    return pixels
-
-
-def _open(contents):
-    """Reads an image by Pillow, uint8 or uint16 [height, width, 1 or 3]."""
-    if not _HAS_PILLOW:
-        raise ValueError('no image that TensorFlow decodes')
-    with PIL.Image.open(io.BytesIO(contents)) as image:
-        if image.mode.startswith('I'):
-            pixels = np.clip(np.asarray(image), 0, 65535).astype(np.uint16)
-        else:
-            is_grey = image.mode in ('1', 'L', 'LA')
-            pixels = np.asarray(image.convert('L' if is_grey else 'RGB'))
-    return pixels.reshape(*pixels.shape[:2], -1)
-
-
-def _grey(image):
-    # Rounding to the nearest is done here, on the scale of the image itself.
-    weights = tf.constant([0.299, 0.587, 0.114])
-    grey = tf.tensordot(tf.cast(image, tf.float32), weights, 1)
-    return tf.cast(tf.round(grey), image.dtype)[..., None]

@@ -49,12 +49,8 @@ def draw(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     Along the height an image changes slowly, so that averaging rows removes
     noise and nothing else.
 
-    Args:
-        labels: integers in 0 .. CLASSES - 1, [n].
-        rng: the numpy.random.Generator to draw from.
-
-    Returns:
-        uint8 images, [n, 32, 32, 1].
+    The labels are integers in 0 .. CLASSES - 1, [n]; the images are uint8
+    [n, 32, 32, 1].
     """
 
     def uniform(low, high):

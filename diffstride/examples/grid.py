@@ -8,6 +8,7 @@ finished is not repeated, so the same command continues a grid that was stopped
 at any point. Several processes with the same command share the runs.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -22,7 +23,7 @@ import filelock
 import gin
 from absl import app
 
-from diffstride.examples import checkpoints, report, settings
+from diffstride.examples import checkpoints, report, rules, settings
 from diffstride.examples.checkpoints import Stop
 from diffstride.examples.train import checked_workdir
 from diffstride.validation import is_integer, require
@@ -34,6 +35,36 @@ _POOLINGS = {
         'resnet.Resnet.pooling_cls = @pooling.FixedSpectralPooling'
     ],
     'strided convolution': ['resnet.Resnet.pooling_cls = None'],
+}
+
+
+def _is_bindings(value):
+    return value == [] or rules.are(value, rules.is_text)
+
+
+_RULES = {
+    'variants': (
+        'a dict from a name to a list of bindings, or None',
+        lambda x: (
+            x is None
+            or (
+                isinstance(x, dict)
+                and rules.are(list(x), rules.is_text)
+                and all(map(_is_bindings, x.values()))
+            )
+        ),
+    ),
+    'strides': (
+        'a list of strings, each once, or None',
+        lambda x: x is None or rules.are(x, rules.is_text),
+    ),
+    'seeds': (
+        'a list of integers in [0, 2**32), each once',
+        lambda values: rules.are(
+            values, lambda x: is_integer(x, least=0) and x < 2**32
+        ),
+    ),
+    'strides_parameter': ('the name of a gin parameter', rules.is_text),
 }
 
 
@@ -63,61 +94,38 @@ def grid(
     Raises:
         ValueError: If something is set wrong.
     """
-    try:
-        workdir = gin.query_parameter('train.train.workdir')
-    except ValueError:  # It is not bound.
-        workdir = None
-    workdir = checked_workdir(workdir)
+    rules.check(locals(), _RULES)
     variants = _POOLINGS if variants is None else variants
     require(
-        isinstance(variants, dict)
-        and _are(list(variants), _is_text)
-        and all(x == [] or _are(x, _is_text) for x in variants.values()),
-        'grid.variants must be a dict from a name to a list of bindings',
-        variants=variants,
-    )
-    require(
-        strides is None or _are(strides, _is_text),
-        'grid.strides must be a list of strings, each once, or None',
-        strides=strides,
-    )
-    require(
-        _are(seeds, lambda x: is_integer(x, least=0) and x < 2**32),
-        'grid.seeds must be a list of integers in [0, 2**32), each once',
-        seeds=seeds,
-    )
-    require(
-        only is None or (_are(only, _is_text) and set(only) <= set(variants)),
-        f'grid.only must be a list of some of {list(variants)}, or None',
+        only is None
+        or (rules.are(only, rules.is_text) and set(only) <= set(variants)),
+        f'`only` must be a list of some of {list(variants)}, or None',
         only=only,
     )
-    require(
-        _is_text(strides_parameter),
-        'grid.strides_parameter must be the name of a gin parameter',
-        strides_parameter=strides_parameter,
-    )
+    workdir = None
+    with contextlib.suppress(ValueError):  # It is not bound.
+        workdir = gin.query_parameter('train.train.workdir')
+    workdir = checked_workdir(workdir)
     config = _without_grid(gin.config_str())
     with gin.unlock_config():  # Gin must know all bindings of the variants.
         for name, bindings in variants.items():
             text = '\n'.join(bindings)
             with settings.naming(f'grid.variants[{name!r}]', text):
                 gin.parse_config(text)
-    starts: Sequence[str | None] = strides or [None]
     runs: dict[str, list[str]] = {}
+    starts: list[str | None] = [*strides] if strides else [None]
     for seed, start, name in itertools.product(seeds, starts, only or variants):
-        labels = {'variant': name, 'strides': start, 'seed': seed}
         words = re.findall(r'[\w.]+', f'{name} {start or ""} seed {seed}')
         run = '-'.join(words)
         require(
             run not in runs,
-            'grid.variants and grid.strides must differ in more than signs',
+            '`variants` and `strides` must differ in more than signs',
             run=run,
         )
-        bindings = list(variants[name])
-        if start:
-            bindings.append(f'{strides_parameter} = {start!r}')
+        labels = {'variant': name, 'strides': start, 'seed': seed}
         runs[run] = [
-            *bindings,
+            *variants[name],
+            *([f'{strides_parameter} = {start!r}'] if start else []),
             f'train.seed = {seed}',
             f'train.labels = {labels!r}',
             f'train.workdir = {str(workdir / run)!r}',
@@ -133,28 +141,12 @@ def _without_grid(text):
     return '\n'.join([before, *sections])
 
 
-def _is_text(value):
-    return isinstance(value, str) and value != ''
-
-
-def _are(values, is_allowed):
-    """Returns whether all values are allowed and different."""
-    return (
-        isinstance(values, (list, tuple))
-        and len(values) > 0
-        and all(map(is_allowed, values))
-        and len(set(values)) == len(values)
-    )
-
-
 @dataclasses.dataclass
 class Grid:
     """A grid that is prepared; see `grid`.
 
-    Attributes:
-        workdir: The folder of all runs.
-        config: The gin text that the runs have in common.
-        runs: For each name, the bindings of the run.
+    `config` is the gin text that the runs have in common; `runs` has the
+    bindings of each run by its name.
     """
 
     workdir: pathlib.Path
@@ -208,29 +200,25 @@ class Grid:
     def _try(self, run, failed):
         """Trains a run unless another process has it; returns whether."""
         self._of(run).mkdir(exist_ok=True)
-        try:
-            with filelock.FileLock(self._of(run) / 'grid.lock', timeout=0):
-                if self._is_finished(run):
-                    return True
-                if checkpoints.is_locked(self._of(run)):
-                    return False  # The grid that began it was killed.
-                done = sum(map(self._is_finished, self.runs))
-                print(
-                    f'{run} ({done} of {len(self.runs)} are done)', flush=True
-                )
-                line, succeeded = self._train(run)
-                if succeeded:
-                    checkpoints.write(
-                        self._of(run) / 'command.txt', self._text(run)
-                    )
-                elif checkpoints.IN_USE in line:
-                    return False
-                else:
-                    failed[run] = f'{run}: {line}'
-                print(line if succeeded else f'failed: {line}', flush=True)
+        lock = filelock.FileLock(self._of(run) / 'grid.lock', timeout=0)
+        with contextlib.suppress(filelock.Timeout), lock:
+            if self._is_finished(run):
                 return True
-        except filelock.Timeout:
-            return False
+            if checkpoints.is_locked(self._of(run)):
+                return False  # The grid that began it was killed.
+            done = sum(map(self._is_finished, self.runs))
+            print(f'{run} ({done} of {len(self.runs)} are done)', flush=True)
+            line, succeeded = self._train(run)
+            if checkpoints.IN_USE in line and not succeeded:
+                return False
+            print(line if succeeded else f'failed: {line}', flush=True)
+            if succeeded:
+                path = self._of(run) / 'command.txt'
+                checkpoints.write(path, self._text(run))
+            else:
+                failed[run] = f'{run}: {line}'
+            return True
+        return False
 
     def _of(self, run):
         return self.workdir / run

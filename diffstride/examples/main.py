@@ -9,7 +9,6 @@ command continues a training that was stopped at any point.
 
 import contextlib
 import re
-import sys
 from collections.abc import Iterator
 
 import gin
@@ -44,7 +43,8 @@ def main(argv: list[str], default_job: str = 'train.train') -> None:
         raise app.UsageError(f'Unknown arguments: {argv[1:]}')
     if not flags.FLAGS['verbosity'].present:
         logging.set_verbosity(logging.WARNING)
-    with one_line_errors():
+    ctrl_c = 'interrupted; the same command continues'
+    with checkpoints.one_line_errors(interrupted=ctrl_c):
         with wrong_settings():
             if _WORKDIR.value is not None:
                 raise ValueError(
@@ -68,27 +68,14 @@ def main(argv: list[str], default_job: str = 'train.train') -> None:
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Ends the process with code 1 and one line at `checkpoints.Stop`."""
-    try:
-        yield
-    except checkpoints.Stop as error:
-        sys.exit(f'error: {checkpoints.first_line(error)}')
-    except KeyboardInterrupt:
-        print('\ninterrupted; the same command continues', file=sys.stderr)
-        sys.exit(130)
-
-
-@contextlib.contextmanager
 def wrong_settings() -> Iterator[None]:
     """Turns errors of wrong settings into `checkpoints.Stop`."""
     try:
         yield
     except _OF_SETTINGS as error:
-        logging.debug('Set up', exc_info=True)  # --verbosity=1 shows it.
         line = checkpoints.first_line(error)
         origins = re.findall(r"In call to configurable '(\w+)'", str(error))
-        origins = [x for x in origins[:1] if x not in ('train', 'grid')]
+        origins = [x for x in origins[:1] if x != 'train']
         origin = f' (in {origins[0]})' if origins else ''
         raise checkpoints.Stop(f'{line}{origin}') from error
 

@@ -11,7 +11,6 @@ Pictures of another size than the training's are resized, as in training. With
 FOLDER/predictions.csv too.
 """
 
-import csv
 from collections.abc import Sequence
 
 import keras
@@ -19,14 +18,14 @@ import numpy as np
 from absl import flags
 
 from diffstride.examples.classifier import (
+    OUTPUT,
     classifier,
-    has_output,
     loaded_run,
     output_folder,
     percent,
     read_image,
     run_command,
-    written,
+    write_table,
 )
 
 _TOP = flags.DEFINE_integer(
@@ -35,15 +34,7 @@ _TOP = flags.DEFINE_integer(
 
 
 def predict(paths: Sequence[str]) -> None:
-    """Prints the most likely classes of pictures.
-
-    Args:
-        paths: The files of the pictures.
-
-    Raises:
-        ValueError: If there is no path, or if a file is no picture.
-        OSError: If a file cannot be read.
-    """
+    """Prints the most likely classes of the pictures in these files."""
     if not paths:
         raise ValueError('Name the pictures after the flags, as in: cat.jpg')
     run = loaded_run()
@@ -53,23 +44,17 @@ def predict(paths: Sequence[str]) -> None:
     )
     for path, row in zip(paths, probabilities):
         likely = np.argsort(-row, kind='stable')[: _TOP.value]
-        print(
-            f'{path}: '
-            + ', '.join(
-                f'{run.class_names[i]} {percent(row[i])}' for i in likely
-            )
+        texts = [f'{run.class_names[i]} {percent(row[i])}' for i in likely]
+        print(f'{path}: {", ".join(texts)}')
+    if OUTPUT.value:
+        rows = (
+            [name, *map('{:.6f}'.format, row)]
+            for name, row in zip(paths, probabilities)
         )
-    if has_output():
-        with (
-            written(output_folder('predictions') / 'predictions.csv') as target,
-            target.open('w', newline='') as file,
-        ):
-            table = csv.writer(file)
-            table.writerow(['file', *run.class_names])
-            table.writerows(
-                [name, *map('{:.6f}'.format, row)]
-                for name, row in zip(paths, probabilities)
-            )
+        write_table(
+            output_folder('predictions') / 'predictions.csv',
+            [['file', *run.class_names], *rows],
+        )
 
 
 if __name__ == '__main__':

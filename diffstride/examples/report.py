@@ -32,25 +32,27 @@ def read_runs(folder: pathlib.Path) -> list[dict]:
         results = checkpoints.read(path)
         if results is not None:
             name = path.parent.name
-            runs.append(
-                {'run': name, 'variant': name, 'strides': '', **results}
-            )
-    for run in runs:
-        run['strides'] = run['strides'] or ''
+            run = {'run': name, 'variant': name, 'strides': '', **results}
+            runs.append({**run, 'strides': run['strides'] or ''})
     return sorted(runs, key=lambda x: (x['variant'], x['strides'], x['seed']))
+
+
+def _groups(runs):
+    """Returns the runs that differ in the seed alone, by (variant, strides)."""
+    groups = collections.defaultdict(list)
+    for run in runs:
+        groups[run['variant'], run['strides']].append(run)
+    return groups
 
 
 def table(runs: list[dict]) -> str:
     """Returns means and standard deviations over seeds as Markdown."""
-    groups: dict[tuple[str, str], list[dict]] = collections.defaultdict(list)
-    for run in runs:
-        groups[run['variant'], run['strides']].append(run)
     lines = [
         '| pooling | initial strides | n | test accuracy (%) | MMAC per image '
         '| seconds | learned strides (height, width) |',
         '| --- ' * 7 + '|',
     ]
-    for (variant, start), group in groups.items():
+    for (variant, start), group in _groups(runs).items():
         cells = [variant, start or '-', str(len(group))]
         cells += [
             _spread([run[key] for run in group], factor, digits)
@@ -104,23 +106,16 @@ def write(folder: pathlib.Path) -> None:
     for run in runs:
         writer.writerow({**run, 'learned_strides': mean_strides([run])})
     checkpoints.write(folder / 'runs.csv', rows.getvalue())
-    groups: dict[str, dict[str, list[dict]]] = collections.defaultdict(
-        lambda: collections.defaultdict(list)
-    )
-    for run in runs:
-        if run['macs']:
-            groups[run['variant']][run['strides']].append(run)
-    points = {
-        variant: [
+    points = collections.defaultdict(list)
+    for (variant, _), group in _groups(x for x in runs if x['macs']).items():
+        accuracies = [run['test_accuracy'] for run in group]
+        points[variant].append(
             (
                 statistics.mean(run['macs'] for run in group),
-                statistics.mean(run['test_accuracy'] for run in group),
-                statistics.pstdev(run['test_accuracy'] for run in group),
+                statistics.mean(accuracies),
+                statistics.pstdev(accuracies),
             )
-            for group in starts.values()
-        ]
-        for variant, starts in groups.items()
-    }
+        )
     path = folder / 'accuracy_macs.png'
     checkpoints.write_figure(path, plots.accuracy_macs, points)
 

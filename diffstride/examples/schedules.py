@@ -9,9 +9,7 @@ import keras
 
 from diffstride.validation import finite, is_finite, require
 
-_LENGTH: contextvars.ContextVar[tuple[int, int]] = contextvars.ContextVar(
-    'length'
-)
+_LENGTH: contextvars.ContextVar = contextvars.ContextVar('length')
 
 
 @contextlib.contextmanager

@@ -16,14 +16,8 @@ from gin import config, config_parser
 from diffstride.examples.checkpoints import first_line
 
 _PACKAGED = pathlib.Path(__file__).parent
-_IMPORT = 'import diffstride.examples.external_configurables'
 # Keys of the bindings of the last call of `parse`, by where they stood.
 _bound: dict[str, set] = {'command': set(), 'files': set()}
-# Hints on settings that the 2022 release had under another name.
-_HINTS = {
-    'augment_fn': 'data.load_datasets.flip and crop_padding have taken its '
-    'place',
-}
 # These have no effect on the result of a training.
 _FREE = {
     'data.load_datasets.cache',
@@ -69,7 +63,7 @@ def parse(files: list[str], bindings: list[str]) -> None:
     for keys in _bound.values():
         keys.clear()
     gin.add_config_file_search_path(str(_PACKAGED))  # Includes need it.
-    gin.parse_config(_IMPORT)
+    gin.parse_config('import diffstride.examples.external_configurables')
     for name in files:
         path = pathlib.Path(name)
         if not path.exists():
@@ -109,13 +103,14 @@ def naming(source: str, text: str = '') -> Iterator[None]:
         ) from error
     except Exception as error:  # An imported module may raise any error.
         words = ' '.join(str(error).split()).removesuffix(' ^')
-        hints = [hint for name, hint in _HINTS.items() if name in words]
+        if 'augment_fn' in words:  # The 2022 release had it.
+            words += '; data.load_datasets.flip and crop_padding replace it'
         if 'No configurable matching' in words:
-            hints.append(
-                'to add your own, decorate it with @gin.register in a module '
+            words += (
+                '; to add your own, decorate it with @gin.register in a module '
                 'and `import` that module in the gin file'
             )
-        raise ValueError('; '.join([f'{source}: {words}', *hints])) from error
+        raise ValueError(f'{source}: {words}') from error
 
 
 class _Verbatim(config_parser.ParserDelegate):
@@ -155,14 +150,11 @@ def _name(key):
 
 
 def check_reach() -> None:
-    """Refuses bindings of the command that have no effect.
+    """Raises a ValueError if bindings of the command have no effect.
 
-    It prints those of the user's files, and allows those of packaged files. It
-    must be called after all objects that settings configure have been made.
-
-    Raises:
-        ValueError: If there are any. The message names them, and those that
-            were probably meant.
+    The message names them, and those that were probably meant. It prints those
+    of the user's files, and allows those of packaged files. It must be called
+    after all objects that settings configure have been made.
     """
     operative = {
         ((scope, selector), parameter)
@@ -176,9 +168,8 @@ def check_reach() -> None:
         print(f'note: settings without effect in this job: {names}', flush=True)
     wrong = sorted(_bound['command'] - operative)
     if wrong:
-        raise ValueError(
-            '; '.join(_without_effect(key, operative) for key in wrong)
-        )
+        lines = [_without_effect(key, operative) for key in wrong]
+        raise ValueError('; '.join(lines))
 
 
 def _without_effect(key, operative):
@@ -190,10 +181,11 @@ def _without_effect(key, operative):
         line += f', since {selector} is not used in this job'
     names = {_name(other) for other in operative}
     same = [name for name in names if name.endswith(f'.{parameter}')]
-    meant = difflib.get_close_matches(
+    for name in difflib.get_close_matches(
         _name(key), same or names, 1, cutoff=0.0 if same else 0.6
-    )
-    return line + ''.join(f': did you mean {name}?' for name in meant)
+    ):
+        line += f': did you mean {name}?'
+    return line
 
 
 def _outer(scopes):
@@ -202,17 +194,11 @@ def _outer(scopes):
     return {'', *('/'.join(parts[: i + 1]) for i in range(len(parts)))}
 
 
-def text() -> str:
-    """Returns all settings in effect so far, as gin parses them."""
-    return gin.operative_config_str()
-
-
 def changes(before: str, after: str) -> tuple[list[str], bool]:
-    """Compares two texts of settings.
+    """Returns a line for each setting that differs between two texts.
 
-    Returns:
-        A line for each setting that differs, and whether a training can go on
-        with the settings after instead of those before.
+    It also returns whether a training can go on with the settings after
+    instead of those before.
     """
     old, new = _bindings_in(before), _bindings_in(after)
     changed = [

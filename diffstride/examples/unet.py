@@ -22,14 +22,12 @@ from diffstride import (
     DiffStride,
     FixedSpectralPooling,
     SpectralResizing,
-    diffstride_layers,
     validation,
 )
 from diffstride.callbacks import StrideLogger
 
 SIZE = 32
 CLASSES = ('background', 'disk', 'square')
-AXES = ('height', 'width')
 
 
 def unet(
@@ -40,7 +38,7 @@ def unet(
     input_shape: Sequence[int | None] = (None, None, 1),
     data_format: str | None = None,
 ) -> keras.Model:
-    """Returns a U-Net for segmentation, with any strides.
+    """Returns a U-Net for segmentation, with any strides (arXiv:1505.04597).
 
     Args:
         num_classes: Number of classes.
@@ -49,8 +47,7 @@ def unet(
         strides: A number for all pooling layers, or a sequence of one stride
             per layer, each a number or one per axis.
         pooling_cls: A layer class, or a callable that returns a layer, that
-            takes `strides`, `data_format` and `name`, such as DiffStride,
-            FixedSpectralPooling or `keras.layers.MaxPooling2D`.
+            takes `strides`, `data_format` and `name`.
         input_shape: [height, width, channels], or [channels, height, width]
             with `data_format='channels_first'`; None for sizes that vary.
         data_format: 'channels_last', 'channels_first', or None for
@@ -69,10 +66,6 @@ def unet(
     >>> model = unet(num_classes=3, filters=(4, 8), strides=2.5)
     >>> tuple(model(keras.ops.ones((1, 30, 21, 1))).shape)
     (1, 30, 21, 3)
-
-    Reference:
-        Ronneberger et al., "U-Net: convolutional networks for biomedical image
-        segmentation", MICCAI 2015, arXiv:1505.04597.
     """
     data_format = data_format or keras.config.image_data_format()
     channels = 1 if data_format == 'channels_first' else -1
@@ -116,17 +109,12 @@ def unet(
 def draw(
     count: int, rng: np.random.Generator, size: int = SIZE
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws bright disks and squares on a noisy background.
-
-    Args:
-        count: Number of images.
-        rng: The random generator to draw from.
-        size: N, the height and width of the images in pixels.
+    """Draws three bright disks or squares per image, on a noisy background.
 
     Returns:
-        Images, float32 [count, N, N, 1], and classes, int32 [count, N, N], as
-        indices of CLASSES. Each image has three shapes with radii between
-        N / 8 and N / 5; later ones cover earlier ones.
+        Images, float32 [count, size, size, 1], and classes, int32 [count, size,
+        size], as indices of CLASSES. Radii lie between size / 8 and size / 5,
+        and later shapes cover earlier ones.
     """
     y, x = np.mgrid[:size, :size]
     images = np.zeros((count, size, size))
@@ -145,30 +133,9 @@ def draw(
 
 
 def mean_iou(predicted: np.ndarray, expected: np.ndarray) -> float:
-    """Returns intersection over union, averaged over CLASSES.
-
-    Args:
-        predicted: Indices of classes, an integer array.
-        expected: The true indices, of the same shape.
-    """
+    """Returns intersection over union, averaged over CLASSES."""
     pairs = [(predicted == i, expected == i) for i in range(len(CLASSES))]
     return float(np.mean([np.sum(a & b) / np.sum(a | b) for a, b in pairs]))
-
-
-class Progress(keras.callbacks.Callback):
-    """Prints the loss, strides and sizes that StrideLogger logs."""
-
-    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        logs = logs or {}
-        texts = [f'epoch {epoch + 1}: loss {logs["loss"]:.3f}']
-        for pool in diffstride_layers(self.model):
-            strides = [logs[f'stride/{pool.name}/{axis}'] for axis in AXES]
-            sizes = [logs[f'size/{pool.name}/{axis}'] for axis in AXES]
-            texts.append(
-                f'{pool.name} strides {strides[0]:.2f} x {strides[1]:.2f}, '
-                f'size {sizes[0]} x {sizes[1]}'
-            )
-        print('; '.join(texts))
 
 
 def train(
@@ -184,13 +151,9 @@ def train(
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
     images, classes = data
+    logger = StrideLogger(images.shape[1:])
     return model.fit(
-        images,
-        classes,
-        batch_size,
-        epochs,
-        verbose=0,
-        callbacks=[StrideLogger(images.shape[1:]), Progress()],
+        images, classes, batch_size, epochs, verbose=2, callbacks=[logger]
     )
 
 
