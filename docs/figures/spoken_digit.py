@@ -40,7 +40,7 @@ def main(folder=FOLDER):
     axes.set_xlim(-0.5, len(speakers) - 0.5)
     axes.set_xlabel('speaker of the test')
     axes.set_ylabel('test accuracy in %')
-    axes.legend()
+    figure.legend(loc='outside upper center', ncols=2)
     figure.savefig(pathlib.Path(folder, 'spoken_digit.png'), dpi=100)
 
 
