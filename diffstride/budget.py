@@ -398,20 +398,17 @@ class MacsOfStrides:
 
         return line
 
-    def along(
-        self, strides: np.ndarray, direction: np.ndarray, length: float
-    ) -> np.ndarray:
-        """Moves strides to where the MACs are the same, to first order.
+    def tangent(self, strides: np.ndarray, direction: np.ndarray) -> np.ndarray:
+        """Returns the part of a direction that keeps the MACs.
 
         Args:
             strides: The strides, [n].
-            direction: The direction in which their logarithms would move, [n].
-                What would change the MACs, exceed a limit, or lead beyond the
+            direction: A direction of their logarithms, [n]. What would change
+                the MACs to first order, exceed a limit, or lead beyond the
                 least size of a map is taken out.
-            length: The largest change of the logarithm of a stride.
 
         Returns:
-            The new strides. They stay where they are if no direction is left.
+            The direction that is left, [n].
         """
         upper = self._largest_strides(strides)
         normal = strides * self.gradient(strides)
@@ -427,12 +424,13 @@ class MacsOfStrides:
             if not np.any(stopped):
                 break
             free &= ~stopped
-        longest = np.max(np.abs(tangent))
-        if not 0 < longest < math.inf:
-            return strides
+        return tangent
+
+    def along(self, strides: np.ndarray, step: np.ndarray) -> np.ndarray:
+        """Moves the logarithms of strides by the `tangent` part of a step."""
+        moved = strides * np.exp(self.tangent(strides, step))
         return np.minimum(
-            strides * np.exp(length / longest * tangent),
-            np.maximum(strides, upper),
+            moved, np.maximum(strides, self._largest_strides(strides))
         )
 
     def _largest_strides(self, strides):
@@ -446,9 +444,12 @@ class MacsOfStrides:
         """Returns strides near the given ones whose sizes use up a budget.
 
         Their logarithms move to the nearest strides whose smooth MACs are the
-        budget, and on until the exact MACs are within it. Then single maps grow
-        by a step, as long as the budget allows it and none doubles: at first
-        those whose stride then is nearest to, or above, the given one.
+        budget. Sizes there are rounded up, so that single maps then shrink by a
+        step until the exact MACs are within it: always the one that costs least
+        in the squared distance of the logarithms of sizes from those wanted,
+        for what it saves. Then single maps grow by a step, as long as the
+        budget allows it and none doubles: at first those whose stride then is
+        nearest to, or above, the given one.
 
         Raises:
             ValueError: If no sizes within the budget are found.
@@ -476,7 +477,6 @@ class MacsOfStrides:
 
     def _fit(self, strides, target):
         strides = np.asarray(strides, float)
-        line = self._line(strides, self.project(strides, target))
 
         def total(found):
             return self._total(self._integer_sizes(found)[1])
@@ -484,16 +484,40 @@ class MacsOfStrides:
         def is_within(found):
             return total(found) < target + 0.5
 
-        found = _crossing(line, total, target + 0.5)
-        sizes = self._integer_sizes(found)[1]
-        while True:
+        def grow(found):
+            sizes = self._integer_sizes(found)[1]
             for _, larger in sorted(self._larger_sizes(sizes, strides)):
                 grown = self._strides_for(larger, strides)
                 if is_within(grown) and total(grown) > total(found):
-                    found, sizes = grown, self._integer_sizes(grown)[1]
-                    break
-            else:
-                return self._strides_for(sizes, strides)
+                    return grow(grown)
+            return self._strides_for(sizes, strides)
+
+        if is_within(strides):
+            grown = grow(strides)
+            if total(grown) == total(strides):
+                return grown
+        return grow(self._shrink(self.project(strides, target), is_within))
+
+    def _shrink(self, strides, is_within):
+        wanted = self._smooth_sizes(strides)[1]
+        found, sizes = strides, self._integer_sizes(strides)[1]
+
+        def price(smaller):
+            """Returns what is lost in nearness for what is saved in MACs."""
+            away, before = (
+                np.sum(np.log(np.divide(x, wanted)) ** 2)
+                for x in (smaller, sizes)
+            )
+            saved = math.log(self._total(sizes) / self._total(smaller))
+            return (away - before) / saved if saved > 0 else math.inf
+
+        while not is_within(found):
+            smaller = [*self._smaller_sizes(sizes, strides)]
+            if not smaller:
+                break  # All maps have their least sizes.
+            found = self._strides_for(min(smaller, key=price), strides)
+            sizes = self._integer_sizes(found)[1]
+        return found
 
     def _least_stride(self, axis, before, size):
         """Returns the least stride at which an axis has at most a size."""
@@ -531,6 +555,27 @@ class MacsOfStrides:
                 nearest, self._lower[owner], self._upper[owner]
             )
         return strides
+
+    def _smaller_sizes(self, sizes, preferred):
+        """Yields sizes with one step down."""
+        strides = self._strides_for(sizes, preferred)
+        before, sizes = self._integer_sizes(strides)
+        for owner, stride in enumerate(strides):
+            axes = [i for i, x in enumerate(self._owner) if x == owner]
+            least = min(
+                self._least_stride(i, before[i], sizes[i] - 1) for i in axes
+            )
+            raised = np.array(strides)
+            raised[owner] = np.clip(
+                least * (1 + _MARGIN), stride, self._upper[owner]
+            )
+            smaller = self._integer_sizes(raised)[1]
+            smaller = [
+                smaller[i] if i in axes else size
+                for i, size in enumerate(sizes)
+            ]
+            if smaller != sizes:
+                yield smaller
 
     def _larger_sizes(self, sizes, preferred):
         """Yields (distance to the preferred stride, sizes with one step up).

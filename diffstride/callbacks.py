@@ -21,6 +21,8 @@ from diffstride.pooling import DiffStride, diffstride_layers, spatial_axes
 # step.
 _LONGEST_WAY = 8.0
 _LONGEST_STEP = 0.1
+# What is left of a vote after each later one: about ten votes count.
+_MEMORY = 0.9
 _AXES = {
     1: ('time',),
     2: ('height', 'width'),
@@ -155,14 +157,15 @@ class StrideBudget(StrideLogger):
 
     Training has two phases. At first strides are learned. They start on the
     budget and stay on it, so a larger map of one layer is paid for by the
-    others. The optimizer gives the direction of each step, and the callback its
-    length, which does not depend on the learning rate: 0 at first, soon
-    largest, and 0 again at the end. With Adam and its kin, steps are short
-    where the gradients of the last steps do not agree. Where the strides come
-    to rest, the loss cannot fall by an exchange of MACs between two of them.
-    Then the sizes that use the budget up are set, the strides are held, and the
-    rest of the training fits the weights to maps whose sizes do not change any
-    more.
+    others. Each batch has one vote on the direction of a step, by the gradient
+    that the optimizer sees and whatever its size, so that a single wild one
+    moves nothing. A step goes where the votes of about ten batches lead on
+    average: it is short where they do not agree. Its largest length does not
+    depend on the learning rate: 0 at first, largest in the middle of learning,
+    and 0 again at the end. Where the strides come to rest, the loss cannot fall
+    by an exchange of MACs between two of them. Then the sizes that use the
+    budget up are set, the strides are held, and the rest of the training fits
+    the weights to maps whose sizes do not change any more.
 
     It adds to the logs what `StrideLogger` does, and 'strides_held', 1 or 0. A
     budget above the MACs of the initial strides is used up, too. A model whose
@@ -217,7 +220,7 @@ class StrideBudget(StrideLogger):
             model=self.model.name,
         )
         self._macs_of = None  # It is set while strides are learned.
-        self._mean_squares = None
+        self._moments = {}
         layers = _learned_layers(self.model)
         if layers:
             self._macs_of = MacsOfStrides(self.model, self.input_shape, layers)
@@ -235,6 +238,8 @@ class StrideBudget(StrideLogger):
             strides = self._macs_of.project(strides, self._budget)
             self._macs_of.assign(strides)
         self._strides = self._macs_of.strides()
+        # Votes end with an epoch: an interrupted training goes on alike.
+        self._last_step, self._votes = None, np.zeros(len(self._strides))
         if self.model.jit_compile:
             for layer in self._macs_of.layers:
                 layer.make_sizes_static()
@@ -250,60 +255,69 @@ class StrideBudget(StrideLogger):
             return
         models.sync(self.model)
         step = self._macs_of.strides() - self._strides
-        metric = self._metric()
-        length = self._length(batch)
-        if metric is not None:
-            length *= self._agreement(step)
-            step /= metric
-        moved = self._macs_of.along(self._strides, self._strides * step, length)
+        if not np.any(step):  # The optimizer gathers gradients.
+            return
+        self._votes += (1 - _MEMORY) * (self._vote(step) - self._votes)
+        moved = self._macs_of.along(
+            self._strides, self._length(batch) * self._votes
+        )
         self._strides = self._macs_of.project(moved, self._budget)
         self._macs_of.assign(self._strides)
+
+    def _vote(self, step):
+        """Returns where one batch would move the logarithms of strides, [n].
+
+        The step of the optimizer is a mean of gradients, in which a large one
+        outweighs all others. This takes the last of them out of it. All votes
+        have a largest component of 1.
+        """
+        optimizer = self.model.optimizer
+        optimizer = getattr(optimizer, 'inner_optimizer', optimizer)
+        memory = getattr(optimizer, 'momentum', 0.0)
+        means, squares = self._kept('momentum'), self._kept('velocity')
+        is_adaptive = not isinstance(optimizer, keras.optimizers.Lion)
+        if means is not None and is_adaptive and hasattr(optimizer, 'beta_1'):
+            # Adam and its kin divide the mean by the root of a mean square.
+            step, memory, squares = -means, optimizer.beta_1, None
+        elif means is not None and getattr(optimizer, 'nesterov', False):
+            step = means  # The step of SGD looks ahead.
+        before, self._last_step = self._last_step, step
+        if before is None:
+            return np.zeros(len(step))
+        gradient = step - memory * before
+        if squares is not None:
+            gradient *= np.sqrt(squares)
+        vote = self._macs_of.tangent(self._strides, self._strides * gradient)
+        longest = np.max(np.abs(vote))
+        return vote / longest if 0 < longest < math.inf else 0 * self._strides
 
     def _length(self, batch):
         """Returns how far the logarithm of a stride moves at most in a step.
 
-        It rises from 0, since at first the weights tell little about strides,
-        and falls to 0 at the end of learning.
+        It rises slowly from 0, since at first the weights tell little about
+        strides, and falls to 0 at the end of learning.
         """
         steps = self.params.get('steps')
         if steps is None:  # Keras does not know them in a first epoch.
             return _LONGEST_STEP
         total = steps * self._epochs_of_learning
         done = min(1.0, (steps * (self._epochs_begun - 1) + batch + 1) / total)
-        length = 12 * _LONGEST_WAY / total * done * (1 - done) ** 2
+        length = 30 * _LONGEST_WAY / total * done**2 * (1 - done) ** 2
         return min(length, _LONGEST_STEP)
 
-    def _agreement(self, step):
-        """Returns how well the last gradients agree, from 0 to 1.
-
-        Adam moves a variable by its learning rate where they do, and by little
-        where they are noise, as those of an untrained network are.
-        """
-        rate = self.model.optimizer.learning_rate
-        rate = max(float(ops.convert_to_numpy(rate)), 1e-30)
-        return min(1.0, float(np.max(np.abs(step))) / rate) ** 2
-
-    def _metric(self):
-        """Returns how far Adam moves each stride per gradient, [n].
-
-        Adam and its kin divide a gradient by the root of its mean square. This
-        is undone, so that strides come to rest where the loss cannot fall. For
-        other optimizers it is None.
-        """
-        if self._mean_squares is None:
+    def _kept(self, kind):
+        """Returns what the optimizer keeps for each stride, [n], or None."""
+        if kind not in self._moments:
             found = {x.name: x for x in self.model.optimizer.variables}
             names = [
-                f'{layer.strides.path}_velocity'.replace('/', '_')
+                f'{layer.strides.path}_{kind}'.replace('/', '_')
                 for layer in self._macs_of.layers
             ]
-            self._mean_squares = [found[x] for x in names if x in found]
-        if len(self._mean_squares) < len(self._macs_of.layers):
+            self._moments[kind] = [found.get(x) for x in names]
+        moments = self._moments[kind]
+        if any(x is None for x in moments):
             return None
-        squares = np.concatenate(
-            [ops.convert_to_numpy(x) for x in self._mean_squares]
-        )
-        roots = np.sqrt(squares)
-        return 1 / (roots + 0.01 * max(roots) + 1e-12)
+        return np.concatenate([ops.convert_to_numpy(x) for x in moments])
 
     def _hold(self):
         macs_of, self._macs_of = self._macs_of, None

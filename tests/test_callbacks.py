@@ -320,6 +320,60 @@ def test_steps_of_adam_come_to_rest_at_the_same_strides():
     np.testing.assert_allclose(found, optimum(2e4), atol=3e-2)
 
 
+class Slope(layers.Layer):
+    """Adds the mean of the input times the first height stride to the loss."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.pool = pool
+
+    def call(self, inputs):
+        self.add_loss(ops.mean(inputs) * self.pool.state.tensor()[0])
+        return inputs
+
+
+def way(optimizer, slopes):
+    """Returns how far strides move apart, in logarithms, by three slopes."""
+    pool = DiffStride(2.0, 1.0, ramp='straight_through')
+    convs = [
+        layers.Conv2D(
+            4, 3, padding='same', kernel_initializer='ones', trainable=False
+        )
+        for _ in range(2)
+    ]
+    model = keras.Sequential(
+        [keras.Input((32, 32, 1)), convs[0], pool, Slope(pool), convs[1]]
+    )
+    model.compile(optimizer, lambda y, p: 0 * ops.sum(p, (1, 2, 3)))
+    model.fit(
+        np.ones((42, 32, 32, 1)) * np.reshape(slopes * 14, [-1, 1, 1, 1]),
+        np.zeros(42),
+        batch_size=1,
+        shuffle=False,
+        verbose=0,
+        callbacks=[StrideBudget(share=1.0, learn=1.0)],
+    )
+    # The start is square, and the gradient is along the height alone.
+    return np.log(pool.stride_values[1] / pool.stride_values[0])
+
+
+@pytest.mark.parametrize(
+    'optimizer',
+    [
+        lambda: keras.optimizers.SGD(1e-4, momentum=0.9),
+        lambda: keras.optimizers.SGD(1e-4, momentum=0.9, nesterov=True),
+        lambda: keras.optimizers.RMSprop(1e-4, momentum=0.9),
+        lambda: keras.optimizers.LossScaleOptimizer(
+            keras.optimizers.Adam(1e-4), initial_scale=2.0
+        ),
+    ],
+    ids=['momentum', 'nesterov', 'rmsprop', 'adam'],
+)
+def test_each_batch_has_one_vote_on_the_strides(optimizer):
+    # Two votes against one, however large the one is; all agreed lead to 2.6.
+    assert 1.2 < way(optimizer(), [1, 1, -100]) < 1.6
+
+
 @pytest.mark.parametrize('jit', [False, True])
 def test_strides_are_learned_then_held_within_the_budget(jit, capsys):
     if jit and BACKEND == 'torch':
