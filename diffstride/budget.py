@@ -290,7 +290,7 @@ class MacsOfStrides:
                 for stride in layer.initial_strides[: layer.strides.shape[0]]
             ]
             share = 1.0 if share is None else share
-            macs = share * self.count(np.array(initial))
+            macs = round(share * self.count(np.array(initial)), 6)
         least = math.ceil(self._total(self._integer_sizes(self._upper)[1]))
         validation.require(
             macs >= least,
@@ -445,11 +445,11 @@ class MacsOfStrides:
 
         Their logarithms move to the nearest strides whose smooth MACs are the
         budget. Sizes there are rounded up, so that single maps then shrink by a
-        step until the exact MACs are within it: always the one that costs least
-        in the squared distance of the logarithms of sizes from those wanted,
-        for what it saves. Then single maps grow by a step, as long as the
-        budget allows it and none doubles: at first those whose stride then is
-        nearest to, or above, the given one.
+        step until the exact MACs are within it: each time the one that moves
+        the logarithms of sizes least from those wanted, in squared distance,
+        for the logarithm of the MACs that it saves. Then single maps grow by a
+        step, as long as the budget allows it and none doubles: at first those
+        whose stride then is nearest to, or above, the given one.
 
         Raises:
             ValueError: If no sizes within the budget are found.
@@ -465,9 +465,9 @@ class MacsOfStrides:
                 break
             # Other layers that shorten maps made the prediction inexact.
             corrected = budget * predicted / macs
-            target = min(
-                corrected, 0.999 * target if macs > budget else corrected
-            )
+            if macs > budget:
+                corrected = min(corrected, 0.999 * target)
+            target = corrected
         if best is None:
             raise ValueError(
                 'The budget must allow sizes near it. '
@@ -482,18 +482,22 @@ class MacsOfStrides:
             return self._total(self._integer_sizes(found)[1])
 
         def is_within(found):
-            return total(found) < target + 0.5
+            return round(total(found)) <= target
 
         def grow(found):
-            sizes = self._integer_sizes(found)[1]
-            for _, larger in sorted(self._larger_sizes(sizes, strides)):
-                grown = self._strides_for(larger, strides)
-                if is_within(grown) and total(grown) > total(found):
-                    return grow(grown)
-            return self._strides_for(sizes, strides)
+            while True:
+                sizes = self._integer_sizes(found)[1]
+                for _, larger in sorted(self._larger_sizes(sizes, strides)):
+                    grown = self._strides_for(larger, strides)
+                    if is_within(grown) and total(grown) > total(found):
+                        found = grown
+                        break
+                else:
+                    return self._strides_for(sizes, strides)
 
         if is_within(strides):
             grown = grow(strides)
+            # Sizes that are far below the budget had better grow together.
             if total(grown) == total(strides):
                 return grown
         return grow(self._shrink(self.project(strides, target), is_within))

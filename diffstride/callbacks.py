@@ -23,6 +23,12 @@ _LONGEST_WAY = 8.0
 _LONGEST_STEP = 0.1
 # What is left of a vote after each later one: about ten votes count.
 _MEMORY = 0.9
+_ADAM_AND_KIN = (
+    keras.optimizers.Adam,  # AdamW is one, too.
+    keras.optimizers.Adamax,
+    keras.optimizers.Nadam,
+    keras.optimizers.Lamb,
+)
 _AXES = {
     1: ('time',),
     2: ('height', 'width'),
@@ -221,10 +227,18 @@ class StrideBudget(StrideLogger):
         )
         self._macs_of = None  # It is set while strides are learned.
         self._moments = {}
+        self._epochs_begun = 0
+        self._steps = self.params.get('steps')
         layers = _learned_layers(self.model)
         if layers:
             self._macs_of = MacsOfStrides(self.model, self.input_shape, layers)
             self._budget = self._macs_of.budget(self.macs, self.share)
+            validation.require(
+                self._steps is not None or self._epochs_of_learning > 1,
+                '`learn` must be more than one epoch of data whose number of '
+                'batches is not known',
+                learn=self.learn,
+            )
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self._epochs_begun = epoch + 1
@@ -253,6 +267,7 @@ class StrideBudget(StrideLogger):
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         if self._macs_of is None:
             return
+        self._batches = batch + 1
         models.sync(self.model)
         step = self._macs_of.strides() - self._strides
         if not np.any(step):  # The optimizer gathers gradients.
@@ -261,30 +276,32 @@ class StrideBudget(StrideLogger):
         moved = self._macs_of.along(
             self._strides, self._length(batch) * self._votes
         )
-        self._strides = self._macs_of.project(moved, self._budget)
-        self._macs_of.assign(self._strides)
+        self._macs_of.assign(self._macs_of.project(moved, self._budget))
+        self._strides = self._macs_of.strides()
 
     def _vote(self, step):
         """Returns where one batch would move the logarithms of strides, [n].
 
-        The step of the optimizer is a mean of gradients, in which a large one
-        outweighs all others. This takes the last of them out of it. All votes
-        have a largest component of 1.
+        A step of the optimizer averages many gradients. This recovers the
+        newest one, g ~ step - momentum * (the step before), takes the part that
+        keeps the MACs, and scales its largest component to 1.
         """
         optimizer = self.model.optimizer
         optimizer = getattr(optimizer, 'inner_optimizer', optimizer)
-        memory = getattr(optimizer, 'momentum', 0.0)
-        means, squares = self._kept('momentum'), self._kept('velocity')
-        is_adaptive = not isinstance(optimizer, keras.optimizers.Lion)
-        if means is not None and is_adaptive and hasattr(optimizer, 'beta_1'):
-            # Adam and its kin divide the mean by the root of a mean square.
-            step, memory, squares = -means, optimizer.beta_1, None
-        elif means is not None and getattr(optimizer, 'nesterov', False):
-            step = means  # The step of SGD looks ahead.
+        momentum, squares = getattr(optimizer, 'momentum', 0.0), None
+        means = self._kept('momentum')
+        if isinstance(optimizer, keras.optimizers.SGD):
+            if means is not None:  # A step of Nesterov's looks ahead of them.
+                step = means
+        elif isinstance(optimizer, _ADAM_AND_KIN) and means is not None:
+            # The step is the mean divided by the root of a mean square.
+            step, momentum = -means, optimizer.beta_1
+        else:
+            squares = self._kept('velocity')
         before, self._last_step = self._last_step, step
         if before is None:
             return np.zeros(len(step))
-        gradient = step - memory * before
+        gradient = step - momentum * before
         if squares is not None:
             gradient *= np.sqrt(squares)
         vote = self._macs_of.tangent(self._strides, self._strides * gradient)
@@ -297,11 +314,12 @@ class StrideBudget(StrideLogger):
         It rises slowly from 0, since at first the weights tell little about
         strides, and falls to 0 at the end of learning.
         """
-        steps = self.params.get('steps')
-        if steps is None:  # Keras does not know them in a first epoch.
-            return _LONGEST_STEP
-        total = steps * self._epochs_of_learning
-        done = min(1.0, (steps * (self._epochs_begun - 1) + batch + 1) / total)
+        if self._steps is None:  # The first epoch counts them.
+            return 0.0
+        total = self._steps * self._epochs_of_learning
+        done = self._steps * (self._epochs_begun - 1) + batch + 1
+        done = min(1.0, done / total)
+        # The integral of x^2 (1 - x)^2 from 0 to 1 is 1 / 30.
         length = 30 * _LONGEST_WAY / total * done**2 * (1 - done) ** 2
         return min(length, _LONGEST_STEP)
 
@@ -337,12 +355,14 @@ class StrideBudget(StrideLogger):
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         super().on_epoch_end(epoch, logs)
+        if self._steps is None and self._macs_of is not None:
+            self._steps = self._batches
         if logs is not None:
             logs['strides_held'] = int(not _learned_layers(self.model))
 
     def on_train_end(self, logs: dict | None = None) -> None:
         super().on_train_end(logs)
-        is_over = self._epochs_begun >= self._epochs_of_learning
+        is_over = 0 < self._epochs_of_learning <= self._epochs_begun
         if self._macs_of is not None and (is_over or self.model.stop_training):
             self._hold()
 

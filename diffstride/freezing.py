@@ -74,7 +74,9 @@ def freeze(
         model=getattr(model, 'name', model),
     )
     frozen = model
-    for _ in range(2):  # Only a copy of held layers has symbolic sizes.
+    # The layers of the first copy are held after its graph was made, with sizes
+    # that are not known. The graph of a copy of it has sizes.
+    for _ in range(2):
         frozen = _copied(frozen, dtype)
         for layer in models.flatten(frozen):
             if isinstance(layer, SpectralResampling):

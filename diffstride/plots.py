@@ -156,6 +156,7 @@ def response(layer: DiffStride, size: int, index: int = 0) -> Any:
     values = layer.mask(sizes).ravel()[size // 2 :: -1]
     output_size = layer.output_size(size, index)
     stride = layer.stride_values[index]
+    edge = float(layer._ramp.band_edge(size, stride))
     axes.plot(values, marker='.', label='m(f)')
     axes.axvspan(
         0,
@@ -164,7 +165,7 @@ def response(layer: DiffStride, size: int, index: int = 0) -> Any:
         label=f'kept: {output_size} of {size} samples',
     )
     axes.axvline(
-        size / (2 * stride),
+        edge,
         color='black',
         linestyle=':',
         label=f'b = N / (2 S), S = {stride:.2f}',

@@ -103,11 +103,11 @@ class SpectralPooling(SpectralResampling):
                 computed from at present.
         """
         if stride is None:
-            stride = self._size_values[index]
+            stride = self._strides_for_sizes[index]
         return self._output_size(size, stride)
 
     @property
-    def _size_values(self):
+    def _strides_for_sizes(self):
         """The strides that sizes are computed from, as numbers."""
         return self.stride_values
 
@@ -364,8 +364,8 @@ class DiffStride(SpectralPooling):
         self.state.release()
 
     @property
-    def _size_values(self):
-        return self.state.size_values
+    def _strides_for_sizes(self):
+        return self.state.strides_for_sizes
 
     def _output_size(self, size, stride):
         if not self.cropping:
@@ -398,7 +398,7 @@ class DiffStride(SpectralPooling):
             if is_traced and known(output_size):
                 self._compiled[index, size] = output_size
             response = (
-                ramp.held_response(output_size, edge)
+                ramp.forward_response(output_size, edge)
                 if held
                 else ramp.learned_response(size, output_size, edge)
             )
@@ -408,18 +408,18 @@ class DiffStride(SpectralPooling):
 
     def _size_strides(self):
         """Returns the strides for sizes, as numbers where they are known."""
-        values = self.state.known_size_values()
+        values = self.state.known_strides_for_sizes()
         if values is not None:
             return values
         if not backend.sizes_must_be_constant():
-            return self.state.size_tensor()
+            return self.state.strides_for_sizes_tensor()
         validation.require(
             self.supports_jit,
             f'Sizes of layer "{self.name}" must be static for XLA on '
             'TensorFlow: call make_sizes_static() on it before',
             has_static_sizes=False,
         )
-        return self.state.size_values
+        return self.state.strides_for_sizes
 
     def _state_changed(self):
         """Recompiles models that an eager change of the state makes stale."""

@@ -93,36 +93,36 @@ class Ramp:
             frequencies: int32 tensor [count], in cycles per N samples.
             edge: The band edge, a float32 scalar tensor.
         """
-        band, edge = edge, ops.stop_gradient(edge)
-        distance = edge - ops.cast(frequencies, 'float32')
-        tolerance = TOLERANCE * (edge + self.width)
+        fixed = ops.stop_gradient(edge)
+        distance = fixed - ops.cast(frequencies, 'float32')
+        tolerance = TOLERANCE * (fixed + self.width)
         if self.kind == 'outside':
             width, level = self.width, distance / self.width + 1
             slope = 1 / self.width
         else:
-            width = ops.minimum(self.width, edge)
+            width = ops.minimum(self.width, fixed)
             level = distance / width
             # A ramp as wide as the band widens with it.
-            slope = (1 - level * _step(self.width - edge, tolerance)) / width
+            slope = (1 - level * _step(self.width - fixed, tolerance)) / width
         tolerance = tolerance / width
         slope *= _step(level, tolerance) - _step(level - 1, tolerance)
-        weights = ops.clip(level, 0, 1) + slope * (band - edge)
+        weights = ops.clip(level, 0, 1) + slope * (edge - fixed)
         return ops.where(frequencies > 0, weights, 1.0)
 
     def learned_response(
         self, size: Any, output_size: Any, edge: Any
     ) -> Response:
         """Returns the weights m(f), with a gradient at those on the ramp."""
-        held = self.held_response(output_size, edge)
+        forward = self.forward_response(output_size, edge)
         frequencies = self.frequencies(size, output_size, edge)
         return Response(
-            None if held is None else held.weights,
+            None if forward is None else forward.weights,
             frequencies,
             self.response(frequencies, edge),
         )
 
-    def held_response(self, output_size: Any, edge: Any) -> Response | None:
-        """Returns the weights m(f) without a gradient, or None for ones."""
+    def forward_response(self, output_size: Any, edge: Any) -> Response | None:
+        """Returns the weights m(f) of the forward pass, or None for ones."""
         if self.kind == 'straight_through':
             return None
         if known(output_size, edge):

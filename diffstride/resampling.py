@@ -102,8 +102,8 @@ def resample(
         _cast(_basis(response.frequencies, length), dtype)
         for length in (size, output_size)
     ]
-    # The gradient needs either the input or its spectrum on the ramp. On a
-    # short axis the input is no larger.
+    # The gradient needs either the input or its spectrum on the ramp, which has
+    # two rows per frequency. On a short axis the input costs less time.
     count = ops.shape(response.frequencies)[0]
     keeps_input = known(size, count) and size < 4 * count
     return [

@@ -1,10 +1,11 @@
 """The state of a layer with learned strides.
 
-The state is two weights, so strides and sizes are saved, restored and averaged
-together with all other weights. One is the strides, which the optimizer moves.
+The state is two weights, so strides and sizes are saved and restored together
+with all other weights. One is the strides, which the optimizer moves.
 The other is the `record`, float32 [1 + n], which it does not move: 1 if the
 strides are held, else 0; then the n strides that sizes are computed from, or
-zeros while sizes follow the strides.
+zeros while sizes follow the strides. While strides are held, these n are the
+strides in use.
 """
 
 import math
@@ -90,15 +91,15 @@ class StrideState:
         return self._per_axis(static if is_held else self.weight.numbers())
 
     @property
-    def size_values(self) -> tuple[float, ...]:
+    def strides_for_sizes(self) -> tuple[float, ...]:
         """The strides that sizes are computed from, as numbers."""
         _, *static = self.record.numbers()
         return self._per_axis(
             static if static[0] > 0 else self.weight.numbers()
         )
 
-    def known_size_values(self) -> tuple[float, ...] | None:
-        """Returns `size_values`, or None where a trace does not know them."""
+    def known_strides_for_sizes(self) -> tuple[float, ...] | None:
+        """Returns `strides_for_sizes`, or None if a trace knows none."""
         record = backend.known_values(self.record)
         weight = backend.known_values(self.weight)
         if record is None or weight is None:
@@ -121,7 +122,7 @@ class StrideState:
         clipped = with_gradient_of(strides, self.weight.constraint(strides))
         return self._broadcast(ops.where(record[0] > 0, record[1:], clipped))
 
-    def size_tensor(self) -> Any:
+    def strides_for_sizes_tensor(self) -> Any:
         """Returns the strides that sizes are computed from, float32 [rank]."""
         record = ops.convert_to_tensor(self.record)
         strides = ops.convert_to_tensor(self.weight)

@@ -374,6 +374,30 @@ def test_each_batch_has_one_vote_on_the_strides(optimizer):
     assert 1.2 < way(optimizer(), [1, 1, -100]) < 1.6
 
 
+@only('tensorflow', 'the number of batches of other data is known')
+@pytest.mark.filterwarnings('ignore:Your input ran out of data')
+def test_the_first_epoch_counts_batches_of_unknown_number():
+    import tensorflow as tf
+
+    x, y = data()
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(2)
+    batches = batches.filter(lambda x, y: True)
+    model = small_model(ramp='inside')
+    with pytest.raises(ValueError, match='`learn` must be more than one epoch'):
+        model.fit(
+            batches,
+            shuffle=False,
+            callbacks=[StrideBudget(share=0.5, learn=1)],
+        )
+    budget = StrideBudget(share=0.5, learn=2)
+    logs = model.fit(
+        batches, epochs=3, shuffle=False, verbose=0, callbacks=[budget]
+    ).history
+    assert logs['strides_held'] == [0, 0, 1]
+    first, second, _ = logs['stride/first/height']
+    assert first != second
+
+
 @pytest.mark.parametrize('jit', [False, True])
 def test_strides_are_learned_then_held_within_the_budget(jit, capsys):
     if jit and BACKEND == 'torch':
