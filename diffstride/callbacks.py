@@ -228,17 +228,11 @@ class StrideBudget(StrideLogger):
         self._macs_of = None  # It is set while strides are learned.
         self._moments = {}
         self._epochs_begun = 0
-        self._steps = self.params.get('steps')
+        self._steps = None
         layers = _learned_layers(self.model)
         if layers:
             self._macs_of = MacsOfStrides(self.model, self.input_shape, layers)
             self._budget = self._macs_of.budget(self.macs, self.share)
-            validation.require(
-                self._steps is not None or self._epochs_of_learning > 1,
-                '`learn` must be more than one epoch of data whose number of '
-                'batches is not known',
-                learn=self.learn,
-            )
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self._epochs_begun = epoch + 1
@@ -247,6 +241,14 @@ class StrideBudget(StrideLogger):
         if epoch >= self._epochs_of_learning:
             self._hold()
             return
+        if self._steps is None:
+            self._steps = self.params.get('steps')
+        validation.require(
+            self._steps is not None or self._epochs_of_learning > 1,
+            '`learn` must be more than one epoch of data whose number of '
+            'batches is not known',
+            learn=self.learn,
+        )
         if epoch == 0:
             strides = self._macs_of.strides()
             strides = self._macs_of.project(strides, self._budget)
