@@ -120,9 +120,9 @@ class SpectralPooling(SpectralResampling):
         raise NotImplementedError
 
     def _plan(self) -> Callable:
-        """Returns a function of the index and size of a spatial axis.
+        """Returns a function: axis, size -> output size, `Response` or None.
 
-        It returns the output size, and the `Response` or None for ones.
+        None stands for a response of ones.
         """
         raise NotImplementedError
 
@@ -295,8 +295,8 @@ class DiffStride(SpectralPooling):
         self._check_shared(self.initial_strides)
         lower, upper = self.lower_limit_stride or 1.0, self.upper_limit_stride
         self._ramp = Ramp(ramp, self.smoothness_factor, lower, upper)
-        # Traced functions took these as constants: the strides if they are
-        # held, and the output size for an axis and its size.
+        # Traced functions took these as constants: at 'held' the strides if
+        # they are held, else None, and at (axis, size) an output size.
         self._compiled: dict = {}
         with keras.name_scope(self.name):
             self.state = StrideState(
@@ -422,7 +422,7 @@ class DiffStride(SpectralPooling):
         return self.state.strides_for_sizes
 
     def _state_changed(self):
-        """Recompiles models that an eager change of the state makes stale."""
+        """Updates `supports_jit`, and recompiles models traced otherwise."""
         self.supports_jit = (
             keras.backend.backend() != 'tensorflow'
             or not self.cropping
