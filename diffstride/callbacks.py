@@ -21,7 +21,7 @@ from diffstride.pooling import DiffStride, diffstride_layers, spatial_axes
 # step.
 _LONGEST_WAY = 8.0
 _LONGEST_STEP = 0.1
-# What is left of a vote after each later one: about ten votes count.
+# A vote counts this much less after each later one: about ten votes count.
 _MEMORY = 0.9
 _ADAM_AND_KIN = (
     keras.optimizers.Adam,  # AdamW is one, too.
