@@ -226,9 +226,9 @@ class StrideBudget(StrideLogger):
             model=self.model.name,
         )
         self._macs_of = None  # It is set while strides are learned.
-        self._moments = {}
+        self._moments: dict[str, list] = {}
         self._epochs_begun = 0
-        self._steps = None
+        self._steps: int | None = None
         layers = _learned_layers(self.model)
         if layers:
             self._macs_of = MacsOfStrides(self.model, self.input_shape, layers)
