@@ -177,6 +177,10 @@ class MacsOfStrides:
             else:
                 self._owner.append(starts[-1] + len(self._constants))
                 self._constants.append(layer.stride_values[index])
+        self._axes_of = [
+            [axis for axis, x in enumerate(self._owner) if x == owner]
+            for owner in range(starts[-1])
+        ]
         self._extra = [
             2 * x.smoothness_factor
             if getattr(x, 'ramp', None) == 'outside'
@@ -538,6 +542,13 @@ class MacsOfStrides:
                 low = middle
         return high
 
+    def _bounds(self, axes, before, sizes):
+        """Returns between which strides axes have at most their sizes."""
+        return (
+            max(self._least_stride(i, before[i], sizes[i]) for i in axes),
+            min(self._least_stride(i, before[i], sizes[i] - 1) for i in axes),
+        )
+
     def _strides_for(self, sizes, preferred):
         """Returns the strides nearest to the preferred ones with given sizes.
 
@@ -545,13 +556,9 @@ class MacsOfStrides:
         the nearest stride with a smaller size, or the limit.
         """
         strides = np.array(preferred)
-        for owner in range(len(strides)):
-            axes = [i for i, x in enumerate(self._owner) if x == owner]
+        for owner, axes in enumerate(self._axes_of):
             before = self._integer_sizes(strides)[0]
-            low = max(self._least_stride(i, before[i], sizes[i]) for i in axes)
-            high = min(
-                self._least_stride(i, before[i], sizes[i] - 1) for i in axes
-            )
+            low, high = self._bounds(axes, before, sizes)
             nearest = min(preferred[owner], high * (1 - _MARGIN))
             if low > 1:
                 nearest = max(nearest, low * (1 + _MARGIN))
@@ -564,21 +571,11 @@ class MacsOfStrides:
         """Yields sizes with one step down."""
         strides = self._strides_for(sizes, preferred)
         before, sizes = self._integer_sizes(strides)
-        for owner, stride in enumerate(strides):
-            axes = [i for i, x in enumerate(self._owner) if x == owner]
-            least = min(
-                self._least_stride(i, before[i], sizes[i] - 1) for i in axes
-            )
-            raised = np.array(strides)
-            raised[owner] = np.clip(
-                least * (1 + _MARGIN), stride, self._upper[owner]
-            )
-            smaller = self._integer_sizes(raised)[1]
-            smaller = [
-                smaller[i] if i in axes else size
-                for i, size in enumerate(sizes)
-            ]
-            if smaller != sizes:
+        for owner, axes in enumerate(self._axes_of):
+            _, high = self._bounds(axes, before, sizes)
+            raised = min(high * (1 + _MARGIN), self._upper[owner])
+            smaller = self._with_stride(strides, owner, raised)
+            if raised > strides[owner] and smaller != sizes:
                 yield smaller
 
     def _larger_sizes(self, sizes, preferred):
@@ -588,23 +585,25 @@ class MacsOfStrides:
         """
         strides = self._strides_for(sizes, preferred)
         before, sizes = self._integer_sizes(strides)
-        for owner, wanted in enumerate(preferred):
-            axes = [i for i, x in enumerate(self._owner) if x == owner]
-            least = max(
-                self._least_stride(i, before[i], sizes[i]) for i in axes
-            )
-            lowered = np.array(strides)
-            lowered[owner] = max(least * (1 - _MARGIN), self._lower[owner])
-            larger = self._integer_sizes(lowered)[1]
-            larger = [
-                larger[i] if i in axes else size for i, size in enumerate(sizes)
-            ]
+        for owner, axes in enumerate(self._axes_of):
+            low, _ = self._bounds(axes, before, sizes)
+            lowered = max(low * (1 - _MARGIN), self._lower[owner])
+            larger = self._with_stride(strides, owner, lowered)
             is_doubled = all(
-                larger[i] >= 2 * (before[i] / wanted + self._extra[i])
+                larger[i] >= 2 * (before[i] / preferred[owner] + self._extra[i])
                 for i in axes
             )
             if larger != sizes and not is_doubled:
-                yield math.log(wanted / lowered[owner]), larger
+                yield math.log(preferred[owner] / lowered), larger
+
+    def _with_stride(self, strides, owner, stride):
+        """Returns the sizes after the axes of one stride alone have changed."""
+        changed = np.array(strides)
+        changed[owner] = stride
+        before, after = (self._integer_sizes(x)[1] for x in (strides, changed))
+        for axis in self._axes_of[owner]:
+            before[axis] = after[axis]
+        return before
 
 
 def _with_sizes(layer, sizes, shape):

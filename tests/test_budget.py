@@ -267,6 +267,23 @@ def test_sizes_that_just_fit_are_found():
     assert sizes_of(model) == [(16, 12), (8, 6), (4, 4)]
 
 
+def test_no_map_is_halved_for_one_that_was_rounded_up():
+    """Where a height of 2.7 became 4, a width had gone from 17 to 8."""
+    model = keras.Sequential([keras.Input((32, 32, 1))])
+    for filters in (2, 12):
+        model.add(layers.Conv2D(filters, 3, padding='same'))
+        model.add(DiffStride(2.0, 4.0, ramp='straight_through'))
+    model.add(layers.Conv2D(12, 3, padding='same'))
+    function = macs_of(model)
+    wanted = np.array([11.94, 1.83, 1.56, 1.01])
+    found = function.fit(wanted, function(wanted))
+    for layer, strides in zip(function.layers, np.reshape(found, (2, 2))):
+        layer.strides = strides
+    height, width = model(np.ones((1, 32, 32, 1))).shape[1:3]
+    assert height == 2
+    assert 1 / 1.6 < width / (32 / 1.83 / 1.01) < 1.6
+
+
 def test_sizes_that_fit_already_keep_their_strides():
     model = sequential(ramp='inside')
     set_budget(model, share=0.6)
