@@ -510,14 +510,14 @@ class MacsOfStrides:
         wanted = self._smooth_sizes(strides)[1]
         found, sizes = strides, self._integer_sizes(strides)[1]
 
+        def distance(sizes):
+            return np.sum(np.log(np.divide(sizes, wanted)) ** 2)
+
         def price(smaller):
             """Returns what is lost in nearness for what is saved in MACs."""
-            away, before = (
-                np.sum(np.log(np.divide(x, wanted)) ** 2)
-                for x in (smaller, sizes)
-            )
             saved = math.log(self._total(sizes) / self._total(smaller))
-            return (away - before) / saved if saved > 0 else math.inf
+            lost = distance(smaller) - distance(sizes)
+            return lost / saved if saved > 0 else math.inf
 
         while not is_within(found):
             smaller = [*self._smaller_sizes(sizes, strides)]

@@ -21,7 +21,7 @@ from diffstride.pooling import DiffStride, diffstride_layers, spatial_axes
 # step.
 _LONGEST_WAY = 8.0
 _LONGEST_STEP = 0.1
-# A vote counts this much less after each later one: about ten votes count.
+# Each later vote multiplies the weight of a vote by this: about ten count.
 _MEMORY = 0.9
 _ADAM_AND_KIN = (
     keras.optimizers.Adam,  # AdamW is one, too.
