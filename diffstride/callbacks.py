@@ -7,9 +7,9 @@ from typing import Any
 import gin
 import keras
 import numpy as np
-from keras import ops, tree
+from keras import tree
 
-from diffstride import counting, models, validation
+from diffstride import backend, counting, models, validation
 from diffstride.budget import (
     MacsOfStrides,
     check_budget,
@@ -271,15 +271,18 @@ class StrideBudget(StrideLogger):
             return
         self._batches = batch + 1
         models.sync(self.model)
-        step = self._macs_of.strides() - self._strides
+        # They are not held, so the weights alone tell them.
+        weights = [layer.strides for layer in self._macs_of.layers]
+        step = _values_of(weights) - self._strides
         if not np.any(step):  # The optimizer gathers gradients.
             return
         self._votes += (1 - _MEMORY) * (self._vote(step) - self._votes)
         moved = self._macs_of.along(
             self._strides, self._length(batch) * self._votes
         )
-        self._macs_of.assign(self._macs_of.project(moved, self._budget))
-        self._strides = self._macs_of.strides()
+        moved = self._macs_of.project(moved, self._budget).astype('float32')
+        self._macs_of.assign(moved)
+        self._strides = moved.astype(float)
 
     def _vote(self, step):
         """Returns where one batch would move the logarithms of strides, [n].
@@ -337,7 +340,7 @@ class StrideBudget(StrideLogger):
         moments = self._moments[kind]
         if any(x is None for x in moments):
             return None
-        return np.concatenate([ops.convert_to_numpy(x) for x in moments])
+        return _values_of(moments)
 
     def _hold(self):
         macs_of, self._macs_of = self._macs_of, None
@@ -367,6 +370,10 @@ class StrideBudget(StrideLogger):
         is_over = 0 < self._epochs_of_learning <= self._epochs_begun
         if self._macs_of is not None and (is_over or self.model.stop_training):
             self._hold()
+
+
+def _values_of(variables):
+    return np.concatenate([backend.stored_values(x) for x in variables])
 
 
 def _learned_layers(model: keras.Model) -> list[DiffStride]:

@@ -384,7 +384,7 @@ class DiffStride(SpectralPooling):
 
     def _plan(self):
         state, ramp = self.state, self._ramp
-        held = state.values if state.held else None
+        held = state.held_strides
         is_traced = backend.known_values(state.record) is None
         if is_traced:
             self._compiled['held'] = held
@@ -423,12 +423,13 @@ class DiffStride(SpectralPooling):
 
     def _state_changed(self):
         """Updates `supports_jit`, and recompiles models traced otherwise."""
+        is_static = self.state.has_static_sizes
         self.supports_jit = (
             keras.backend.backend() != 'tensorflow'
             or not self.cropping
-            or self.state.has_static_sizes
+            or is_static
         )
-        held = self.state.values if self.state.held else None
+        held = self.state.held_strides if is_static else None
         now = {
             key: held if key == 'held' else self.output_size(key[1], key[0])
             for key in self._compiled

@@ -85,10 +85,15 @@ class StrideState:
         return self.record.numbers()[1] > 0
 
     @property
+    def held_strides(self) -> tuple[float, ...] | None:
+        """The held strides, one per axis, or None while they are learned."""
+        is_held, *strides = self.record.numbers()
+        return self._per_axis(strides) if is_held else None
+
+    @property
     def values(self) -> tuple[float, ...]:
         """The strides in use, as numbers within the limits, one per axis."""
-        is_held, *static = self.record.numbers()
-        return self._per_axis(static if is_held else self.weight.numbers())
+        return self.held_strides or self._per_axis(self.weight.numbers())
 
     @property
     def strides_for_sizes(self) -> tuple[float, ...]:
