@@ -143,7 +143,8 @@ class MacsOfStrides:
             input_shape = known_input_shape(model)
         validation.require(
             input_shape is not None,
-            '`input_shape` must be given for a model without a known one',
+            '`input_shape` must be given for a model that does not know its '
+            'own; one that is not built yet knows it after `model.build`',
             input_shape=None,
         )
         self._measure = functools.partial(counting.measure, model, input_shape)
