@@ -306,7 +306,11 @@ class DiffStride(SpectralPooling):
                 upper,
                 self._state_changed,
             )
-        self.state.weight.regularizer = self._regularizer_per_axis()
+        if self.strides_regularizer is not None:
+            # It sees the strides in use: held ones cost, and get no gradient.
+            self.state.weight.regularizer = lambda _: self.strides_regularizer(
+                self.state.tensor()
+            )
         # Keras tracks the variables among the attributes of a layer.
         self._weight, self._record = self.state.weight, self.state.record
         self._weight.trainable = trainable
@@ -317,14 +321,6 @@ class DiffStride(SpectralPooling):
             not self.shared_stride or len(set(strides)) == 1,
             '`strides` must be equal on all axes with `shared_stride=True`',
             strides=strides,
-        )
-
-    def _regularizer_per_axis(self):
-        regularizer = self.strides_regularizer
-        if regularizer is None or not self.shared_stride:
-            return regularizer
-        return lambda strides: regularizer(
-            ops.broadcast_to(strides, (self.rank,))
         )
 
     @property

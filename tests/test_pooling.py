@@ -575,6 +575,13 @@ def test_regularizer_of_the_strides_is_a_loss_of_the_layer(arguments, loss):
     assert float(sum(layer.losses)) == pytest.approx(loss)
 
 
+def test_regularizer_sees_the_strides_in_use():
+    layer = DiffStride(2.0, strides_regularizer=keras.regularizers.L2(0.1))
+    layer.hold()
+    layer.strides.assign([5.0, 5.0])  # An optimizer may move them.
+    assert float(sum(layer.losses)) == pytest.approx(0.8)
+
+
 def test_untrainable_strides_have_no_trainable_variable():
     layer = DiffStride(2.0, trainable=False)
     assert layer.trainable_variables == []
