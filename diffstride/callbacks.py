@@ -10,11 +10,8 @@ import numpy as np
 from keras import tree
 
 from diffstride import backend, counting, models, validation
-from diffstride.budget import (
-    MacsOfStrides,
-    check_budget,
-    known_input_shape,
-)
+from diffstride.budget import check_budget, strides_within
+from diffstride.macs import MacsOfStrides, known_input_shape
 from diffstride.pooling import DiffStride, diffstride_layers, spatial_axes
 
 # The most that the logarithm of a stride moves while it is learned, and in one
@@ -344,7 +341,7 @@ class StrideBudget(StrideLogger):
 
     def _hold(self):
         macs_of, self._macs_of = self._macs_of, None
-        strides = macs_of.fit(macs_of.strides(), self._budget)
+        strides = strides_within(macs_of, macs_of.strides(), self._budget)
         macs_of.assign(strides)
         for layer in macs_of.layers:
             layer.hold()

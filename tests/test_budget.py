@@ -19,7 +19,8 @@ from diffstride import (
     recalibrate,
     set_budget,
 )
-from diffstride.budget import MacsOfStrides, known_input_shape
+from diffstride.budget import SizesNear, strides_within
+from diffstride.macs import MacsOfStrides, known_input_shape
 
 SHAPE = (32, 24, 3)
 
@@ -117,9 +118,9 @@ def test_macs_at_all_strides_are_those_of_complexity(make):
     for factors in (1.0, rng.uniform(0.7, 1.4, len(start))):
         strides = np.maximum(factors * start, 1)
         function.assign(strides)
-        sizes = function._integer_sizes(strides)[1]
+        sizes = function.integer_sizes(strides)[1]
         expected = total(model)
-        assert function._total(sizes) == pytest.approx(expected, abs=0.5)
+        assert function.total(sizes) == pytest.approx(expected, abs=0.5)
         assert function.count(strides) == expected
 
 
@@ -237,9 +238,10 @@ def test_a_budget_is_used_up_by_sizes_that_cannot_grow(make, share):
     # The next size of each map, while those after it keep their sizes.
     function = macs_of(model)
     strides = function.strides()
-    sizes = function._integer_sizes(strides)[1]
-    for _, larger in function._larger_sizes(sizes, strides):
-        grown = function._strides_for(larger, strides)
+    sizes = function.integer_sizes(strides)[1]
+    near = SizesNear(function, strides)
+    for _, larger in near.larger(sizes):
+        grown = near.strides_for(larger)
         assert not macs < function.count(grown) <= budget
 
 
@@ -276,7 +278,7 @@ def test_no_map_is_halved_for_one_that_was_rounded_up():
     model.add(layers.Conv2D(12, 3, padding='same'))
     function = macs_of(model)
     wanted = np.array([11.94, 1.83, 1.56, 1.01])
-    found = function.fit(wanted, function(wanted))
+    found = strides_within(function, wanted, function(wanted))
     for layer, strides in zip(function.layers, np.reshape(found, (2, 2))):
         layer.strides = strides
     height, width = model(np.ones((1, 32, 32, 1))).shape[1:3]
