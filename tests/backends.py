@@ -1,4 +1,4 @@
-"""Helpers of the tests: numbers, errors, gradients, and compilers."""
+"""Helpers of the tests: numbers, models, gradients, and compilers."""
 
 import keras
 import numpy as np
@@ -46,6 +46,11 @@ def error_of(actual, expected):
 def dtype_of(tensor):
     """Returns the name of a tensor's dtype."""
     return keras.backend.standardize_dtype(tensor.dtype)
+
+
+def sequential(shape, *layers, **kwargs):
+    """Returns a Sequential model of layers for inputs of this shape."""
+    return keras.Sequential([keras.Input(shape), *layers], **kwargs)
 
 
 # Cases

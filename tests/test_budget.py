@@ -6,7 +6,7 @@
 import keras
 import numpy as np
 import pytest
-from backends import array
+from backends import array, sequential
 from keras import layers
 
 from diffstride import (
@@ -29,23 +29,21 @@ def conv(filters=4, **kwargs):
     return layers.Conv2D(filters, 3, padding='same', **kwargs)
 
 
-def sequential(**kwargs):
+def chain(**kwargs):
     """Three pooling layers, of which the last one shares its stride."""
-    return keras.Sequential(
-        [
-            keras.Input(SHAPE),
-            conv(),
-            DiffStride((1.5, 2.0), 1.0, name='a', **kwargs),
-            conv(8),
-            FixedSpectralPooling((1.0, 1.5)),
-            DiffStride(2.0, 1.0, name='b', **kwargs),
-            layers.ZeroPadding2D((1, 2)),
-            layers.Conv2D(8, 3),
-            DiffStride(2.0, 1.0, shared_stride=True, name='c', **kwargs),
-            conv(8),
-            layers.GlobalAveragePooling2D(),
-            layers.Dense(10),
-        ]
+    return sequential(
+        SHAPE,
+        conv(),
+        DiffStride((1.5, 2.0), 1.0, name='a', **kwargs),
+        conv(8),
+        FixedSpectralPooling((1.0, 1.5)),
+        DiffStride(2.0, 1.0, name='b', **kwargs),
+        layers.ZeroPadding2D((1, 2)),
+        layers.Conv2D(8, 3),
+        DiffStride(2.0, 1.0, shared_stride=True, name='c', **kwargs),
+        conv(8),
+        layers.GlobalAveragePooling2D(),
+        layers.Dense(10),
     )
 
 
@@ -77,20 +75,18 @@ def branches():
 
 
 def sound():
-    return keras.Sequential(
-        [
-            keras.Input((400, 2)),
-            layers.Conv1D(4, 9),
-            DiffStride1D(2.5),
-            layers.Conv1D(8, 5, data_format='channels_last'),
-            DiffStride1D(3.0),
-            layers.Conv1D(8, 3),
-            layers.GlobalAveragePooling1D(),
-        ]
+    return sequential(
+        (400, 2),
+        layers.Conv1D(4, 9),
+        DiffStride1D(2.5),
+        layers.Conv1D(8, 5, data_format='channels_last'),
+        DiffStride1D(3.0),
+        layers.Conv1D(8, 3),
+        layers.GlobalAveragePooling1D(),
     )
 
 
-MODELS = [sequential, residual, unet, branches, sound]
+MODELS = [chain, residual, unet, branches, sound]
 
 
 def macs_of(model, shape=None):
@@ -135,14 +131,12 @@ def by_hand(strides):
 
 
 def test_smooth_macs_and_their_gradient():
-    model = keras.Sequential(
-        [
-            keras.Input(SHAPE),
-            DiffStride((2.0, 3.0), ramp='inside'),
-            layers.Conv2D(4, 3),
-            DiffStride((2.0, 2.0), ramp='inside'),
-            conv(5),
-        ]
+    model = sequential(
+        SHAPE,
+        DiffStride((2.0, 3.0), ramp='inside'),
+        layers.Conv2D(4, 3),
+        DiffStride((2.0, 2.0), ramp='inside'),
+        conv(5),
     )
     function = macs_of(model)
     strides = np.array([1.7, 2.3, 1.9, 1.4])
@@ -155,9 +149,7 @@ def test_smooth_macs_and_their_gradient():
 
 
 def test_the_ramp_outside_adds_its_width_to_a_size():
-    model = keras.Sequential(
-        [keras.Input((64, 1)), DiffStride1D(2.0, 3.0), layers.Conv1D(8, 1)]
-    )
+    model = sequential((64, 1), DiffStride1D(2.0, 3.0), layers.Conv1D(8, 1))
     # 64 / 2.5 + 2 3 samples; the least stride that changes a size is 64 / 58.
     function = macs_of(model)
     size = 64 / 2.5 + 6
@@ -169,7 +161,7 @@ def test_the_ramp_outside_adds_its_width_to_a_size():
 @pytest.mark.parametrize('share', [0.5, 1.2])
 def test_projection_is_the_nearest_point_of_the_budget(share):
     """The way in logarithms is along the gradient: Lagrange's condition."""
-    function = macs_of(sequential(ramp='inside'))
+    function = macs_of(chain(ramp='inside'))
     start = function.strides() + 0.1
     budget = share * function(start)
     found = function.project(start, budget)
@@ -181,7 +173,7 @@ def test_projection_is_the_nearest_point_of_the_budget(share):
 
 def test_steps_along_the_budget_keep_the_macs():
     """To first order; what is stopped by a limit or a least size stays."""
-    function = macs_of(sequential(ramp='inside'))
+    function = macs_of(chain(ramp='inside'))
     start = function.strides()
     direction = np.random.default_rng(0).normal(size=len(start))
     tangent = function.tangent(start, direction)
@@ -200,17 +192,15 @@ def test_steps_along_the_budget_keep_the_macs():
 
 
 def test_projection_from_maps_of_the_least_size():
-    function = macs_of(sequential(ramp='inside'))
+    function = macs_of(chain(ramp='inside'))
     start = function.strides()
     found = function.project(np.full(len(start), 1e3), function(start))
     assert function(found) == pytest.approx(function(start))
 
 
 def test_projection_stays_within_limits():
-    model = sequential(
-        ramp='inside', lower_limit_stride=1.3, upper_limit_stride=2.1
-    )
-    function = macs_of(model)
+    limits = {'lower_limit_stride': 1.3, 'upper_limit_stride': 2.1}
+    function = macs_of(chain(ramp='inside', **limits))
     start = function.strides()
     found = function.project(start, 0.75 * function(start))
     assert function(found) == pytest.approx(0.75 * function(start))
@@ -221,8 +211,8 @@ def test_projection_stays_within_limits():
 @pytest.mark.parametrize(
     'make, share',
     [
-        (sequential, 0.6),
-        (sequential, 1.3),
+        (chain, 0.6),
+        (chain, 1.3),
         (residual, 0.5),
         (unet, 0.4),
         (branches, 0.7),
@@ -247,35 +237,22 @@ def test_a_budget_is_used_up_by_sizes_that_cannot_grow(make, share):
 
 def test_sizes_that_just_fit_are_found():
     """Where 32 became 14, 8 and 4, 16, 8 and 4 fit, too."""
-    model = keras.Sequential(
-        [keras.Input(SHAPE)]
-        + [
-            layer
-            for stride in (2.4, 1.8, 2.1)
-            for layer in (
-                DiffStride(
-                    stride, 1.0, shared_stride=True, ramp='straight_through'
-                ),
-                conv(8),
-            )
-        ]
-    )
-    for layer, stride in zip(diffstride_layers(model), (2.0, 2.0, 2.0)):
-        layer.strides.assign([stride])
+    kwargs = {'shared_stride': True, 'ramp': 'straight_through'}
+    pools = [DiffStride(2.0, 1.0, **kwargs) for _ in range(3)]
+    model = sequential(SHAPE, *(x for pool in pools for x in (pool, conv(8))))
     budget = total(model)
-    for layer, stride in zip(diffstride_layers(model), (2.4, 1.8, 2.1)):
-        layer.strides.assign([stride])
+    for pool, stride in zip(pools, (2.4, 1.8, 2.1)):
+        pool.strides = stride
     assert set_budget(model, macs=budget) == budget
     assert sizes_of(model) == [(16, 12), (8, 6), (4, 4)]
 
 
 def test_no_map_is_halved_for_one_that_was_rounded_up():
     """Where a height of 2.7 became 4, a width had gone from 17 to 8."""
-    model = keras.Sequential([keras.Input((32, 32, 1))])
-    for filters in (2, 12):
-        model.add(layers.Conv2D(filters, 3, padding='same'))
-        model.add(DiffStride(2.0, 4.0, ramp='straight_through'))
-    model.add(layers.Conv2D(12, 3, padding='same'))
+    pools = [DiffStride(2.0, 4.0, ramp='straight_through') for _ in range(2)]
+    model = sequential(
+        (32, 32, 1), conv(2), pools[0], conv(12), pools[1], conv(12)
+    )
     function = macs_of(model)
     wanted = np.array([11.94, 1.83, 1.56, 1.01])
     found = strides_within(function, wanted, function(wanted))
@@ -287,7 +264,7 @@ def test_no_map_is_halved_for_one_that_was_rounded_up():
 
 
 def test_sizes_that_fit_already_keep_their_strides():
-    model = sequential(ramp='inside')
+    model = chain(ramp='inside')
     set_budget(model, share=0.6)
     strides = [x.stride_values for x in diffstride_layers(model)]
     set_budget(model, macs=total(model))
@@ -295,14 +272,12 @@ def test_sizes_that_fit_already_keep_their_strides():
 
 
 def test_strides_that_are_not_trainable_stay():
-    model = keras.Sequential(
-        [
-            keras.Input(SHAPE),
-            DiffStride(2.0, trainable=False),
-            DiffStride(2.0, cropping=False),
-            DiffStride(2.0),
-            conv(8),
-        ]
+    model = sequential(
+        SHAPE,
+        DiffStride(2.0, trainable=False),
+        DiffStride(2.0, cropping=False),
+        DiffStride(2.0),
+        conv(8),
     )
     set_budget(model, share=0.9)
     *fixed, learned = (x.stride_values for x in diffstride_layers(model))
@@ -310,20 +285,8 @@ def test_strides_that_are_not_trainable_stay():
     assert max(learned) > 2
 
 
-def test_predictions_follow_a_new_budget():
-    model = sequential(ramp='inside')
-    x = np.random.normal(size=(4, *SHAPE)).astype('float32')
-    model.compile('sgd', 'mse')
-    before = model.predict(x, verbose=0)
-    for share in (0.8, 0.4):
-        set_budget(model, share=share)
-        after = model.predict(x, verbose=0)
-        np.testing.assert_allclose(after, array(model(x)), rtol=1e-4, atol=1e-5)
-        assert np.abs(after - before).max() > 1e-3
-
-
 def test_a_share_is_one_of_the_initial_strides():
-    model = sequential(ramp='inside')
+    model = chain(ramp='inside')
     initial = total(model)
     for _ in range(2):
         assert 0.45 * initial < set_budget(model, share=0.5) <= 0.5 * initial
@@ -349,22 +312,19 @@ def attention():
 @pytest.mark.parametrize(
     'make, arguments, message',
     [
-        (sequential, {}, 'Either `macs` or `share` must be given'),
-        (sequential, {'macs': 1e6, 'share': 0.5}, 'Either `macs` or `share`'),
-        (sequential, {'macs': 0}, '`macs` must be a finite number, above 0'),
-        (sequential, {'share': '1'}, '`share` must be a finite number'),
-        (sequential, {'macs': 1e3}, 'at least 121,552 MACs'),
+        (chain, {}, 'Either `macs` or `share` must be given'),
+        (chain, {'macs': 1e6, 'share': 0.5}, 'Either `macs` or `share`'),
+        (chain, {'macs': 0}, '`macs` must be a finite number, above 0'),
+        (chain, {'share': '1'}, '`share` must be a finite number'),
+        (chain, {'macs': 1e3}, 'at least 121,552 MACs'),
         (keras.Sequential, {'macs': 1e6}, 'must have trainable DiffStride'),
-        (
-            lambda: keras.Sequential([DiffStride(2.0)]),
-            {'macs': 1e6},
-            '`input_shape` must be given',
-        ),
+        (lambda: keras.Sequential([DiffStride(2.0)]), {'macs': 1e6},
+         '`input_shape` must be given'),
         (attention, {'share': 0.5}, 'multi_head_attention.*" must be known'),
         (apart, {'share': 0.5}, '"a" must take maps of any size'),
         (shared, {'share': 0.5}, '"pool" must pool maps of one size'),
     ],
-)
+)  # fmt: skip
 def test_budgets_that_are_refused(make, arguments, message):
     with pytest.raises(ValueError, match=message):
         set_budget(make(), **arguments)
@@ -377,14 +337,12 @@ def test_recalibration_averages_over_batches(as_pairs):
     x = rng.normal(2, 3, (10, 4)).astype('float32')
     batches = [x[:6], x[6:]]
     frozen = layers.BatchNormalization(momentum=0.9, trainable=False)
-    model = keras.Sequential(
-        [
-            keras.Input((4,)),
-            frozen,
-            layers.Dropout(0.5),
-            layers.Dense(3, kernel_initializer='ones'),
-            layers.BatchNormalization(),
-        ]
+    model = sequential(
+        (4,),
+        frozen,
+        layers.Dropout(0.5),
+        layers.Dense(3, kernel_initializer='ones'),
+        layers.BatchNormalization(),
     )
     kernel = array(model.layers[2].kernel)
     recalibrate(model, [(x, None) for x in batches] if as_pairs else batches)
