@@ -6,7 +6,7 @@ import dataclasses
 import keras
 import numpy as np
 import pytest
-from backends import only
+from backends import only, sequential
 from keras import layers, ops
 
 from diffstride import (
@@ -92,7 +92,7 @@ def test_a_layer_is_counted_as_by_hand(
 
 
 def test_a_quantized_layer_costs_as_many():
-    model = keras.Sequential([keras.Input((8,)), layers.Dense(4)])
+    model = sequential((8,), layers.Dense(4))
     model.layers[0].quantize('int8')
     assert complexity(model, (8,)).macs == 8 * 4
 
@@ -311,7 +311,7 @@ def test_nothing_of_a_built_model_changes(fails):
     layer = Stateful()
     pool = DiffStride(strides=2.0)
     pool.call = own_call = pool.call  # The user set it.
-    model = keras.Sequential([keras.Input((12, 12, 2)), layer, pool])
+    model = sequential((12, 12, 2), layer, pool)
     model(np.ones((2, 12, 12, 2), 'float32'))
     before = [np.array(x) for x in model.variables]
     attributes = {x: set(vars(x)) for x in models.flatten(model)}
@@ -339,21 +339,10 @@ def test_an_unbuilt_model_is_built_for_any_batch_and_size():
 # Wrong arguments
 
 
-@pytest.mark.parametrize(
-    'shape',
-    [
-        None,
-        32,
-        '32',
-        (0, 3),
-        (4.0, 3),
-        (None, 3),
-        (4, 'a'),
-        (True, 3),
-        [(4,), 3],
-    ],
-    ids=repr,
-)
+WRONG_SHAPES = [None, '32', (0, 3), (4.0, 3), (None, 3), (True, 3), [(4,), 3]]
+
+
+@pytest.mark.parametrize('shape', WRONG_SHAPES, ids=repr)
 def test_wrong_shapes_are_named(shape):
     with pytest.raises(ValueError, match=r'`input_shape` must be .*at least 1'):
         complexity(layers.Dense(3), shape)
