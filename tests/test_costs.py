@@ -96,21 +96,6 @@ def test_strides_are_trained_by_their_cost(holder):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_adamw_can_be_told_not_to_decay_strides():
-    """Without a gradient, only the decay moves strides."""
-    for excluded, expected in (([], False), (['strides'], True)):
-        model = keras.Sequential(
-            [keras.Input((8, 8, 1)), layers.Conv2D(1, 1), DiffStride(2.0)]
-        )
-        optimizer = keras.optimizers.AdamW(0.1, weight_decay=0.1)
-        optimizer.exclude_from_weight_decay(var_names=excluded)
-        model.compile(optimizer, lambda y, p: 0.0 * ops.sum(p, axis=(1, 2, 3)))
-        x = np.ones((4, 8, 8, 1))
-        model.fit(x, x, verbose=0)
-        (layer,) = diffstride_layers(model)
-        assert (layer.stride_values == (2.0, 2.0)) == expected
-
-
 @pytest.mark.parametrize(
     'make, message',
     [
