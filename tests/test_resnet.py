@@ -202,19 +202,14 @@ def test_depths_and_filters_are_those_of_the_paper():
 )  # fmt: skip
 def test_order_of_the_layers_of_a_network(strides, pool_after, stem):
     model = small_resnet(strides, pooling_cls=DiffStride, pool_after=pool_after)
-    assert [type(layer).__name__ for layer in model.layers] == [
-        'Conv2D',
-        *stem,
-        'Sequential',
-        'Sequential',
-        'BatchNormalization',
-        'ReLU',
-        'GlobalAveragePooling2D',
-        'Dense',
+    names = [type(layer).__name__ for layer in model.layers]
+    assert names[: 1 + len(stem)] == ['Conv2D', *stem]
+    assert names[1 + len(stem) :] == [
+        *('Sequential', 'Sequential', 'BatchNormalization', 'ReLU'),
+        *('GlobalAveragePooling2D', 'Dense'),
     ]
-    assert {layer.pool_after for layer in residual_layers(model)} == {
-        pool_after
-    }
+    places = {layer.pool_after for layer in residual_layers(model)}
+    assert places == {pool_after}
     assert not any(x.use_bias for x in layers_of(model, layers.Conv2D))
 
 
@@ -295,13 +290,9 @@ def test_id_only_blocks_do_not_project():
 
 @pytest.mark.parametrize('project', [False, True])
 def test_project_first_tells_whether_a_block_projects_and_strides(project):
+    strides = 1 if project else (2, 4)
     block = resnet.ResnetBlock(
-        filters=7,
-        strides=1 if project else (2, 4),
-        num_layers=3,
-        project_first=project,
-        kernel_size=5,
-        channels_first=False,
+        7, strides, num_layers=3, project_first=project, kernel_size=5
     )
     assert [x.project for x in block.layers] == [project, False, False]
     assert [x.kernel_size for x in block.layers] == [5] * 3
@@ -325,9 +316,8 @@ def test_weight_decay_penalizes_kernels_and_the_last_bias():
     [(DiffStride, 0.5 * (1 / 4 + 1 / 12)), (FixedSpectralPooling, 0.0)],
 )
 def test_stride_cost_is_that_of_the_paper(pooling_cls, cost):
-    model = small_resnet(
-        '1, 2, (3, 1)', pooling_cls=pooling_cls, stride_cost=0.5, weight_decay=0
-    )
+    arguments = {'stride_cost': 0.5, 'weight_decay': 0}
+    model = small_resnet('1, 2, (3, 1)', pooling_cls=pooling_cls, **arguments)
     model(random(1, 16, 16, 3))
     assert float(sum(model.losses)) == pytest.approx(cost, rel=1e-5)
 
@@ -335,20 +325,12 @@ def test_stride_cost_is_that_of_the_paper(pooling_cls, cost):
 # Errors
 
 
-LAYER = {'strides': 2, 'project': True}
-
-
 @pytest.mark.parametrize(
     'make, kwargs, message',
     [
         (small_resnet, {'strides': '1, 1'},
          r'`strides` must be as many as `filters`, 3\. Rec.*strides=.*1\.0'),
-        (small_resnet, {'strides': []}, '`strides` must be as many as'),
-        (resnet.resnet18, {'strides': '1', 'num_output_classes': 2},
-         '`strides` must be as many as `filters`, 5'),
         (small_resnet, {'strides': '1.5, 1, 1'}, '`strides`.*integers.*=.1.5'),
-        (small_resnet, {'strides': '1, 1, 1.5', 'pooling_cls': SpatialPooling},
-         '`strides`.*integers'),
         (small_resnet, {'strides': '1, 2, 2', 'id_only': [0]},
          r'`strides` must be 1 in the blocks of `id_only`.*=\[0\]'),
         (small_resnet, {'id_only': [2]}, r'`id_only` must be .*=\[2\]'),
@@ -359,14 +341,11 @@ LAYER = {'strides': 2, 'project': True}
         (small_resnet, {'strides': '__import__("os").getcwd()'}, 'such as'),
         (small_resnet, {'strides': None}, '`strides`.*such as.*=None'),
         (small_resnet, {'strides': '1, 1, 0.5'}, '`strides`.*at least 1'),
-        (small_resnet, {'strides': "1, 1, 'x'"}, '`strides`.*sequence of 2'),
         (small_resnet, {'num_layers': 0}, '`num_layers` .*=0'),
         (resnet.resnet18, {'width': 0.5}, '`width` .*=0.5'),
-        (small_resnet, {'weight_decay': None}, '`weight_decay` .*=None'),
         (small_resnet, {'weight_decay': -1}, '`weight_decay` .*=-1'),
         (small_resnet, {'pool_after': 'norm'}, "`pool_after` must.*='norm'"),
         (small_resnet, {'stride_cost': -1}, '`stride_cost` .*=-1'),
-        (small_resnet, {'stride_cost': {}}, '`stride_cost` .*={}'),
         (small_resnet, {'pooling_cls': lambda **unused: 'pool'},
          "`pooling_cls` must return a layer.*='pool'"),
         (small_resnet, {'pooling_cls': 3}, '`pooling_cls` must be .*=3'),
@@ -438,10 +417,8 @@ def test_saved_and_cloned_networks_are_the_same_whatever_gin_says(
         resnet.ResidualLayer.kernel_size = 5
         batch_norm.epsilon = 0.5
     """)
-    for copy in (
-        keras.models.load_model(tmp_path / 'model.keras'),
-        keras.models.clone_model(model),
-    ):
+    loaded = keras.models.load_model(tmp_path / 'model.keras')
+    for copy in (loaded, keras.models.clone_model(model)):
         copy(x)
         copy.set_weights(model.get_weights())
         np.testing.assert_array_equal(array(copy(x)), array(model(x)))
@@ -484,36 +461,11 @@ def test_bindings_of_gin_reach_the_whole_network():
     assert model.layers[-1].activation is keras.activations.softmax
 
 
-@pytest.mark.parametrize(
-    'value, cls',
-    [
-        ('@pooling.FixedSpectralPooling', FixedSpectralPooling),
-        ('@test.layers.AveragePooling2D', layers.AveragePooling2D),
-        ('None', None),
-    ],
-)
-def test_pooling_cls_is_bound_by_gin(value, cls):
-    gin.parse_config(f'resnet.Resnet.pooling_cls = {value}')
-    model = small_resnet('1, 1, 3')
-    pools = [x.pool for x in residual_layers(model) if x.pool is not None]
-    assert len(pools) == (cls is not None)
-    for pool in pools:
-        assert isinstance(pool, cls)
-        assert tuple(pool.get_config()['strides']) == (3, 3)
-    assert np.isfinite(array(model(random(1, 12, 12, 3)))).all()
-
-
-def test_bindings_of_layers_reach_all_that_holds_them():
-    gin.parse_config("""
-        pooling.DiffStride.smoothness_factor = 2.0
-        batch_norm.momentum = 0.25
-    """)
+def test_a_class_in_the_call_gets_the_bindings_of_gin():
+    gin.parse_config('pooling.DiffStride.smoothness_factor = 2.0')
     for make in (pooling_layer, small_resnet):
-        model = make(pooling_cls=DiffStride, weight_decay=0.5)
-        (*_, pool) = layers_of(model, DiffStride)
+        (*_, pool) = layers_of(make(pooling_cls=DiffStride), DiffStride)
         assert pool.smoothness_factor == 2.0
-        for layer in layers_of(model, layers.BatchNormalization):
-            assert layer.momentum == 0.25
 
 
 def test_an_argument_in_the_call_wins_over_gin():
