@@ -259,14 +259,6 @@ def test_a_layer_that_is_traced_is_unknown():
     assert complexity(Mapped(), (6, 4)).is_lower_bound
 
 
-def test_several_inputs():
-    a, b = keras.Input((4,), name='a'), keras.Input((6,), name='b')
-    y = layers.Dense(3)(layers.Concatenate()([a, b]))
-    shapes = {'a': (4,), 'b': (6,)}
-    assert complexity(keras.Model({'a': a, 'b': b}, y), shapes).macs == 10 * 3
-    assert complexity(keras.Model([a, b], y), [(4,), [6]]).macs == 10 * 3
-
-
 def test_the_table_is_aligned_and_the_result_immutable():
     conv = layers.Conv2D(8, 3, padding='same', name='conv')
     pool = DiffStride(strides=2.0, name='pool')
