@@ -3,7 +3,6 @@
 import keras
 import numpy as np
 import pytest
-import reference
 from backends import array, error_of, image
 from keras import ops
 
@@ -115,46 +114,3 @@ def test_strides_stay_finite_under_loss_scaling(scale):
     strides = array(pool.strides)
     assert np.all(np.isfinite(strides))
     assert scale != 1 or np.all(strides != 2)
-
-
-@pytest.mark.parametrize(
-    'start, share, arguments',
-    [
-        (1.5, 1, {'lower_limit_stride': 1.5}),
-        (1.0, 1, {'ramp': 'inside'}),
-        (1.0, 1, {'ramp': 'straight_through'}),
-        (4.0, 0, {'upper_limit_stride': 4.0}),
-        (8.5, 0, {}),  # It is clipped to half of the size.
-    ],
-)
-def test_a_stride_pushed_against_a_limit_comes_back(start, share, arguments):
-    pool = DiffStride(start, 2.0, **arguments)
-    x = image((16, 16), channels=1, batch=8)
-    energy = np.mean(x**2, axis=(1, 2))
-    inputs = keras.Input((16, 16, 1))
-    outputs = ops.mean(ops.square(pool(inputs)), axis=(1, 2))
-    model = keras.Model(inputs, outputs)
-    model.compile(keras.optimizers.SGD(4.0), 'mse', run_eagerly=True)
-
-    def fit(share, steps):
-        model.fit(x, share * energy, epochs=steps, verbose=0)
-
-    fit(share, steps=4)
-    before = array(pool.strides)
-    fit(1 - share, steps=4)
-    away = (array(pool.strides) - before) * (1 if share else -1)
-    assert np.all(away > 0.05)
-
-
-@pytest.mark.parametrize(
-    'ramp, sizes',
-    [('outside', (1, 1)), ('inside', (3, 999)), ('straight_through', (2, 2))],
-)
-def test_tiny_and_very_long_maps_are_trained_on(sizes, ramp):
-    pool = DiffStride(2.0, 2.0, ramp=ramp)
-    model = meter(pool, keras.optimizers.SGD(0.1), (*sizes, 1))
-    x = image(sizes, channels=1)
-    losses = fit(model, x, epochs=2).history['loss']
-    assert np.all(np.isfinite(losses))
-    y = reference.diffstride(x, np.float32(pool.stride_values), 2.0, ramp)
-    assert error_of(pool(x), y) <= 2e-5
