@@ -171,37 +171,20 @@ def _arguments(layer):
     )
 
 
-def stride_gradient_of_layer(layer, x, weights, strides):
-    """Returns the gradient of sum(weights * layer(x)) in strides, [rank]."""
-    return diffstride_stride_gradient(x, weights, strides, *_arguments(layer))
-
-
-def diffstride_stride_gradient(
-    x,
-    weights,
-    strides,
-    smoothness=4.0,
-    ramp='outside',
-    norm='forward',
-    cropping=True,
-    lower=None,
-    upper=None,
-    data_format='channels_last',
-    epsilon=1e-6,
-):
-    """Returns the gradient of sum(weights * diffstride(x, ...)), [rank].
+def stride_gradient_of_layer(layer, x, weights, strides, epsilon=1e-6):
+    """Returns the gradient of sum(weights * layer(x)) in strides, [rank].
 
     It is by central differences at constant output sizes. Clipping is
     straight-through: a stride outside its limits has the gradient of the
     clipped stride. Where a frequency lies on a corner of the mask, this is the
     mean of both sides.
     """
-    axes = _axes(x, data_format)
+    axes, arguments = _axes(x, layer.data_format), _arguments(layer)
+    smoothness, ramp, _, _, lower, upper, _ = arguments
     strides = [
         clip_stride(s, x.shape[axis], smoothness, ramp, lower, upper)
         for s, axis in zip(strides, axes, strict=True)
     ]
-    arguments = smoothness, ramp, norm, cropping, lower, upper, data_format
     y = diffstride(x, strides, *arguments)
     assert np.shape(weights) == y.shape, (np.shape(weights), y.shape)
     sizes = [y.shape[axis] for axis in axes]
@@ -213,9 +196,5 @@ def diffstride_stride_gradient(
         return np.sum(np.asarray(weights, np.float64) * y)
 
     step = _exact(epsilon)
-    return np.array(
-        [
-            (loss(i, step) - loss(i, -step)) / (2 * epsilon)
-            for i in range(len(strides))
-        ]
-    )
+    slopes = [loss(i, step) - loss(i, -step) for i in range(len(strides))]
+    return np.array(slopes) / (2 * epsilon)
