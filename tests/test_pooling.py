@@ -1,6 +1,5 @@
 """The pooling layers, against the float64 reference and in Keras models."""
 
-import functools
 import inspect
 import itertools
 import json
@@ -25,6 +24,7 @@ from backends import (
     of_any_image,
     only,
     random,
+    sequential,
     skip_unless_there_is,
     some,
     traced,
@@ -39,19 +39,10 @@ from diffstride import (
     FixedSpectralPooling1D,
     FixedSpectralPooling3D,
     SpatialPooling,
-    diffstride_layers,
+    SpectralResizing,
 )
 from diffstride.ramps import RAMPS
-from diffstride.resampling import METHODS, NORMS
-
-# All methods, formats and norms; for each kind of a response some of them.
-VARIANTS = list(itertools.product(METHODS, FORMATS, NORMS))
-WIDTHS = (0.5, 1, 2.5, 4)
-KINDS = [
-    *itertools.product(RAMPS[:2], WIDTHS, (True,)),
-    *itertools.product(RAMPS[:2], (4,), (False,)),
-    ('straight_through', 2.5, True),
-]
+from diffstride.resampling import METHODS
 
 SIZES = (*range(1, 66), 224)
 STRIDES = (1, 1.1, 1.25, 1.6, 2.2, 2.5, 3.3, 4.75, *range(2, 17))
@@ -63,6 +54,19 @@ FIXED = {
     2: FixedSpectralPooling,
     3: FixedSpectralPooling3D,
 }
+# Each ramp with and without cropping, and the brickwall.
+KINDS = [
+    (DiffStride, 'auto', 'channels_last', 'forward', {}),
+    (DiffStride, 'fft', 'channels_first', 'ortho', {'smoothness_factor': 0.5}),
+    (DiffStride, 'fft', 'channels_last', 'forward', {'cropping': False}),
+    (DiffStride, 'matmul', 'channels_first', 'backward',
+     {'ramp': 'inside', 'smoothness_factor': 2.5}),
+    (DiffStride, 'matmul', 'channels_last', 'ortho',
+     {'ramp': 'inside', 'cropping': False}),
+    (DiffStride, 'fft', 'channels_last', 'backward',
+     {'ramp': 'straight_through'}),
+    (FixedSpectralPooling, 'auto', 'channels_first', 'backward', {}),
+]  # fmt: skip
 LAYERS = [DiffStride, FixedSpectralPooling, SpatialPooling]
 every_layer = pytest.mark.parametrize('cls', LAYERS)
 every_rank = pytest.mark.parametrize('rank', DIFFSTRIDES)
@@ -71,86 +75,27 @@ every_rank = pytest.mark.parametrize('rank', DIFFSTRIDES)
 # Values
 
 
-def shares_of_the_grid(default, slow):
-    return pytest.mark.parametrize(
-        'share', [default, pytest.param(slow, marks=pytest.mark.slow)]
-    )
-
-
-def assert_values_on_the_grid(share, seed, layer_of):
-    """Compares 1 / share of the cases of the grid, each on some axis.
-
-    Args:
-        share: An integer.
-        seed: The seed of the order of the cases.
-        layer_of: A function of the number of a case and its strides, which
-            returns a layer that has them and a function that pools.
-    """
-    order = np.random.default_rng(seed).permutation(len(GRID))
-    half = len(order) // 2
-    pairs = enumerate(zip(order[:half:share], order[half::share]))
-    for i, (first, second) in some(pairs):
-        sizes, strides = zip(GRID[first], GRID[second])
-        layer, pool = layer_of(i, strides)
-        x = image(sizes, layer.data_format, batch=1, seed=i)
-        error = error_of(pool(x), reference.of_layer(layer, x, strides))
-        assert error <= 2e-5, (sizes, strides, layer.get_config())
-
-
-def learned(kind, variants, compiled=COMPILERS[USUAL]):
-    """Returns a `layer_of` whose few layers get the strides in turn."""
-    ramp, width, cropping = kind
-    layers = [
-        DiffStride(
-            *(2.0, width, cropping),
-            data_format=data_format,
-            ramp=ramp,
-            method=method,
-            norm=norm,
-        )
-        for method, data_format, norm in variants
-    ]
-
-    def layer_of(i, strides):
-        layer = layers[i % len(layers)]
-        layer.strides.assign(strides)
-        return layer, compiled(layer)
-
-    return layer_of
-
-
-@shares_of_the_grid(40, slow=4)
-@pytest.mark.parametrize('kind', KINDS, ids=str)
+@pytest.mark.parametrize('share', [40, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('kind', range(len(KINDS)))
 def test_values_and_sizes_agree_with_reference(kind, share):
-    assert_values_on_the_grid(share, KINDS.index(kind), learned(kind, VARIANTS))
-
-
-@only('tensorflow', 'graphs of unknown sizes')
-@shares_of_the_grid(20, slow=2)
-@pytest.mark.parametrize(
-    'kind, variant',
-    [
-        (('outside', 4, True), ('auto', 'channels_last', 'forward')),
-        (('outside', 0.5, True), ('fft', 'channels_first', 'ortho')),
-        (('inside', 2.5, True), ('matmul', 'channels_first', 'backward')),
-        (('inside', 4, False), ('matmul', 'channels_last', 'ortho')),
-        (('straight_through', 2.5, True), ('fft', 'channels_last', 'backward')),
-    ],
-    ids=str,
-)
-def test_values_and_sizes_of_graphs_agree_with_reference(kind, variant, share):
-    layer_of = learned(kind, [variant], functools.cache(of_any_image))
-    assert_values_on_the_grid(share, KINDS.index(kind), layer_of)
-
-
-@shares_of_the_grid(20, slow=1)
-def test_fixed_values_and_sizes_agree_with_reference(share):
-    def layer_of(i, strides):
-        method, data_format, norm = VARIANTS[i % len(VARIANTS)]
-        layer = FixedSpectralPooling(strides, data_format, method, norm)
-        return layer, COMPILERS[USUAL](layer)
-
-    assert_values_on_the_grid(share, 0, layer_of)
+    """Those of 1 / share of the cases; on TensorFlow learned ones in graphs."""
+    cls, method, data_format, norm, arguments = KINDS[kind]
+    arguments = {**arguments, 'data_format': data_format, 'norm': norm}
+    layer = cls(method=method, **arguments)
+    graph = of_any_image(layer) if BACKEND == 'tensorflow' else None
+    order = np.random.default_rng(kind).permutation(len(GRID))
+    half = len(order) // 2
+    for i, pair in some(enumerate(zip(order[:half:share], order[half::share]))):
+        sizes, strides = zip(*(GRID[case] for case in pair))
+        if cls is DiffStride:
+            layer.strides.assign(strides)
+            pool = graph or COMPILERS[USUAL](layer)
+        else:
+            layer = cls(strides, method=method, **arguments)
+            pool = COMPILERS[USUAL](layer)
+        x = image(sizes, data_format, batch=1, seed=i)
+        error = error_of(pool(x), reference.of_layer(layer, x, strides))
+        assert error <= 2e-5, (sizes, strides)
 
 
 @pytest.mark.parametrize(
@@ -184,15 +129,9 @@ def test_a_shared_stride_is_used_on_both_axes():
         (FIXED, 2, USUAL, 'fft', 'channels_first'),
         (FIXED, 2, USUAL, 'matmul', 'channels_last'),
         (FIXED, 3, USUAL, 'auto', 'channels_last'),
-        *(
-            (DIFFSTRIDES, 2, c, 'fft', 'channels_first')
-            for c in compilers('graph')
-        ),
-        *(
-            (DIFFSTRIDES, 2, c, 'matmul', 'channels_last')
-            for c in compilers('xla')
-        ),
-        *((FIXED, 2, c, 'fft', 'channels_last') for c in compilers('xla')),
+        *((DIFFSTRIDES, 2, c, 'fft', FORMATS[1]) for c in compilers('graph')),
+        *((DIFFSTRIDES, 2, c, 'matmul', FORMATS[0]) for c in compilers('xla')),
+        *((FIXED, 2, c, 'fft', FORMATS[0]) for c in compilers('xla')),
     ],
 )
 def test_values_and_gradients_of_inputs_in_every_rank(
@@ -209,9 +148,8 @@ def test_values_and_gradients_of_inputs_in_every_rank(
         return reference.of_layer(layer, x, strides)
 
     x = image(sizes, data_format)
-    assert (
-        error_of(COMPILERS[compiler](layer)(ops.array(x)), expected(x)) <= 2e-5
-    )
+    y = COMPILERS[compiler](layer)(ops.array(x))
+    assert error_of(y, expected(x)) <= 2e-5
     assert_gradient_is_adjoint(layer, expected, x, compiler)
 
 
@@ -254,10 +192,8 @@ def test_spatial_pooling_is_average_pooling_or_subsampling(data_format):
 @pytest.mark.parametrize(
     'layer',
     [
-        DiffStride(method='fft'),
-        DiffStride(method='matmul'),
-        FixedSpectralPooling(method='fft'),
-        SpatialPooling(),
+        *(DiffStride(method=method) for method in METHODS[1:]),
+        *(FixedSpectralPooling(method='fft'), SpatialPooling()),
     ],
 )
 def test_an_empty_batch_has_an_empty_result(layer):
@@ -307,12 +243,11 @@ def test_symbolic_and_computed_shapes_agree(
 @pytest.mark.parametrize(
     'cls, state, method, data_format, sizes',
     [
-        (DiffStride, '', 'fft', 'channels_last', (None, None)),
-        (DiffStride, '', 'matmul', 'channels_first', (None, None)),
+        (DiffStride, 'release', 'fft', 'channels_last', (None, None)),
         (DiffStride, 'hold', 'matmul', 'channels_last', (24, 26)),
         (DiffStride, 'hold', 'fft', 'channels_first', (24, 26)),
-        (FixedSpectralPooling, '', 'fft', 'channels_last', (16, 16)),
-        (FixedSpectralPooling, '', 'matmul', 'channels_first', (16, 16)),
+        (FixedSpectralPooling, None, 'fft', 'channels_last', (16, 16)),
+        (FixedSpectralPooling, None, 'matmul', 'channels_first', (16, 16)),
     ],
 )
 def test_graphs_keep_the_sizes_that_are_known(
@@ -326,15 +261,6 @@ def test_graphs_keep_the_sizes_that_are_known(
     shape = tf.TensorSpec(shape_of((32, 33), data_format))
     y = traced(layer).get_concrete_function(shape).output_shapes
     assert tuple(y) == shape_of(sizes, data_format)
-
-
-def test_output_sizes_of_other_strides_are_told():
-    """They are those of the clipped stride, whatever the layer has now."""
-    layer = DiffStride((2.0, 3.0), upper_limit_stride=4.0)
-    assert layer.output_size(32, 1) == 20
-    assert layer.output_size(32, 1, stride=2.0) == 24
-    assert layer.output_size(32, stride=100.0) == 16
-    assert FixedSpectralPooling(2).output_size(32, stride=3.0) == 10
 
 
 @pytest.mark.parametrize('ramp', RAMPS[:2])
@@ -361,13 +287,13 @@ def stride_gradient(layer, x, weights, compiler='eager'):
     """Returns that of sum(weights * layer(x))."""
 
     def gradient(x, weights):
-        return gradients(
-            lambda: ops.sum(weights * layer(x)), [], [layer.strides]
-        )[0]
+        def loss():
+            return ops.sum(weights * layer(x))
 
-    return array(
-        COMPILERS[compiler](gradient)(ops.array(x), ops.array(weights))
-    )
+        return gradients(loss, [], [layer.strides])[0]
+
+    gradient = COMPILERS[compiler](gradient)
+    return array(gradient(ops.array(x), ops.array(weights)))
 
 
 def assert_stride_gradient(compiler, sizes, strides, channels=2, **arguments):
@@ -513,15 +439,13 @@ def test_a_training_step_works_in_every_precision(policy, method, eagerly):
     skip_unless_there_is(policy)
     keras.config.set_dtype_policy(policy)
     pool = DiffStride((2.2, 3), method=method)
-    model = keras.Sequential(
-        [
-            keras.Input((None, None, 2)),
-            keras.layers.Conv2D(4, 3, padding='same'),
-            pool,
-            keras.layers.ReLU(),
-            keras.layers.GlobalAveragePooling2D(),
-            keras.layers.Dense(3, activation='softmax', dtype='float32'),
-        ]
+    model = sequential(
+        (None, None, 2),
+        keras.layers.Conv2D(4, 3, padding='same'),
+        pool,
+        keras.layers.ReLU(),
+        keras.layers.GlobalAveragePooling2D(),
+        keras.layers.Dense(3, activation='softmax', dtype='float32'),
     )
     # On PyTorch Adam does not move a float32 weight among others of bfloat16.
     model.compile(
@@ -540,41 +464,6 @@ def test_a_training_step_works_in_every_precision(policy, method, eagerly):
 # Training
 
 
-@every_rank
-def test_strides_of_every_rank_are_learned_in_a_subclassed_model(rank):
-    class Subclassed(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.pools = [DIFFSTRIDES[rank](4.0, 2.0, ramp='inside')]
-            self.flatten = keras.layers.Flatten()
-
-        def call(self, x):
-            return self.flatten(self.pools[0](x))
-
-    model = Subclassed()
-    model.compile(
-        keras.optimizers.Adam(0.3),
-        lambda y, x: -ops.mean(ops.square(x)),  # Less for smaller strides.
-        run_eagerly=True,
-    )
-    model.fit(image((16,) * rank, channels=1), np.zeros(2), epochs=4, verbose=0)
-    (strides,) = model.trainable_variables
-    assert strides.shape == (rank,)
-    assert np.all(array(strides) < 3.5)
-
-
-@pytest.mark.parametrize(
-    'arguments, loss',
-    [({'strides': (2, 3)}, 1.3), ({'strides': 3, 'shared_stride': True}, 1.8)],
-)
-def test_regularizer_of_the_strides_is_a_loss_of_the_layer(arguments, loss):
-    """A shared stride counts for each axis."""
-    l2 = keras.regularizers.L2(0.1)
-    layer = DiffStride(strides_regularizer=l2, **arguments)
-    layer(image((8, 8)))
-    assert float(sum(layer.losses)) == pytest.approx(loss)
-
-
 def test_regularizer_sees_the_strides_in_use():
     layer = DiffStride(2.0, strides_regularizer=keras.regularizers.L2(0.1))
     layer.hold()
@@ -582,63 +471,31 @@ def test_regularizer_sees_the_strides_in_use():
     assert float(sum(layer.losses)) == pytest.approx(0.8)
 
 
-def test_untrainable_strides_have_no_trainable_variable():
-    layer = DiffStride(2.0, trainable=False)
-    assert layer.trainable_variables == []
-    layer.trainable = True
-    assert layer.trainable_variables == [layer.strides]
-
-
-def test_layers_of_a_model_are_told_from_input_to_output():
-    inner = keras.Sequential([DiffStride(3), DiffStride(4)])
-    outer = keras.Sequential([DiffStride(2), inner, DiffStride(5)])
-    layers = diffstride_layers(keras.Sequential([outer, DiffStride(6)]))
-    assert [layer.initial_strides[0] for layer in layers] == [2, 3, 4, 5, 6]
-
-
 # Serialization
 
 
 COMMON = {'data_format': 'channels_first', 'name': 'pool', 'dtype': 'float64'}
+SPECTRAL = {**COMMON, 'method': 'fft', 'norm': 'ortho'}
+# The first entry of a class has all of its arguments.
 CONFIGS = [
-    (
-        DiffStride,
-        {
-            **COMMON,
-            'strides': (2.5, 3.0),
-            'smoothness_factor': 2.0,
-            'cropping': False,
-            'trainable': False,
-            'shared_stride': False,
-            'lower_limit_stride': 1.5,
-            'upper_limit_stride': 4,
-            'ramp': 'inside',
-            'method': 'fft',
-            'norm': 'ortho',
-            'strides_regularizer': keras.regularizers.L2(0.1),
-        },
-    ),
-    (
-        FixedSpectralPooling,
-        {**COMMON, 'strides': (2.5, 3.0), 'method': 'fft', 'norm': 'ortho'},
-    ),
+    (DiffStride,
+     {**SPECTRAL, 'strides': (2.5, 3.0), 'smoothness_factor': 2.0,
+      'ramp': 'inside', 'cropping': False, 'trainable': False,
+      'shared_stride': False, 'lower_limit_stride': 1.5,
+      'upper_limit_stride': 4, 'strides_regularizer': 'l2'}),
+    (FixedSpectralPooling, {**SPECTRAL, 'strides': (2.5, 3.0)}),
     (SpatialPooling, {**COMMON, 'pool_size': (2, 3), 'strides': (3, 4)}),
+    (SpectralResizing, {**SPECTRAL, 'size': (5, 8)}),
+    (SpectralResizing, {}),
     (DiffStride, {'strides': 3, 'shared_stride': True}),
-    (DiffStride, {'strides_regularizer': 'l1'}),
-    (DiffStride, {'strides': np.array([2, 3]), 'upper_limit_stride': 3}),
-    (
-        DiffStride,
-        {
-            'strides': np.float32(2.5),
-            'smoothness_factor': np.float32(1.5),
-            'lower_limit_stride': np.int64(2),
-        },
-    ),
+    (DiffStride,
+     {'strides': np.array([2, 3]), 'smoothness_factor': np.float32(1.5),
+      'lower_limit_stride': np.int64(2)}),
     (DiffStride1D, {'strides': (2.5,), 'norm': 'ortho', 'name': 'pool'}),
     (DiffStride3D, {'strides': (1, 2.5, 3), 'data_format': 'channels_first'}),
     (FixedSpectralPooling1D, {'strides': [2.5], 'method': 'fft'}),
     (FixedSpectralPooling3D, {'strides': (1, 2.5, 3), 'norm': 'backward'}),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize('cls, arguments', CONFIGS)
@@ -660,9 +517,9 @@ def test_config_round_trips_through_json(cls, arguments):
             assert np.array_equal(array(weight), array(expected))
 
 
-@every_layer
+@pytest.mark.parametrize('cls', [*LAYERS, SpectralResizing])
 def test_config_tests_cover_every_argument(cls):
-    covered = dict(CONFIGS[LAYERS.index(cls)][1])
+    covered = next(arguments for x, arguments in CONFIGS if x is cls)
     parameters = set(inspect.signature(cls).parameters) - {'kwargs'}
     assert parameters <= set(covered)
     assert parameters <= set(cls().get_config())
@@ -735,46 +592,38 @@ def test_bad_arguments_are_refused(cls, arguments, rule):
         assert str(value) in message
 
 
-BAD_INPUTS = [
-    ((2, 8, 3), 'float32', 'ndim=4', '(2, 8, 3)'),
-    ((2, 8, 8, 8, 3), 'float32', 'ndim=4', '(2, 8, 8, 8, 3)'),
-    ((2, 0, 8, 3), 'float32', 'at least 1', '(2, 0, 8, 3)'),
-    ((2, 8, 0, 3), 'float32', 'at least 1', '(2, 8, 0, 3)'),
-    ((2, 8, 8, 3), 'int32', 'floating-point', 'int32'),
-    ((2, 8, 8, 3), 'bool', 'floating-point', 'bool'),
-]
-
-
 @pytest.mark.parametrize('mode', ['eager', 'traced', 'symbolic'])
-@every_layer
-def test_bad_inputs_are_refused(cls, mode):
+@pytest.mark.parametrize(
+    'cls, shape, dtype, rule',
+    [
+        (DiffStride, (2, 8, 3), 'float32', r'ndim=4.*\(2, 8, 3\)'),
+        (SpatialPooling, (2, 8, 8, 8, 3), 'float32', 'ndim=4'),
+        (DiffStride1D, (1, 8, 8, 1), 'float32', 'ndim=3'),
+        (FixedSpectralPooling3D, (1, 8, 8, 1), 'float32', 'ndim=5'),
+        (DiffStride, (2, 0, 8, 3), 'float32', r'at least 1.*\(2, 0, 8, 3\)'),
+        (SpatialPooling, (2, 8, 0, 3), 'float32', 'at least 1'),
+        (DiffStride3D, (1, 8, 8, 0, 1), 'float32', 'at least 1'),
+        (FixedSpectralPooling, (2, 8, 8, 3), 'int32', 'floating-point.*int32'),
+        (SpatialPooling, (2, 8, 8, 3), 'bool', 'floating-point.*bool'),
+        (FixedSpectralPooling, [(2, 8, 8, 3), (2, 8, 9, 3)], 'float32',
+         'at least one tensor, of equal'),
+        (DiffStride, [(2, 8, 8, 3), (2, 8, 8)], 'float32', 'ndim=4'),
+    ],
+)  # fmt: skip
+def test_bad_inputs_are_refused(cls, shape, dtype, rule, mode):
     layer = cls(name='pool')
     call = traced(layer) if mode == 'traced' else layer
     make = keras.KerasTensor if mode == 'symbolic' else ops.zeros
-    for shape, dtype, rule, received in BAD_INPUTS:
-        with pytest.raises(ValueError, match=rule) as error:
-            call(make(shape, dtype))
-        assert 'pool' in str(error.value)
-        assert received in str(error.value)
-
-
-@pytest.mark.parametrize(
-    'cls, shape, rule',
-    [
-        (DiffStride1D, (1, 8, 8, 1), 'ndim=3'),
-        (FixedSpectralPooling3D, (1, 8, 8, 1), 'ndim=5'),
-        (DiffStride3D, (1, 8, 8, 0, 1), 'at least 1'),
-        (DiffStride, [], '"pool" must be at least one tensor, of equal'),
-        (FixedSpectralPooling, [(2, 8, 8, 3), (2, 8, 9, 3)],
-         '"pool" must be at least one tensor, of equal'),
-        (DiffStride, [(2, 8, 8, 3), (2, 8, 8)], 'ndim=4'),
-    ],
-)  # fmt: skip
-def test_bad_ranks_and_lists_are_refused(cls, shape, rule):
     is_list = isinstance(shape, list)
-    inputs = list(map(ops.zeros, shape)) if is_list else ops.zeros(shape)
-    with pytest.raises(ValueError, match=rule):
-        cls(name='pool')(inputs)
+    inputs = [make(x, dtype) for x in shape] if is_list else make(shape, dtype)
+    with pytest.raises(ValueError, match=rule) as error:
+        call(inputs)
+    assert 'pool' in str(error.value)
+
+
+def test_an_empty_list_is_refused():
+    with pytest.raises(ValueError, match='"pool" must be at least one tensor'):
+        DiffStride(name='pool')([])
 
 
 # XLA

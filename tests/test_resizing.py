@@ -1,25 +1,17 @@
 """Resizing against the float64 reference, and where its sizes come from."""
 
-import inspect
 import itertools
-import json
 
 import gin
 import keras
-import numpy as np
 import pytest
 import reference
 from backends import (
     FORMATS,
-    array,
-    assert_gradient_is_adjoint,
-    compilers,
-    dtype_of,
     error_of,
     image,
     of_unknown_sizes,
     only,
-    skip_unless_there_is,
 )
 from keras import ops
 
@@ -60,52 +52,6 @@ def test_values_agree_with_reference():
         assert error_of(y, expected) <= 1e-6, (sizes, new_sizes, arguments)
         y = SpectralResizing(**arguments)([x, like.astype('int32')])
         assert error_of(y, expected) <= 1e-6, (sizes, new_sizes, arguments)
-
-
-def wave(size):
-    """Returns samples of a signal with frequencies up to 3."""
-    t = np.arange(size) / size
-    x = 2 + sum(np.cos(2 * np.pi * (f * t + 0.1 * f)) for f in (1, 2, 3))
-    return x[None, :, None]
-
-
-@pytest.mark.parametrize('method', METHODS)
-def test_band_limited_signals_are_resized_exactly(method):
-    for size, new_size in itertools.product((7, 8, 64), (8, 33)):
-        y = SpectralResizing(new_size, method=method)(wave(size))
-        assert error_of(y, wave(new_size)) <= 1e-6
-
-
-@pytest.mark.parametrize(
-    'policy, method, tolerance',
-    [
-        ('float64', 'fft', 1e-12),
-        ('mixed_bfloat16', 'matmul', 2e-2),
-        ('float16', 'fft', 3e-3),
-    ],
-)
-def test_other_precisions(policy, method, tolerance):
-    skip_unless_there_is(policy)
-    x = image((8, 13))
-    layer = SpectralResizing((20, 6), method=method, dtype=policy)
-    y = layer(ops.cast(x, layer.compute_dtype))
-    assert dtype_of(y) == layer.compute_dtype
-    assert error_of(y, reference.resize(x, (20, 6))) <= tolerance
-
-
-@pytest.mark.parametrize(
-    'compiler, method',
-    [('eager', 'fft'), ('eager', 'matmul')]
-    + [(name, 'fft') for name in compilers('xla')],
-)
-def test_gradient_is_the_transposed_operator(compiler, method):
-    layer, like = SpectralResizing(method=method), image((20, 6))
-    assert_gradient_is_adjoint(
-        lambda x: layer([x, like]),
-        lambda x: reference.resize(x, (20, 6)),
-        image((8, 13)),
-        compiler,
-    )
 
 
 # Sizes
@@ -174,39 +120,9 @@ def test_sizes_follow_a_learned_stride():
 # Models
 
 
-def test_config_round_trips_through_json():
-    arguments = {
-        'size': np.array([5, 8]),
-        'data_format': 'channels_first',
-        'method': 'fft',
-        'norm': 'backward',
-        'dtype': 'float64',
-        'name': 'resize',
-    }
-    for layer in (SpectralResizing(), SpectralResizing(**arguments)):
-        text = json.dumps(keras.layers.serialize(layer))
-        copy = keras.layers.deserialize(json.loads(text))
-        assert type(copy) is SpectralResizing
-        assert copy.get_config() == layer.get_config()
-    names = set(inspect.signature(SpectralResizing).parameters) - {'kwargs'}
-    assert names <= set(arguments) and names <= set(layer.get_config())
-
-
 def test_arguments_are_bound_by_gin():
     gin.parse_config('resizing.SpectralResizing.size = (5, 8)')
     assert gin.get_configurable('resizing.SpectralResizing')().size == (5, 8)
-
-
-def test_models_are_saved_and_cloned(tmp_path):
-    model = meeting(method='fft')
-    model.get_layer('pool').strides = (1.5, 4.5)
-    x = image((12, 15))
-    model.save(tmp_path / 'model.keras')
-    clone = keras.models.clone_model(model)
-    clone.set_weights(model.get_weights())
-    for copy in (keras.models.load_model(tmp_path / 'model.keras'), clone):
-        for y, expected in zip(copy(x), model(x)):
-            assert np.array_equal(array(y), array(expected))
 
 
 def test_macs_are_counted_for_the_first_input_alone():
@@ -260,10 +176,6 @@ def test_bad_inputs_are_refused(size, shapes, rule, mode):
         assert 'resize' in str(error.value)
 
 
-def test_integers_and_another_rank_are_refused():
-    layer = SpectralResizing(3)
+def test_integers_are_refused():
     with pytest.raises(ValueError, match='floating-point'):
-        layer(ops.zeros((2, 8, 8, 3), 'int32'))
-    layer(ops.zeros((2, 8, 8, 3)))
-    with pytest.raises(ValueError, match='ndim=4'):
-        layer(ops.zeros((2, 8, 3)))
+        SpectralResizing(3)(ops.zeros((2, 8, 8, 3), 'int32'))
