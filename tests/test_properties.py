@@ -90,17 +90,3 @@ def test_allowed_inputs_are_pooled_as_by_the_reference(case):
     tolerance += 2e-7 * max(x.shape) / width
     scale = max(1e-3, np.abs(expected).max())
     assert np.abs(array(y) - expected).max() <= tolerance * scale
-
-
-@settings(max_examples=100)
-@given(
-    st.integers(1, 70),
-    st.tuples(strides, strides),
-    widths,
-    st.sampled_from(RAMPS),
-)
-def test_output_sizes_never_grow_with_the_stride(size, pair, width, ramp):
-    learned = pooling.DiffStride1D(smoothness_factor=width, ramp=ramp)
-    for layer in (learned, pooling.FixedSpectralPooling1D()):
-        small, large = (layer.output_size(size, 0, s) for s in sorted(pair))
-        assert large <= small
