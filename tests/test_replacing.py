@@ -1,10 +1,12 @@
 """Models that stride, and the same with learned strides in their place."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
 import reference
-from backends import BACKEND, array, random
+from backends import array, random
 from keras import layers, ops
 
 from diffstride import (
@@ -97,68 +99,22 @@ def test_layer_loses_its_stride_and_is_pooled(layer):
     rank = len(layer.strides)
     shape = (24, 12, 12)[:rank]
     model = randomized(sequential(models.copy_layer(layer), shape=(*shape, 2)))
-    result = replace_strides(model, ramp='inside', smoothness_factor=2.0)
+    result = replace_strides(model, smoothness_factor=2.0)
     unstrided, pool = result.layers
     config = {**layer.get_config(), 'strides': (1,) * rank}
     assert unstrided.get_config() == config
     assert pool.name == f'{layer.name}_pooling'
     assert pool.stride_values == tuple(map(float, layer.strides))
-    assert pool.ramp == 'inside'
+    assert pool.ramp == 'straight_through'
     assert_same_weights(result, model)
     x = random(2, *shape, 2)
     expected = reference.diffstride(
-        array(unstrided(x)), layer.strides, 2.0, 'inside'
+        array(unstrided(x)), layer.strides, ramp='straight_through'
     )
     np.testing.assert_allclose(array(result(x)), expected, atol=2e-5)
     batch, *sizes, channels = model(x).shape
     even = [size + size % 2 for size in sizes]
     assert expected.shape == (batch, *even, channels)
-
-
-@pytest.mark.parametrize('padding', ['same', 'valid'])
-@pytest.mark.parametrize('window, stride', [(1, 2), (2, 4), (7, 3)])
-def test_sizes_are_those_of_the_strided_layer_by_default(
-    window, stride, padding
-):
-    """They are rounded up to even."""
-    for size in (8, 14, 33):
-        strided = layers.MaxPooling2D(window, stride, padding)
-        model = sequential(strided, shape=(size, size, 1))
-        pool = replace_strides(model).layers[-1]
-        whole = model.output_shape[1]
-        samples = size if padding == 'same' else size - window + 1
-        assert pool.output_size(samples) == min(samples, whole + whole % 2)
-
-
-def band_limited(size, highest):
-    """Images without frequencies above `highest`: [1, size, size, 3]."""
-    spectrum = np.fft.rfft2(random(size, size, 3), axes=(0, 1))
-    frequency = np.abs(np.fft.fftfreq(size, 1 / size))
-    spectrum[frequency > highest] = 0
-    spectrum[:, np.arange(size // 2 + 1) > highest] = 0
-    return np.fft.irfft2(spectrum, (size, size), axes=(0, 1))[None]
-
-
-@pytest.mark.parametrize(
-    'size, window, stride', [(16, 1, 2), (24, 1, 3), (16, 3, 2)]
-)
-def test_band_limited_maps_give_what_the_strided_convolution_does(
-    size, window, stride
-):
-    # Wrapped around, the map of the convolution is band-limited too.
-    pad = window // 2
-    model = randomized(
-        sequential(
-            layers.Conv2D(4, window, stride),
-            shape=(size + 2 * pad, size + 2 * pad, 3),
-        )
-    )
-    result = replace_strides(model, **NARROW)
-    for highest, is_equal in [(size // (2 * stride) - 1, True), (size, False)]:
-        x = band_limited(size, highest)
-        x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)), 'wrap')
-        error = np.abs(array(result(x)) - array(model(x))).max()
-        assert error <= 5e-6 if is_equal else error > 0.1
 
 
 @pytest.mark.parametrize(
@@ -221,18 +177,6 @@ def residual_network(x):
     x = layers.Conv2D(4, 3, 2, padding='same', name='stem')(x)
     x = block(block(x, 6, 'first'), 8, 'second')
     return layers.Dense(3)(layers.GlobalAveragePooling2D()(x))
-
-
-def test_residual_block_is_computed_as_by_hand():
-    model = randomized(functional(lambda x: block(x, 4, 'one')))
-    result = replace_strides(model, **NARROW)
-    x = random(2, 16, 16, 3)
-    at = result.get_layer
-    main = np.float32(pooled(at('one_main')(x)))
-    main = at('one_last')(at('one_relu')(at('one_norm')(main)))
-    shortcut = at('one_shortcut')(np.float32(pooled(x)))
-    expected = array(main) + array(shortcut)
-    np.testing.assert_allclose(array(result(x)), expected, atol=1e-4)
 
 
 def two_shortcuts(x):
@@ -338,13 +282,6 @@ def unequal_depths(x):
     return layers.Add(name='meet')([x, y])
 
 
-def unequal_strides(x):
-    y = layers.MaxPooling2D(3, (2, 4), padding='same', name='down_a')(x)
-    x = layers.MaxPooling2D(3, (2, 2), padding='same', name='down_b')(x)
-    x = layers.MaxPooling2D((1, 2), name='down_c')(x)
-    return layers.Add(name='meet')([x, y])
-
-
 def unequal_windows(x):
     y = layers.MaxPooling2D(2, name='down_a')(x)
     x = layers.Conv2D(3, 1, 2, name='down_b')(x)
@@ -354,17 +291,6 @@ def unequal_windows(x):
 def flatten(x):
     x = layers.MaxPooling2D(2, padding='same', name='down')(x)
     return layers.Dense(2, name='meet')(layers.Flatten()(x))
-
-
-def reshape(x):
-    x = layers.MaxPooling2D(2, name='down')(x)
-    return layers.Reshape((64, 3), name='meet')(x)
-
-
-def fixed_size(x):
-    y = layers.Resizing(8, 8)(x)
-    x = layers.MaxPooling2D(2, name='down')(x)
-    return layers.Subtract(name='meet')([x, y])
 
 
 def learned_before(x):
@@ -396,16 +322,8 @@ def nested_autoencoder(x):
     return layers.Activation('relu', name='decoded')(decoder(encoder(x)))
 
 
-def upsampled_line(x):
-    x = layers.Conv1D(4, 3, 2, padding='same', name='down')(x)
-    return layers.UpSampling1D(2, name='decoded')(x)
-
-
 ANY_SIZE = (None, None, 3)
-MEETING = [
-    *(unequal_depths, unequal_strides, unequal_windows, flatten, reshape),
-    *(fixed_size, learned_before),
-]
+MEETING = [unequal_depths, unequal_windows, flatten, learned_before]
 UPSAMPLED = r'"decoded".*learned by "down".*SpectralResizing'
 
 
@@ -420,7 +338,6 @@ UPSAMPLED = r'"decoded".*learned by "down".*SpectralResizing'
         (segmentation, (16, 16, 3), UPSAMPLED),
         (segmentation, ANY_SIZE, UPSAMPLED),
         (nested_autoencoder, (16, 16, 3), UPSAMPLED),
-        (upsampled_line, (16, 3), UPSAMPLED),
     ],
 )  # fmt: skip
 def test_sizes_that_could_come_apart_are_refused(network, shape, message):
@@ -467,23 +384,9 @@ def test_any_callable_is_a_pooling_cls():
 
     layer = layers.Conv2D(2, 3, 2, padding='same', name='conv', dtype='float16')
     result = replace_strides(sequential(layer), pooling_cls)
-    assert calls == [
-        {
-            'strides': (2, 2),
-            'data_format': 'channels_last',
-            'name': 'conv_pooling',
-            'dtype': layer.dtype_policy,
-        }
-    ]
+    names = {'data_format': 'channels_last', 'name': 'conv_pooling'}
+    assert calls == [{'strides': (2, 2), 'dtype': layer.dtype_policy, **names}]
     assert result.output_shape == (None, 8, 8, 2)
-
-
-def subclassed():
-    class Subclassed(keras.Model):
-        def call(self, x):
-            return x
-
-    return Subclassed()
 
 
 def of_unknown_layer():
@@ -505,7 +408,7 @@ def down(cls=layers.MaxPooling2D, shape=(16, 16, 3)):
 @pytest.mark.parametrize(
     'make, kwargs, match',
     [
-        (subclassed, {}, '`model`.*Subclassed'),
+        (keras.Model, {}, "`model` must .*='Model'"),
         (lambda: layers.Conv2D(4, 3, 2), {}, '`model`.*Conv2D'),
         (lambda: keras.Sequential([layers.MaxPooling2D(2)]), {},
          '`model`.*built'),
@@ -547,14 +450,14 @@ def test_the_given_model_is_left_as_it_is():
 
 
 def test_dtypes_formats_and_names_are_kept():
+    conv = functools.partial(
+        layers.Conv2D, 4, 3, padding='same', data_format='channels_first'
+    )
     model = keras.Sequential(
         [
             keras.Input((3, 16, 16), name='pixels'),
-            layers.Conv2D(
-                *(4, 3, (2, 4), 'same', 'channels_first'),
-                dtype='mixed_bfloat16',
-            ),
-            layers.Conv2D(4, 3, 2, 'same', 'channels_first', dtype='float32'),
+            conv(strides=(2, 4), dtype='mixed_bfloat16'),
+            conv(strides=2, dtype='float32'),
         ],
         name='network',
     )
@@ -602,12 +505,6 @@ def test_strides_of_frozen_layers_are_not_learned(network, frozen, learned):
     variables = set(map(id, result.trainable_variables))
     found = [pool for pool in pools if id(pool.strides) in variables]
     assert set(names_of(found)) == learned
-    before = {pool: pool.stride_values for pool in pools}
-    result.compile(keras.optimizers.SGD(0.5), 'mse', run_eagerly=True)
-    x = random(2, 16, 16, 3)
-    result.train_on_batch(x, np.ones(result(x).shape))
-    moved = [pool for pool in pools if pool.stride_values != before[pool]]
-    assert set(names_of(moved)) == learned
     pools = diffstride_layers(replace_strides(model, trainable=True))
     assert all(pool.trainable for pool in pools if pool.name != 'own')
 
@@ -646,11 +543,8 @@ def test_several_inputs_and_outputs_in_their_structures():
 
 def nested_network():
     """A shared Sequential, then a Functional of a fixed input size."""
-    stem = sequential(
-        layers.Conv2D(3, 3, 2, padding='same', name='stem'),
-        shape=(32, 32, 3),
-        name='stems',
-    )
+    conv = layers.Conv2D(3, 3, 2, padding='same', name='stem')
+    stem = sequential(conv, shape=(32, 32, 3), name='stems')
     inner = functional(layers.Conv2D(4, 3, 2, padding='same', name='inside'))
     inner.name = 'inner'
     left, right = keras.Input((32, 32, 3)), keras.Input((32, 32, 3))
@@ -736,14 +630,8 @@ def test_vocabularies_are_kept():
     pytest.importorskip('tensorflow')  # For the lookup, on every backend.
     words = layers.IntegerLookup()
     words.adapt([7, 7, 5, 3])
-    model = keras.Sequential(
-        [
-            keras.Input((8,), dtype='int64'),
-            words,
-            layers.Embedding(5, 4),
-            layers.Conv1D(2, 1, 2),
-        ]
-    )
+    rest = layers.Embedding(5, 4), layers.Conv1D(2, 1, 2)
+    model = keras.Sequential([keras.Input((8,), dtype='int64'), words, *rest])
     result = replace_strides(randomized(model), **NARROW)
     x = np.array([[5] * 8, [7] * 8])
     np.testing.assert_allclose(array(result(x)), array(model(x)), atol=2e-6)
@@ -752,10 +640,7 @@ def test_vocabularies_are_kept():
 class Network(keras.Model):
     """A class that can be made from layers, with its own step."""
 
-    steps = 0
-
     def train_step(self, *args, **kwargs):
-        type(self).steps += 1
         return super().train_step(*args, **kwargs)
 
 
@@ -775,10 +660,7 @@ class OfDepth(keras.Model):
 def test_classes_of_models_are_kept_or_refused():
     inputs = keras.Input((8, 8, 1))
     outputs = layers.GlobalAveragePooling2D()(layers.MaxPooling2D(2)(inputs))
-    result = replace_strides(Network(inputs, outputs))
-    result.compile('sgd', 'mse')
-    result.fit(random(2, 8, 8, 1), random(2, 1), verbose=0)
-    assert Network.steps
+    assert type(replace_strides(Network(inputs, outputs))) is Network
     with pytest.raises(ValueError, match=r'own `train_step`.*WithFactor'):
         replace_strides(WithFactor(inputs, outputs))
     result = replace_strides(OfDepth(2))
@@ -790,9 +672,8 @@ def test_classes_of_models_are_kept_or_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(BACKEND == 'jax', reason='JAX compiles for minutes')
 @pytest.mark.parametrize('name', ['ResNet50', 'MobileNetV2', 'EfficientNetB0'])
-def test_applications(name, tmp_path):
+def test_applications(name):
     model = getattr(keras.applications, name)(
         weights=None, classes=3, input_shape=(64, 64, 3)
     )
@@ -801,29 +682,18 @@ def test_applications(name, tmp_path):
     pools = diffstride_layers(result)
     assert len(pools) == 5
 
-    # Sizes at the start, of every layer.
-    def shapes(model, names):
-        part = keras.Model(
-            model.inputs[0], [model.get_layer(x).output for x in names]
-        )
-        return [tuple(y.shape) for y in part(random(2, 64, 64, 3))]
-
-    strided = {
-        x.name for x in model.layers if max(getattr(x, 'strides', (1,))) > 1
-    }
-    names = [x.name for x in model.layers[1:] if x.name not in strided]
-    assert shapes(result, names) == shapes(model, names)
-
-    result.compile(keras.optimizers.SGD(0.1), 'mse')
+    # At the start, each layer behind a pooling has the sizes that it had.
     x, y = 64 * random(2, 64, 64, 3), random(2, 3)
+
+    def shapes(model, names):
+        outputs = [model.get_layer(name).output for name in names]
+        return [y.shape for y in keras.Model(model.inputs[0], outputs)(x)]
+
+    strides = {x.name: getattr(x, 'strides', (1,)) for x in model.layers[1:]}
+    names = [name for name in strides if max(strides[name]) == 1]
+    assert shapes(result, names) == shapes(model, names)
+    result.compile(keras.optimizers.SGD(0.1), 'mse')
     history = result.fit(x, y, verbose=0)
     assert np.isfinite(history.history['loss'][0])
     for pool in pools:
         assert pool.stride_values != (2.0, 2.0)
-
-    move(result, *[(1.6 + 0.1 * i, 2.4) for i in range(len(pools))])
-    moved = array(result(x))
-    assert np.isfinite(moved).all()
-    result.save(tmp_path / 'model.keras')
-    loaded = keras.saving.load_model(tmp_path / 'model.keras')
-    np.testing.assert_allclose(array(loaded(x)), moved, rtol=1e-4)
