@@ -6,7 +6,7 @@ import os
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, array, only
+from backends import BACKEND, array, only, sequential
 from keras import layers, ops
 
 from diffstride import (
@@ -15,22 +15,19 @@ from diffstride import (
     DiffStride3D,
     complexity,
     diffstride_layers,
-    replace_strides,
 )
 from diffstride.callbacks import StrideBudget, StrideLogger, UpdateSizes
 
 
 def small_model(**kwargs):
-    model = keras.Sequential(
-        [
-            keras.Input((16, 12, 3)),
-            DiffStride((2.0, 1.5), 1.0, name='first', **kwargs),
-            layers.ReLU(),
-            DiffStride(2.0, 1.0, shared_stride=True, name='second', **kwargs),
-            layers.ReLU(),  # Without it the mean would not depend on strides.
-            layers.GlobalAveragePooling2D(),
-            layers.Dense(3),
-        ]
+    model = sequential(
+        (16, 12, 3),
+        DiffStride((2.0, 1.5), 1.0, name='first', **kwargs),
+        layers.ReLU(),
+        DiffStride(2.0, 1.0, shared_stride=True, name='second', **kwargs),
+        layers.ReLU(),  # Without it the mean would not depend on strides.
+        layers.GlobalAveragePooling2D(),
+        layers.Dense(3),
     )
     model.compile(
         keras.optimizers.SGD(0.3, momentum=0.9),
@@ -53,12 +50,8 @@ def test_stride_logger_logs_each_stride_and_size_and_the_macs(tmp_path):
     model = small_model()
     x, y = np.zeros((4, 16, 12, 3)), np.zeros((4, 3))
     csv = tmp_path / 'log.csv'
-    logs = model.fit(
-        x,
-        y,
-        verbose=0,
-        callbacks=[StrideLogger(), keras.callbacks.CSVLogger(csv)],
-    ).history
+    callbacks = [StrideLogger(), keras.callbacks.CSVLogger(csv)]
+    logs = model.fit(x, y, verbose=0, callbacks=callbacks).history
     expected = {
         'stride/first/height': 2.0,
         'stride/first/width': 1.5,
@@ -78,15 +71,12 @@ def test_stride_logger_logs_each_stride_and_size_and_the_macs(tmp_path):
     'layer, axes',
     [
         (DiffStride1D((2.5,), 1.0, name='p'), ['time']),
-        (
-            DiffStride3D((1.5, 2, 3), 1.0, name='p'),
-            ['depth', 'height', 'width'],
-        ),
+        (DiffStride3D(2.0, 1.0, name='p'), ['depth', 'height', 'width']),
     ],
 )
 def test_stride_logger_names_the_axes_of_each_rank(layer, axes, tmp_path):
     shape = (*[12] * layer.rank, 1)
-    model = keras.Sequential([keras.Input(shape), layer])
+    model = sequential(shape, layer)
     has_images = BACKEND == 'tensorflow'
     logger = StrideLogger(log_dir=tmp_path if has_images else None)
     logger.set_model(model)
@@ -102,52 +92,45 @@ def test_stride_logger_names_the_axes_of_each_rank(layer, axes, tmp_path):
     assert has_images == bool(glob.glob(str(tmp_path / 'masks' / '*')))
 
 
-def test_stride_logger_without_known_sizes_logs_strides_alone():
-    model = keras.Sequential(
-        [keras.Input((None, None, 1)), DiffStride(2.0, name='pool')]
-    )
-    model.compile('sgd', lambda y, p: ops.sum(p, axis=(1, 2, 3)))
-    x = np.ones((2, 8, 8, 1))
-    logs = model.fit(x, x, verbose=0, callbacks=[StrideLogger()]).history
-    assert set(logs) == {'loss', 'stride/pool/height', 'stride/pool/width'}
-
-
-def test_stride_logger_of_several_inputs_and_of_a_subclass():
+def test_stride_logger_of_several_inputs():
     inputs = [keras.Input((8, 8, 1)), keras.Input((4,))]
     pooled = DiffStride(2.0, 1.0, name='pool')(inputs[0])
     mean = layers.GlobalAveragePooling2D()(pooled)
-    functional = keras.Model(inputs, layers.Add()([mean, inputs[1]]))
-    x = [np.ones((2, 8, 8, 1)), np.ones((2, 4))]
-    functional.compile('sgd', 'mse')
-    logs = functional.fit(
-        x, np.ones((2, 4)), verbose=0, callbacks=[StrideLogger()]
-    ).history
+    model = keras.Model(inputs, layers.Add()([mean, inputs[1]]))
+    model.compile('sgd', 'mse')
+    x, y = [np.ones((2, 8, 8, 1)), np.ones((2, 4))], np.ones((2, 4))
+    logs = model.fit(x, y, verbose=0, callbacks=[StrideLogger()]).history
     assert logs['size/pool/height'] == [6]
-    assert logs['macs'] == [complexity(functional, [(8, 8, 1), (4,)]).macs]
+    assert logs['macs'] == [complexity(model, [(8, 8, 1), (4,)]).macs]
 
-    class Subclassed(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.pool = DiffStride(2.0, name='pool')
 
-        def call(self, x):
-            return self.pool(x)
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.pool = DiffStride(2.0, name='pool')
 
-    model = Subclassed()
+    def call(self, x):
+        return self.pool(x)
+
+
+@pytest.mark.parametrize(
+    'make',
+    [
+        Subclassed,
+        lambda: sequential((None, None, 1), DiffStride(2.0, name='pool')),
+    ],
+)
+def test_stride_logger_without_known_sizes_logs_strides_alone(make):
+    model, x = make(), np.ones((2, 8, 8, 1))
     model.compile('sgd', lambda y, p: ops.sum(p, axis=(1, 2, 3)))
-    logs = model.fit(x[0], x[0], verbose=0, callbacks=[StrideLogger()]).history
+    logs = model.fit(x, x, verbose=0, callbacks=[StrideLogger()]).history
     assert set(logs) == {'loss', 'stride/pool/height', 'stride/pool/width'}
 
 
 def test_masks_are_images_for_tensorboard(tmp_path):
     tf = pytest.importorskip('tensorflow', reason='It writes the images')
-    model = small_model()
-    model.fit(
-        *data(),
-        epochs=2,
-        verbose=0,
-        callbacks=[StrideLogger(log_dir=tmp_path)],
-    )
+    model, logger = small_model(), StrideLogger(log_dir=tmp_path)
+    model.fit(*data(), epochs=2, verbose=0, callbacks=[logger])
     (path,) = glob.glob(f'{tmp_path}/masks/*')
     images = [
         (event.step, value.tag, value.tensor.string_val)
@@ -165,33 +148,22 @@ def test_masks_are_images_for_tensorboard(tmp_path):
     )
 
 
-class Assigns(keras.callbacks.Callback):
-    """Sets strides at the end of each epoch, instead of learning them."""
-
-    def __init__(self, layer, strides):
-        super().__init__()
-        self.layer, self.values = layer, strides
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.layer.strides.assign([self.values[epoch]] * 2)
-
-
 @only('tensorflow', 'sizes follow by themselves elsewhere')
 def test_sizes_of_a_compiled_model_follow_by_epochs():
     pool = DiffStride(2.0, ramp='inside')
     pool.make_sizes_static()
-    model = keras.Sequential(
-        [keras.Input((16, 16, 3)), pool, layers.GlobalAveragePooling2D()]
-    )
+    model = sequential((16, 16, 3), pool, layers.GlobalAveragePooling2D())
     model.compile(keras.optimizers.SGD(1e-6), 'mse', jit_compile=True)
     sizes = []
-    note = keras.callbacks.LambdaCallback(
-        on_epoch_end=lambda epoch, logs: sizes.append(pool.output_size(16))
-    )
+
+    def note_and_assign(epoch, logs):
+        sizes.append(pool.output_size(16))
+        pool.strides.assign([(2.2, 3.0, 1.2)[epoch]] * 2)
+
+    by_epoch = keras.callbacks.LambdaCallback(on_epoch_end=note_and_assign)
     x, y = np.zeros((4, 16, 16, 3), 'float32'), np.zeros((4, 3))
     pool.strides.assign([1.0, 1.0])
-    callbacks = [note, Assigns(pool, [2.2, 3.0, 1.2]), UpdateSizes()]
-    model.fit(x, y, epochs=3, verbose=0, callbacks=callbacks)
+    model.fit(x, y, epochs=3, verbose=0, callbacks=[by_epoch, UpdateSizes()])
     # An epoch has the sizes of 1, 2.2 and 3. The last ones stay.
     assert [*sizes, pool.output_size(16)] == [16, 8, 6, 6]
     x = np.random.default_rng(0).normal(size=x.shape).astype('float32')
@@ -203,37 +175,37 @@ def test_sizes_of_a_compiled_model_follow_by_epochs():
 # StrideBudget
 
 
-TARGET = np.array([[1.2, 2.0], [1.5, 1.1]])
-SCALE = np.array([[1.0, 2.0], [0.5, 3.0]])
+TARGET = np.float32([[1.2, 2.0], [1.5, 1.1]])
+SCALE = np.float32([[1.0, 2.0], [0.5, 3.0]])
 CHANNELS = 2
 
 
-class Quadratic(layers.Layer):
-    """Adds sum of SCALE (S - TARGET)^2 / 2 to the loss."""
+class AddedLoss(layers.Layer):
+    """Adds a function of the inputs and of all strides to the loss."""
 
-    def __init__(self, pools):
+    def __init__(self, function, pools):
         super().__init__()
-        self.pools = pools
+        self.function, self.pools = function, pools
 
     def call(self, inputs):
         strides = ops.stack([pool.state.tensor() for pool in self.pools])
-        target, scale = (
-            ops.convert_to_tensor(x, 'float32') for x in (TARGET, SCALE)
-        )
-        self.add_loss(ops.sum(scale * (strides - target) ** 2) / 2)
+        self.add_loss(self.function(inputs, strides))
         return inputs
+
+
+def quadratic(inputs, strides):
+    distance = ops.square(ops.subtract(strides, TARGET))
+    return ops.sum(ops.multiply(distance, SCALE)) / 2
 
 
 def quadratic_model(strides, optimizer):
     pools = [DiffStride(s, 1.0, ramp='straight_through') for s in strides]
-    model = keras.Sequential(
-        [
-            keras.Input((32, 32, 1)),
-            *pools,
-            layers.Conv2D(CHANNELS, 3, padding='same', trainable=False),
-            layers.GlobalAveragePooling2D(),
-            Quadratic(pools),
-        ]
+    model = sequential(
+        (32, 32, 1),
+        *pools,
+        layers.Conv2D(CHANNELS, 3, padding='same', trainable=False),
+        layers.GlobalAveragePooling2D(),
+        AddedLoss(quadratic, pools),
     )
     model.compile(optimizer, lambda y, p: 0 * ops.sum(p, -1))
     return model
@@ -246,39 +218,16 @@ def smooth_macs(a, b, c, d):
     return pools + i * j * 9 * CHANNELS
 
 
-def optimum(budget):
-    """The least loss with the MACs of a budget, by Newton's method.
-
-    It solves SCALE (S - TARGET) + multiplier dMACs/dS = 0, MACs = budget.
-    """
-
-    def equations(x):
-        steps = 1e-6 * np.eye(4)
-        slopes = [
-            (smooth_macs(*(x[:4] + e)) - smooth_macs(*(x[:4] - e))) / 2e-6
-            for e in steps
-        ]
-        pull = SCALE.ravel() * (x[:4] - TARGET.ravel())
-        excess = smooth_macs(*x[:4]) / budget - 1
-        return np.append(pull + x[4] * np.array(slopes) / budget, excess)
-
-    x = np.array([2.0, 2.0, 2.0, 2.0, 1.0])
-    for _ in range(50):
-        jacobian = [
-            (equations(x + e) - equations(x - e)) / 2e-5
-            for e in 1e-5 * np.eye(5)
-        ]
-        x = x - 0.5 * np.linalg.solve(np.transpose(jacobian), equations(x))
-    assert np.abs(equations(x)).max() < 1e-6
-    return x[:4]
-
-
-class Last(keras.callbacks.Callback):
-    """Keeps the strides of the last epoch of learning."""
-
-    def on_epoch_end(self, epoch, logs=None):
-        if not diffstride_layers(self.model)[0].state.held:
-            self.strides = np.ravel(strides_of(self.model))
+def assert_best(strides, atol):
+    """Checks that no exchange of MACs lowers the loss: Lagrange's condition."""
+    slopes = [
+        (smooth_macs(*(strides + x)) - smooth_macs(*(strides - x))) / 2e-6
+        for x in 1e-6 * np.eye(4)
+    ]
+    slopes = np.array(slopes) / np.linalg.norm(slopes)
+    pull = SCALE.ravel() * (strides - TARGET.ravel())
+    np.testing.assert_allclose(pull, slopes * (pull @ slopes), atol=atol)
+    assert smooth_macs(*strides) == pytest.approx(2e4, rel=1e-4)
 
 
 STARTS = [
@@ -296,40 +245,31 @@ def rest(model, start, steps):
         layer.release()
         layer.strides = strides
     x, y = np.zeros((steps, 32, 32, 1)), np.zeros((steps, CHANNELS))
-    last = Last()
+    learned = []
+
+    def note(epoch, logs):
+        learned.append(np.ravel(strides_of(model)))
+
+    last = keras.callbacks.LambdaCallback(on_epoch_end=note)
     budget = StrideBudget(macs=2e4, learn=1.0)
     model.fit(x, y, batch_size=1, verbose=0, callbacks=[budget, last])
     assert all(x.state.held for x in diffstride_layers(model))
     assert 1.9e4 < complexity(model, (32, 32, 1)).macs <= 2e4
-    return last.strides
+    return learned[-1]
 
 
 def test_learned_strides_are_the_best_ones_of_the_budget():
     model = quadratic_model(STARTS[0], keras.optimizers.SGD(0.1))
-    expected = optimum(2e4)
-    for start in STARTS:
-        found = rest(model, start, 160)
-        np.testing.assert_allclose(found, expected, atol=1e-2)
+    found = [rest(model, start, 160) for start in STARTS]
+    np.testing.assert_allclose(found, [found[0]] * len(found), atol=1e-2)
+    assert_best(found[0], atol=3e-2)
 
 
 def test_steps_of_adam_come_to_rest_at_the_same_strides():
     """They are not along the gradient, so neither is the way back."""
     rate = keras.optimizers.schedules.CosineDecay(0.05, 250)
     model = quadratic_model(STARTS[1], keras.optimizers.Adam(rate))
-    found = rest(model, STARTS[1], 250)
-    np.testing.assert_allclose(found, optimum(2e4), atol=3e-2)
-
-
-class Slope(layers.Layer):
-    """Adds the mean of the input times the first height stride to the loss."""
-
-    def __init__(self, pool):
-        super().__init__()
-        self.pool = pool
-
-    def call(self, inputs):
-        self.add_loss(ops.mean(inputs) * self.pool.state.tensor()[0])
-        return inputs
+    assert_best(rest(model, STARTS[1], 250), atol=5e-2)
 
 
 def way(optimizer, slopes):
@@ -341,9 +281,12 @@ def way(optimizer, slopes):
         )
         for _ in range(2)
     ]
-    model = keras.Sequential(
-        [keras.Input((32, 32, 1)), convs[0], pool, Slope(pool), convs[1]]
-    )
+
+    def loss(inputs, strides):
+        return ops.mean(inputs) * strides[0, 0]
+
+    slope = AddedLoss(loss, [pool])
+    model = sequential((32, 32, 1), convs[0], pool, slope, convs[1])
     model.compile(optimizer, lambda y, p: 0 * ops.sum(p, (1, 2, 3)))
     model.fit(
         np.ones((42, 32, 32, 1)) * np.reshape(slopes * 14, [-1, 1, 1, 1]),
@@ -384,14 +327,11 @@ def test_the_first_epoch_counts_batches_of_unknown_number():
     batches = batches.filter(lambda x, y: True)
     model = small_model(ramp='inside')
     with pytest.raises(ValueError, match='`learn` must be more than one epoch'):
-        model.fit(
-            batches,
-            shuffle=False,
-            callbacks=[StrideBudget(share=0.5, learn=1)],
-        )
-    budget = StrideBudget(share=0.5, learn=2)
+        callbacks = [StrideBudget(share=0.5, learn=1)]
+        model.fit(batches, shuffle=False, callbacks=callbacks)
+    callbacks = [StrideBudget(share=0.5, learn=2)]
     logs = model.fit(
-        batches, epochs=3, shuffle=False, verbose=0, callbacks=[budget]
+        batches, epochs=3, shuffle=False, verbose=0, callbacks=callbacks
     ).history
     assert logs['strides_held'] == [0, 0, 1]
     first, second, _ = logs['stride/first/height']
@@ -408,12 +348,9 @@ def test_strides_are_learned_then_held_within_the_budget(jit, capsys):
             layer.make_sizes_static()
     model.compile(keras.optimizers.SGD(0.3), 'mse', jit_compile=jit or 'auto')
     budget = 0.6 * complexity(model, (16, 12, 3)).macs
+    callbacks = [StrideBudget(share=0.6)]
     logs = model.fit(
-        *data(),
-        epochs=5,
-        batch_size=4,
-        verbose=2,
-        callbacks=[StrideBudget(share=0.6)],
+        *data(), epochs=5, batch_size=4, verbose=2, callbacks=callbacks
     ).history
     assert logs['strides_held'] == [0, 0, 0, 1, 1]
     for key, values in logs.items():
@@ -467,31 +404,6 @@ def test_a_training_that_was_interrupted_goes_on_alike(tmp_path):
             np.testing.assert_allclose(second, first, rtol=1e-4, atol=1e-5)
 
 
-def test_mobilenet_within_a_budget():
-    model = replace_strides(
-        keras.applications.MobileNetV2(
-            (64, 64, 3), alpha=0.35, weights=None, classes=2
-        ),
-        smoothness_factor=1.0,
-    )
-    before = complexity(model, (64, 64, 3)).macs
-    model.compile(
-        'adam',
-        'sparse_categorical_crossentropy',
-        run_eagerly=BACKEND == 'tensorflow',
-    )
-    x = np.random.default_rng(0).normal(size=(4, 64, 64, 3)).astype('float32')
-    model.fit(
-        x,
-        np.array([0, 1, 0, 1]),
-        batch_size=2,
-        verbose=0,
-        callbacks=[StrideBudget(share=0.5)],
-    )
-    macs = complexity(model, (64, 64, 3)).macs
-    assert 0.45 * before < macs <= 0.5 * before
-
-
 @pytest.mark.parametrize(
     'cls, kwargs, message',
     [
@@ -516,14 +428,8 @@ def test_wrong_arguments(cls, kwargs, message):
     ],
 )
 def test_budgets_that_are_refused_before_the_first_step(layer, message):
-    model = keras.Sequential(
-        [keras.Input((8, 8, 1)), layer, layers.GlobalAveragePooling2D()]
-    )
+    model = sequential((8, 8, 1), layer, layers.GlobalAveragePooling2D())
     model.compile('sgd', 'mse')
+    x, y = np.zeros((2, 8, 8, 1)), np.zeros((2, 1))
     with pytest.raises(ValueError, match=message):
-        model.fit(
-            np.zeros((2, 8, 8, 1)),
-            np.zeros((2, 1)),
-            verbose=0,
-            callbacks=[StrideBudget(macs=1.0)],
-        )
+        model.fit(x, y, verbose=0, callbacks=[StrideBudget(macs=1.0)])
