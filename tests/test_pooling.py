@@ -68,7 +68,6 @@ KINDS = [
     (FixedSpectralPooling, 'auto', 'channels_first', 'backward', {}),
 ]  # fmt: skip
 LAYERS = [DiffStride, FixedSpectralPooling, SpatialPooling]
-every_layer = pytest.mark.parametrize('cls', LAYERS)
 every_rank = pytest.mark.parametrize('rank', DIFFSTRIDES)
 
 

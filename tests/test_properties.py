@@ -26,7 +26,6 @@ TOLERANCES = {'float32': 1e-5, 'float16': 3e-3, 'bfloat16': 3e-2}
 strides = st.one_of(
     st.floats(1, 8, width=32), st.floats(1, 100, width=32), st.just(1.0)
 )
-widths = st.floats(0.01, 50)
 
 
 @st.composite
@@ -40,7 +39,7 @@ def diffstride_arguments(draw, rank):
     return {
         'strides': values,
         'shared_stride': shared,
-        'smoothness_factor': draw(widths),
+        'smoothness_factor': draw(st.floats(0.01, 50)),
         'ramp': ramp,
         'cropping': ramp == 'straight_through' or draw(st.booleans()),
         'lower_limit_stride': lower,
