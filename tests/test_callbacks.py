@@ -15,6 +15,7 @@ from diffstride import (
     DiffStride3D,
     complexity,
     diffstride_layers,
+    replace_strides,
 )
 from diffstride.callbacks import StrideBudget, StrideLogger, UpdateSizes
 
@@ -402,6 +403,31 @@ def test_a_training_that_was_interrupted_goes_on_alike(tmp_path):
         saved.run_eagerly = BACKEND == 'tensorflow'
         for first, second in zip(expected, fit(saved, epoch)):
             np.testing.assert_allclose(second, first, rtol=1e-4, atol=1e-5)
+
+
+def test_mobilenet_within_a_budget():
+    model = replace_strides(
+        keras.applications.MobileNetV2(
+            (64, 64, 3), alpha=0.35, weights=None, classes=2
+        ),
+        smoothness_factor=1.0,
+    )
+    before = complexity(model, (64, 64, 3)).macs
+    model.compile(
+        'adam',
+        'sparse_categorical_crossentropy',
+        run_eagerly=BACKEND == 'tensorflow',
+    )
+    x = np.random.default_rng(0).normal(size=(4, 64, 64, 3)).astype('float32')
+    model.fit(
+        x,
+        np.array([0, 1, 0, 1]),
+        batch_size=2,
+        verbose=0,
+        callbacks=[StrideBudget(share=0.5)],
+    )
+    macs = complexity(model, (64, 64, 3)).macs
+    assert 0.45 * before < macs <= 0.5 * before
 
 
 @pytest.mark.parametrize(
