@@ -35,8 +35,6 @@ def unet(
     filters: Sequence[int] = (16, 32, 64),
     strides: float | Sequence[Any] = 2.0,
     pooling_cls: Callable[..., layers.Layer] = DiffStride,
-    input_shape: Sequence[int | None] = (None, None, 1),
-    data_format: str | None = None,
 ) -> keras.Model:
     """Returns a U-Net for segmentation, with any strides (arXiv:1505.04597).
 
@@ -48,14 +46,10 @@ def unet(
             per layer, each a number or one per axis.
         pooling_cls: A layer class, or a callable that returns a layer, that
             takes `strides`, `data_format` and `name`.
-        input_shape: [height, width, channels], or [channels, height, width]
-            with `data_format='channels_first'`; None for sizes that vary.
-        data_format: 'channels_last', 'channels_first', or None for
-            `keras.config.image_data_format()`.
 
     Returns:
-        A model, float [batch, *input_shape] -> logits float
-        [batch, height, width, num_classes], or with the classes second.
+        A model, float [batch, height, width, 1] -> logits float
+        [batch, height, width, num_classes].
 
     Raises:
         ValueError: If there is not one stride for each pooling layer, or if a
@@ -67,8 +61,6 @@ def unet(
     >>> tuple(model(keras.ops.ones((1, 30, 21, 1))).shape)
     (1, 30, 21, 3)
     """
-    data_format = data_format or keras.config.image_data_format()
-    channels = 1 if data_format == 'channels_first' else -1
     if isinstance(strides, (int, float, np.number)):
         strides = [strides] * (len(filters) - 1)
     validation.require(
@@ -77,33 +69,27 @@ def unet(
         strides=strides,
         filters=filters,
     )
+    axes: dict[str, Any] = {'data_format': 'channels_last'}
 
     def convolve(x, count):
         for _ in range(2):
-            x = layers.Conv2D(
-                count,
-                3,
-                padding='same',
-                use_bias=False,
-                data_format=data_format,
-            )(x)
-            x = layers.BatchNormalization(channels, momentum=0.9)(x)
+            conv = layers.Conv2D(
+                count, 3, padding='same', use_bias=False, **axes
+            )
+            x = layers.BatchNormalization(momentum=0.9)(conv(x))
             x = layers.ReLU()(x)
         return x
 
-    inputs = keras.Input(input_shape)
+    inputs = keras.Input((None, None, 1))
     x, skips = convolve(inputs, filters[0]), []
     for level, stride in enumerate(strides):
         skips.append(x)
-        pool = pooling_cls(
-            strides=stride, data_format=data_format, name=f'pool_{level}'
-        )
+        pool = pooling_cls(strides=stride, name=f'pool_{level}', **axes)
         x = convolve(pool(x), filters[level + 1])
     for count, skip in zip(filters[-2::-1], reversed(skips)):
-        x = SpectralResizing(data_format=data_format)([x, skip])
-        x = convolve(layers.Concatenate(channels)([x, skip]), count)
-    logits = layers.Conv2D(num_classes, 1, data_format=data_format)(x)
-    return keras.Model(inputs, logits)
+        x = SpectralResizing(**axes)([x, skip])
+        x = convolve(layers.Concatenate()([x, skip]), count)
+    return keras.Model(inputs, layers.Conv2D(num_classes, 1, **axes)(x))
 
 
 def draw(
