@@ -23,22 +23,14 @@ from diffstride.examples import grid, schedules, train  # noqa: F401
 # A decorator would register it twice where that module is the command.
 gin.external_configurable(grid.grid, module='grid')
 
-_KERAS = (
-    (keras.layers, keras.layers.Layer),
-    (keras.callbacks, keras.callbacks.Callback),
-    (keras.optimizers, keras.optimizers.Optimizer),
-    (
-        keras.optimizers.schedules,
-        keras.optimizers.schedules.LearningRateSchedule,
-    ),
-    (keras.losses, keras.losses.Loss),
-)
-for _module, _base in _KERAS:
-    _classes = [
-        (name == cls.__name__, name, cls)
-        for name, cls in vars(_module).items()
-        if inspect.isclass(cls) and issubclass(cls, _base)
-    ]
+for _module in (
+    keras.layers,
+    keras.callbacks,
+    keras.optimizers,
+    keras.optimizers.schedules,
+    keras.losses,
+):
+    _classes = {k: x for k, x in vars(_module).items() if inspect.isclass(x)}
     # MaxPool2D is MaxPooling2D. Gin knows a class by the name that comes last.
-    for _, _name, _cls in sorted(_classes, key=lambda x: x[0]):
-        gin.register(_name, module=f'tf.{_module.__name__}')(_cls)
+    for _name in sorted(_classes, key=lambda k: k == _classes[k].__name__):
+        gin.register(_name, module=f'tf.{_module.__name__}')(_classes[_name])
