@@ -8,6 +8,7 @@ import sys
 
 import gin
 from absl import flags
+from absl.testing import flagsaver
 
 from diffstride.examples import main, settings, train
 
@@ -29,7 +30,7 @@ pooling.DiffStride.smoothness_factor = 1.0
 LINEAR = 'train.model_cls = @small_data.linear'
 
 
-def command(*bindings, workdir, module='main', gin_config=()):
+def command(*bindings, workdir, gin_config=(), module='main'):
     """Returns the arguments of a command after `python -m`."""
     return [
         f'diffstride.examples.{module}',
@@ -41,15 +42,18 @@ def command(*bindings, workdir, module='main', gin_config=()):
 
 def run_here(*bindings, default_job='train.train', workdir_flag=None, **kwargs):
     """Runs a command within this process."""
-    gin.clear_config()
-    flags.FLAGS.unparse_flags()
     flag = [f'--workdir={workdir_flag}'] if workdir_flag else []
-    flags.FLAGS(command(*bindings, **kwargs) + flag)
-    try:
-        main.main(['main'], default_job=default_job)
-    finally:
+    run_flags(command(*bindings, **kwargs) + flag, default_job)
+
+
+def run_flags(arguments, default_job='train.train'):
+    """Runs a command within this process; its first argument is its name."""
+    gin.clear_config()
+    with flagsaver.flagsaver():
         for name in ('gin_config', 'gin_bindings', 'workdir'):
             flags.FLAGS[name].unparse()
+        flags.FLAGS(arguments)
+        main.main(['main'], default_job=default_job)
 
 
 def prepared(*bindings, gin_config=()):
@@ -92,4 +96,14 @@ def run_apart(*arguments, **kwargs):
         **{'env': environment(), **kwargs},
         capture_output=True,
         text=True,
+    )
+
+
+def start(*arguments, **kwargs):
+    """Starts a command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, '-m', *arguments],
+        env=environment(),
+        text=True,
+        **kwargs,
     )

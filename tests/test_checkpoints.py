@@ -23,10 +23,10 @@ import tensorflow as tf
 from small_runs import (
     LINEAR,
     command,
-    environment,
     files,
     read,
     run_apart,
+    start,
     without_seconds,
 )
 
@@ -199,25 +199,33 @@ def check_best(workdir, history):
     assert epoch_in(path) == best['epoch']
 
 
-def test_without_validation_no_epoch_is_the_best(tmp_path):
+@pytest.mark.parametrize(
+    'rows, best, result',
+    [
+        ([{}, {}], None, 2),  # There are no validation data.
+        (
+            [
+                {'val_accuracy': 0.9, 'strides_held': 0},  # Beyond the budget.
+                {'val_accuracy': 0.5, 'strides_held': 1},
+                {'val_accuracy': 0.7, 'strides_held': 1},
+                {'val_accuracy': 0.6, 'strides_held': 1},
+            ],
+            3,
+            3,
+        ),
+    ],
+)
+def test_only_validated_epochs_within_the_budget_are_the_best(
+    tmp_path, rows, best, result
+):
     history = []
-    for _ in range(2):
-        history.append({'epoch': len(history) + 1, 'steps': STEPS})
-        checkpoints.save(model_after(len(history)), tmp_path, State(history))
-    assert not (tmp_path / 'best.keras').exists()
-    result = checkpoints.result_file(tmp_path)
-    assert epoch_in(result) == 2
-
-
-def test_an_epoch_beyond_the_budget_is_not_the_best(tmp_path):
-    history = []
-    for held, accuracy in ((0, 0.9), (1, 0.5), (1, 0.7), (1, 0.6)):
-        row = {'epoch': len(history) + 1, 'steps': STEPS}
-        history.append({**row, 'val_accuracy': accuracy, 'strides_held': held})
-        checkpoints.save(model_after(len(history)), tmp_path, State(history))
-        assert (tmp_path / 'best.keras').exists() == (len(history) > 1)
-    assert checkpoints.best_epoch(history) == 3
-    assert epoch_in(tmp_path / 'best.keras') == 3
+    for epoch, row in enumerate(rows, 1):
+        history.append({'epoch': epoch, 'steps': STEPS, **row})
+        checkpoints.save(model_after(epoch), tmp_path, State(history))
+        any_held = any(row.get('strides_held') for row in history)
+        assert (tmp_path / 'best.keras').exists() == any_held
+    assert checkpoints.best_epoch(history) == best
+    assert epoch_in(checkpoints.result_file(tmp_path)) == result
 
 
 # Files that are damaged or cannot be written.
@@ -243,7 +251,8 @@ def test_the_checkpoint_before_a_damaged_one_is_continued(
     state = checkpoints.restore(model_after(0), tmp_path, STEPS)
     assert state.history == history[:2]
     assert 'epoch_0003 is damaged' in capsys.readouterr().out
-    assert (tmp_path / 'checkpoints' / 'damaged_1_epoch_0003').is_dir()
+    (damaged,) = tmp_path.glob('checkpoints/damaged_*_epoch_0003')
+    assert len(list(damaged.iterdir())) == (1 if how == 'missing' else 2)
     save(tmp_path, state.history, (0.3, 0.2, 0.1))
     assert epoch_in(newest(tmp_path) / 'model.keras') == 3
 
@@ -369,29 +378,32 @@ def epochs_of(workdir):
     return int(folders[0].name[-4:]) if folders else 0
 
 
+def arguments(config, workdir, epochs, *bindings):
+    """The arguments of a small training."""
+    epochs = f'train.num_epochs = {epochs}'
+    return command(
+        LINEAR, epochs, *bindings, workdir=workdir, gin_config=[config]
+    )
+
+
+ENDLESS = 999999
+DETERMINISTIC = 'train.deterministic = True'
+
+
 @pytest.mark.slow
 def test_a_training_killed_at_random_moments_ends_as_an_uninterrupted_one(
     config, tmp_path
 ):
     """SIGKILL in an epoch, in a checkpoint's writing, before the first one."""
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
-    fixed = LINEAR, 'train.deterministic = True'
     moments = random.Random(0)
     epochs_at_kills = []
     for _ in range(6):
         target = epochs_of(killed) + moments.randint(0, 1)
-        arguments = command(
-            *fixed,
-            'train.num_epochs = 999999',
-            workdir=killed,
-            gin_config=[config],
-        )
-        with subprocess.Popen(
-            [sys.executable, '-m', *arguments],
-            env=environment(),
+        with start(
+            *arguments(config, killed, ENDLESS, DETERMINISTIC),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            text=True,
         ) as process:
             for line in process.stdout:
                 if line.startswith('Epochs '):
@@ -403,17 +415,14 @@ def test_a_training_killed_at_random_moments_ends_as_an_uninterrupted_one(
         whole_files(killed)
         epochs_at_kills.append(epochs_of(killed))
     assert len(set(epochs_at_kills)) > 1, epochs_at_kills
-    end = f'train.num_epochs = {epochs_at_kills[-1] + 1}'
+    results = []
     for workdir in (whole, killed):
-        done = run_apart(
-            *command(*fixed, end, workdir=workdir, gin_config=[config])
-        )
+        end = epochs_at_kills[-1] + 1
+        done = run_apart(*arguments(config, workdir, end, DETERMINISTIC))
         assert done.returncode == 0, done.stderr
-    results = [read(folder / 'results.json') for folder in (whole, killed)]
-    assert without_seconds(results[0]['history']) == without_seconds(
-        results[1]['history']
-    )
-    for key in ('epochs', 'steps', 'test_loss', 'epoch'):
+        results.append(read(workdir / 'results.json'))
+        results[-1]['history'] = without_seconds(results[-1]['history'])
+    for key in ('history', 'epochs', 'steps', 'test_loss', 'epoch'):
         assert results[0][key] == results[1][key]
 
 
@@ -423,23 +432,11 @@ def test_a_full_disk_ends_the_training_with_its_checkpoint_whole(
 ):
     """The kernel refuses to write files beyond the size of a checkpoint."""
     workdir = tmp_path / 'run'
-
-    def ended(epochs, **kwargs):
-        return run_apart(
-            *command(
-                LINEAR,
-                f'train.num_epochs = {epochs}',
-                workdir=workdir,
-                gin_config=[config],
-            ),
-            **kwargs,
-        )
-
-    assert ended(1).returncode == 0
+    assert run_apart(*arguments(config, workdir, 1)).returncode == 0
     before = files(workdir / 'checkpoints')
     limit = len(before[newest(workdir) / 'model.keras']) // 2
-    done = ended(
-        2,
+    done = run_apart(
+        *arguments(config, workdir, 2),
         preexec_fn=lambda: resource.setrlimit(
             resource.RLIMIT_FSIZE, (limit, limit)
         ),
@@ -450,7 +447,7 @@ def test_a_full_disk_ends_the_training_with_its_checkpoint_whole(
     assert os.strerror(errno.EFBIG) in last_line
     assert 'the same command continues' in last_line
     assert files(workdir / 'checkpoints') == before
-    assert ended(2).returncode == 0
+    assert run_apart(*arguments(config, workdir, 2)).returncode == 0
     assert epochs_of(workdir) == 2
 
 
@@ -459,23 +456,12 @@ def test_ctrl_c_ends_with_one_line_and_the_same_command_continues(
     config, tmp_path
 ):
     workdir = tmp_path / 'run'
-    arguments = [
-        *(sys.executable, '-m'),
-        *command(
-            LINEAR,
-            'train.num_epochs = 999999',
-            workdir=workdir,
-            gin_config=[config],
-        ),
-    ]
     for _ in range(2):
         before = epochs_of(workdir)
-        with subprocess.Popen(
-            arguments,
-            env=environment(),
+        with start(
+            *arguments(config, workdir, ENDLESS),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            text=True,
             # A shell lets what it runs in the background ignore SIGINT.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         ) as process:

@@ -68,15 +68,9 @@ def make_workdir(folder, model, mean=MEAN, scale=SCALE, settings=''):
     """Writes what a training leaves behind."""
     folder.mkdir()
     (folder / 'config.gin').write_text(settings)
-    checkpoints.write(
-        folder / 'data.json',
-        {
-            'class_names': NAMES,
-            'image_shape': SHAPE,
-            'mean': mean,
-            'scale': scale,
-        },
-    )
+    shapes = {'class_names': NAMES, 'image_shape': SHAPE}
+    data = {**shapes, 'mean': mean, 'scale': scale}
+    checkpoints.write(folder / 'data.json', data)
     state = checkpoints.State(history=[{'epoch': 1, 'val_accuracy': 1.0}])
     checkpoints.save(model, folder, state)
     return folder
@@ -102,17 +96,22 @@ def pictures(tmp_path):
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
-    """Runs a command in a folder that stays empty: (exit code, output)."""
+    """Runs a command in a folder that stays empty: its output or its error."""
     here = tmp_path / 'here'
     here.mkdir()
     monkeypatch.chdir(here)
 
-    def run(command, *arguments):
+    def run(command, *arguments, fails=False):
         monkeypatch.setattr(sys, 'argv', ['command', *map(str, arguments)])
         with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
             classifier.run_command(command)
         assert not list(here.iterdir())
-        return ended.value.code, capsys.readouterr().out
+        code = ended.value.code
+        if not fails:
+            assert not code
+            return capsys.readouterr().out
+        assert code.startswith('error: ') and '\n' not in code
+        return code
 
     return run
 
@@ -151,8 +150,7 @@ def run_saved_model(path, pixels):
 )
 def test_other_formats_contain_the_preprocessing(workdir, run, name, load):
     (workdir / 'export/saved_model').mkdir(parents=True, exist_ok=True)
-    code, _ = run(export.export, f'--workdir={workdir}', f'--format={name}')
-    assert not code
+    run(export.export, f'--workdir={workdir}', f'--format={name}')
     pixels = np.stack([picture(i, i) for i in range(3)]).astype('float32')
     probabilities = load(workdir / 'export', pixels)
     np.testing.assert_allclose(probabilities, reference(pixels), atol=1e-5)
@@ -164,10 +162,7 @@ def test_bfloat16_is_exported_as_float32_with_class_names(tmp_path, run):
     keras.config.set_dtype_policy('float32')
     workdir = make_workdir(tmp_path / 'run', model)
     output = tmp_path / 'exported'
-    code, text = run(
-        export.export, f'--workdir={workdir}', f'--output={output}'
-    )
-    assert not code
+    text = run(export.export, f'--workdir={workdir}', f'--output={output}')
     files = sorted(path.name for path in output.iterdir())
     assert files == ['labels.txt', 'model.onnx']
     assert f'Wrote {output / "model.onnx"}' in text
@@ -183,8 +178,7 @@ def test_predict_says_the_likely_classes(workdir, run, tmp_path):
     paths = tmp_path / 'a.png', tmp_path / 'b.png'
     for image, path in zip(images, paths):
         Image.fromarray(image).save(path)
-    code, text = run(predict.predict, f'--workdir={workdir}', '--top=2', *paths)
-    assert not code
+    text = run(predict.predict, f'--workdir={workdir}', '--top=2', *paths)
     lines = [line for line in text.splitlines() if '.png' in line]
     for path, line, expected in zip(
         paths, lines, reference(np.stack(images)), strict=True
@@ -200,13 +194,12 @@ def test_predict_resizes_and_makes_logits_probabilities(tmp_path, run):
     workdir = make_workdir(tmp_path / 'run', color_model(activation=None))
     pixels = picture(1, size=(36, 32))
     Image.fromarray(pixels).save(tmp_path / 'large.png')
-    code, _ = run(
+    run(
         predict.predict,
         f'--workdir={workdir}',
         f'--output={tmp_path / "out"}',
         tmp_path / 'large.png',
     )
-    assert not code
     header, row = read_csv(tmp_path / 'out/predictions.csv')
     assert header == ['file', *NAMES]
     assert row[0] == str(tmp_path / 'large.png')
@@ -241,13 +234,12 @@ def check_evaluation(text, output):
 
 def test_evaluate_on_a_folder(workdir, pictures, run, tmp_path):
     output = tmp_path / 'out'
-    code, text = run(
+    text = run(
         evaluate.evaluate,
         f'--workdir={workdir}',
         f'--folder={pictures}',
         f'--output={output}',
     )
-    assert not code
     check_evaluation(text, output)
 
 
@@ -265,12 +257,9 @@ data.load_datasets:
 """
     model = color_model(mean=0, scale=1)
     workdir = make_workdir(tmp_path / 'run', model, 0, 1, settings)
-    code, text = run(
-        evaluate.evaluate, f'--workdir={workdir}', '--split=unseen'
-    )
-    assert not code
+    text = run(evaluate.evaluate, f'--workdir={workdir}', '--split=unseen')
     check_evaluation(text, workdir / 'evaluation')
-    code, text = run(evaluate.evaluate, f'--workdir={workdir}')
+    text = run(evaluate.evaluate, f'--workdir={workdir}')
     assert '3 images, accuracy 100.0%' in text
 
 
@@ -278,16 +267,15 @@ data.load_datasets:
     'command', [evaluate.evaluate, predict.predict, export.export]
 )
 def test_workdir_without_a_training_ends_in_one_line(command, tmp_path, run):
-    arguments = ['cat.jpg'] if command is predict.predict else []
-    code, _ = run(command, *arguments)
+    pictures = ['cat.jpg'] if command is predict.predict else []
+    code = run(command, *pictures, fails=True)
     assert code == 'error: --workdir must be the folder of a finished training'
-    code, _ = run(command, f'--workdir={tmp_path / "none"}', *arguments)
-    assert code.startswith('error: ') and str(tmp_path / 'none') in code
-    assert '\n' not in code
-    assert not (tmp_path / 'none').exists()
+    none = tmp_path / 'none'
+    assert str(none) in run(command, f'--workdir={none}', *pictures, fails=True)
+    assert not none.exists()
 
 
-def test_wrong_arguments_end_in_one_line(workdir, pictures, run, tmp_path):
+def test_wrong_arguments_end_in_one_line(workdir, run, tmp_path):
     (tmp_path / 'text.jpg').write_text('no picture')
     write_pictures(tmp_path / 'others/cat', [0])
     (tmp_path / 'empty').mkdir()
@@ -300,6 +288,5 @@ def test_wrong_arguments_end_in_one_line(workdir, pictures, run, tmp_path):
         (evaluate.evaluate, [f'--folder={tmp_path}/empty'], 'must hold images'),
         (export.export, ['x'], "Unknown arguments: ['x']"),
     ):
-        code, _ = run(command, f'--workdir={workdir}', *arguments)
-        assert code.startswith('error: ') and message in code, code
-        assert '\n' not in code
+        code = run(command, f'--workdir={workdir}', *arguments, fails=True)
+        assert message in code

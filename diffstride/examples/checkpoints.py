@@ -15,23 +15,20 @@ import collections
 import contextlib
 import dataclasses
 import filecmp
-import importlib
-import itertools
 import json
-import math
 import os
 import pathlib
 import re
 import shutil
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import filelock
 import keras
-import numpy as np
 from absl import logging
 
 IN_USE = 'is in use by another training'
@@ -56,77 +53,16 @@ def one_line_errors(
         sys.exit(130)
 
 
-@dataclasses.dataclass
-class State:
-    """The progress of a training.
-
-    It has one dict per epoch; for each callback the name of its class and the
-    values that it remembers; whether a callback has ended the training early;
-    and the settings under which the last epoch ran.
-    """
-
-    history: list[dict] = dataclasses.field(default_factory=list)
-    callbacks: list[tuple] = dataclasses.field(default_factory=list)
-    ended: bool = False
-    settings: str = ''
+def first_line(error: BaseException | str) -> str:
+    """Returns the first line of a message, to which gin and Keras add more."""
+    text = re.sub(r'\x1b\[\d*m', '', str(error))  # This removes colors.
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    while lines[1:] and lines[0].startswith('Exception encountered when'):
+        del lines[0]  # Keras says where it happened before the cause.
+    return lines[0] if lines else type(error).__name__
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A trained model of the best epoch, and the values that its use needs.
-
-    The pixels of images [height, width, channels] are standardized as
-    (pixels - mean) / scale. `settings` is the text of config.gin.
-    """
-
-    model: keras.Model
-    class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]
-    mean: np.ndarray
-    scale: np.ndarray
-    settings: str
-    history: list[dict]
-
-
-def load_run(workdir: str | os.PathLike) -> Run:
-    """Loads the result of a training from its workdir.
-
-    Raises:
-        ValueError: If the folder holds no trained model.
-    """
-    workdir = pathlib.Path(workdir).expanduser()
-    data = read(workdir / 'data.json')
-    folder = next(iter(epoch_folders(workdir)), None)
-    if data is None or folder is None:
-        raise ValueError(f'{workdir} holds no trained model')
-    settings = (workdir / 'config.gin').read_text()
-    for module in re.findall(r'^import (\S+)', settings, re.MULTILINE):
-        importlib.import_module(module)  # It may register classes.
-    return Run(
-        model=keras.models.load_model(result_file(workdir), compile=False),
-        class_names=tuple(data['class_names']),
-        image_shape=tuple(data['image_shape']),
-        mean=np.asarray(data['mean'], 'float32'),
-        scale=np.asarray(data['scale'], 'float32'),
-        settings=settings,
-        history=read(folder / 'state.json')['history'],
-    )
-
-
-def result_file(workdir: pathlib.Path) -> pathlib.Path:
-    """Returns the path of the best model, or else of the last one."""
-    best = workdir / 'best.keras'
-    return best if best.exists() else epoch_folders(workdir)[0] / 'model.keras'
-
-
-def epoch_folders(workdir: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the checkpoints, the newest first."""
-    folders = workdir.glob('checkpoints/epoch_*')
-    return sorted(folders, key=_epoch, reverse=True)
-
-
-def _epoch(folder):
-    return int(folder.name.removeprefix('epoch_'))
+# Locks.
 
 
 @contextlib.contextmanager
@@ -160,13 +96,14 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
 
 def is_locked(workdir: pathlib.Path) -> bool:
     """Returns whether a process is training in the folder."""
-    if not (workdir / 'lock').exists():
-        return False
     try:
         with filelock.FileLock(workdir / 'lock', timeout=0):
             return False
     except filelock.Timeout:
         return True
+
+
+# Files that are whole or absent.
 
 
 @contextlib.contextmanager
@@ -191,6 +128,13 @@ def unfinished(path: pathlib.Path) -> Iterator[pathlib.Path]:
     finally:
         with contextlib.suppress(OSError):
             _remove(temporary)
+
+
+def _remove(path):
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _cannot_be_written(path, error):
@@ -220,17 +164,12 @@ def room_on_disk(workdir: pathlib.Path) -> Iterator[None]:
         raise
 
 
-def _remove(path):
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def write(path: pathlib.Path, content: Any) -> None:
     """Writes text, or any other content as JSON. NaN becomes null."""
     if not isinstance(content, str):
-        content = json.dumps(_plain(content), indent=1, allow_nan=False)
+        content = json.dumps(content, default=lambda x: x.tolist())
+        content = json.loads(content, parse_constant=lambda name: None)
+        content = json.dumps(content, indent=1)
     with unfinished(path) as temporary:
         temporary.write_text(content)
 
@@ -246,7 +185,7 @@ def read(path: pathlib.Path) -> Any:
 def write_figure(
     path: pathlib.Path, plot: Callable[..., Any], *args: Any
 ) -> None:
-    """Writes the figure that a function of `plots` returns for its arguments.
+    """Writes the figure that a function returns for its arguments.
 
     Without matplotlib it only logs a warning.
     """
@@ -259,16 +198,55 @@ def write_figure(
         figure.savefig(temporary, dpi=120)
 
 
-def _plain(value):
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, (np.ndarray, np.generic)):
-        return _plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+# Checkpoints.
+
+
+@dataclasses.dataclass
+class State:
+    """The progress of a training.
+
+    It has one dict per epoch; for each callback the name of its class and the
+    values that it remembers; whether a callback has ended the training early;
+    and the settings under which the last epoch ran.
+    """
+
+    history: list[dict] = dataclasses.field(default_factory=list)
+    callbacks: list[tuple] = dataclasses.field(default_factory=list)
+    ended: bool = False
+    settings: str = ''
+
+
+def epoch_folders(workdir: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the checkpoints, the newest first."""
+    folders = workdir.glob('checkpoints/epoch_*')
+    return sorted(folders, key=_epoch, reverse=True)
+
+
+def _epoch(folder):
+    return int(folder.name.removeprefix('epoch_'))
+
+
+def result_file(workdir: pathlib.Path) -> pathlib.Path:
+    """Returns the path of the best model, or else of the last one."""
+    best = workdir / 'best.keras'
+    return best if best.exists() else epoch_folders(workdir)[0] / 'model.keras'
+
+
+def best_epoch(history: list[dict]) -> int | None:
+    """Returns the epoch with the best accuracy on validation data, from 1.
+
+    While `StrideBudget` learns strides, an epoch may be beyond the budget, so
+    only those count in which strides are held.
+
+    Returns:
+        The first of the best epochs, or None if none counts.
+    """
+    accuracies = {
+        epoch: row['val_accuracy']
+        for epoch, row in enumerate(history, 1)
+        if row.get('val_accuracy') is not None and row.get('strides_held', True)
+    }
+    return max(accuracies, key=accuracies.__getitem__, default=None)
 
 
 def save(
@@ -283,7 +261,6 @@ def save(
     if weights are not averaged.
     """
     path = workdir / 'checkpoints' / f'epoch_{len(state.history):04}'
-    path.parent.mkdir(exist_ok=True)
     with unfinished(path) as folder:
         folder.mkdir()
         if averaged is not None:
@@ -307,23 +284,6 @@ def _tidy(workdir, history):
             shutil.copyfile(path, temporary)
 
 
-def best_epoch(history: list[dict]) -> int | None:
-    """Returns the epoch with the best accuracy on validation data, from 1.
-
-    While `StrideBudget` learns strides, an epoch may be beyond the budget, so
-    only those count in which strides are held.
-
-    Returns:
-        The first of the best epochs, or None if none counts.
-    """
-    accuracies = [
-        row.get('val_accuracy') if row.get('strides_held', True) else None
-        for row in history
-    ]
-    best = max((x for x in accuracies if x is not None), default=None)
-    return None if best is None else 1 + accuracies.index(best)
-
-
 def restore(
     model: keras.Model, workdir: pathlib.Path, steps_per_epoch: int
 ) -> State:
@@ -340,19 +300,20 @@ def restore(
     if not folders:
         return State()
     model.optimizer.build(model.trainable_variables)
-    errors: list[Exception] = []
+    damaged = {}
     for folder in folders:
         try:
             state = _load(model, folder)
             break
         except Exception as error:  # Keras raises errors of many kinds.
-            errors.append(error)
+            damaged[folder] = error
     else:
+        reason = damaged[folders[0]]
         raise Stop(
             f'{folders[0]} cannot be continued: it is damaged, or of another '
             'model. Set train.workdir to another folder, or the model as it is '
-            f'in {workdir / "config.gin"}. ({first_line(errors[0])})'
-        ) from errors[0]
+            f'in {workdir / "config.gin"}. ({first_line(reason)})'
+        ) from reason
     before = state.history[-1]['steps']
     if before != steps_per_epoch:
         raise Stop(
@@ -360,16 +321,12 @@ def restore(
             f'{steps_per_epoch}: set the batch size and train.steps_per_epoch '
             'as before, or another train.workdir'
         )
-    for damaged, reason in zip(folders, errors):
-        names = (
-            damaged.with_name(f'damaged_{i}_{damaged.name}')
-            for i in itertools.count(1)
-        )
-        name = next(name for name in names if not name.exists())
-        os.replace(damaged, name)
+    for old, reason in damaged.items():
+        name = f'damaged_{time.strftime("%Y%m%d_%H%M%S")}_{old.name}'
+        os.replace(old, old.with_name(name))
         print(
-            f'{damaged} is damaged ({first_line(reason)}): it is kept as '
-            f'{name.name}, and {folder.name} is continued instead',
+            f'{old} is damaged ({first_line(reason)}): it is kept as {name}, '
+            f'and {folder.name} is continued instead',
             flush=True,
         )
     _tidy(workdir, state.history)
@@ -415,12 +372,3 @@ def load_weights(model: keras.Model, path: pathlib.Path) -> None:
     for variable in optimizer.variables:
         if values[variable.name]:
             variable.assign(values[variable.name].pop(0))
-
-
-def first_line(error: BaseException | str) -> str:
-    """Returns the first line of a message, to which gin and Keras add more."""
-    text = re.sub(r'\x1b\[\d*m', '', str(error))  # This removes colors.
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    while lines[1:] and lines[0].startswith('Exception encountered when'):
-        del lines[0]  # Keras says where it happened before the cause.
-    return lines[0] if lines else type(error).__name__

@@ -7,10 +7,13 @@ The commands evaluate, predict and export share it:
     python3 -m diffstride.examples.export --workdir=/tmp/run --format=onnx
 """
 
-import contextlib
 import csv
+import dataclasses
+import importlib
+import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 
 import keras
 import numpy as np
@@ -30,7 +33,51 @@ OUTPUT = flags.DEFINE_string(
 )
 
 
-def classifier(run: checkpoints.Run) -> keras.Model:
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained model of the best epoch, and the values that its use needs.
+
+    The pixels of images [height, width, channels] are standardized as
+    (pixels - mean) / scale. `settings` is the text of config.gin.
+    """
+
+    model: keras.Model
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    mean: np.ndarray
+    scale: np.ndarray
+    settings: str
+
+
+def load_run(workdir: str | os.PathLike | None = None) -> Run:
+    """Loads the result of a training from its workdir, by default --workdir.
+
+    Raises:
+        ValueError: If the flag is not set, or the folder holds no trained
+            model.
+    """
+    workdir = workdir or _WORKDIR.value
+    if not workdir:
+        raise ValueError('--workdir must be the folder of a finished training')
+    workdir = pathlib.Path(workdir).expanduser()
+    data = checkpoints.read(workdir / 'data.json')
+    if data is None or not checkpoints.epoch_folders(workdir):
+        raise ValueError(f'{workdir} holds no trained model')
+    settings = (workdir / 'config.gin').read_text()
+    for module in re.findall(r'^import (\S+)', settings, re.MULTILINE):
+        importlib.import_module(module)  # It may register classes.
+    path = checkpoints.result_file(workdir)
+    return Run(
+        model=keras.models.load_model(path, compile=False),
+        class_names=tuple(data['class_names']),
+        image_shape=tuple(data['image_shape']),
+        mean=np.asarray(data['mean'], 'float32'),
+        scale=np.asarray(data['scale'], 'float32'),
+        settings=settings,
+    )
+
+
+def classifier(run: Run) -> keras.Model:
     """Returns a model of raw images, which contains the preprocessing.
 
     It maps pixels in 0..255, float32 [batch, height, width, channels],
@@ -48,16 +95,12 @@ def classifier(run: checkpoints.Run) -> keras.Model:
         dtype='float32',
     )
     outputs = run.model(standardize(images))
-    if not _puts_out_probabilities(run.model, run.image_shape):
+    # The model may put out logits.
+    noise = np.random.default_rng(0).normal(size=(8, *run.image_shape))
+    found = keras.ops.convert_to_numpy(run.model(noise.astype('float32')))
+    if found.min() < 0 or not np.allclose(found.sum(-1), 1, atol=1e-2):
         outputs = keras.layers.Softmax(dtype='float32')(outputs)
     return keras.Model(images, outputs, name='classifier')
-
-
-def _puts_out_probabilities(model, image_shape):
-    """Returns whether the outputs are probabilities and not logits."""
-    noise = np.random.default_rng(0).normal(size=(8, *image_shape))
-    outputs = keras.ops.convert_to_numpy(model(noise.astype('float32')))
-    return outputs.min() >= 0 and np.allclose(outputs.sum(-1), 1, atol=1e-2)
 
 
 def read_image(path: str, image_shape: tuple[int, int, int]) -> np.ndarray:
@@ -79,22 +122,6 @@ def read_image(path: str, image_shape: tuple[int, int, int]) -> np.ndarray:
     return tf.image.resize(image, size, antialias=True).numpy() / 257
 
 
-def percent(share: float) -> str:
-    """Returns a share of 1 as text, such as '97.1%'."""
-    return f'{100 * share:.1f}%'
-
-
-def loaded_run() -> checkpoints.Run:
-    """Returns the training that the flag --workdir names.
-
-    Raises:
-        ValueError: If the flag is not set, or names no such folder.
-    """
-    if not _WORKDIR.value:
-        raise ValueError('--workdir must be the folder of a finished training')
-    return checkpoints.load_run(_WORKDIR.value)
-
-
 def output_folder(default: str) -> pathlib.Path:
     """Makes and returns the folder of --output, or the default in --workdir."""
     folder = pathlib.Path(OUTPUT.value or f'{_WORKDIR.value}/{default}')
@@ -102,18 +129,12 @@ def output_folder(default: str) -> pathlib.Path:
     return folder
 
 
-@contextlib.contextmanager
-def written(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields the path of a file to write, and says afterwards that it is."""
-    with checkpoints.unfinished(path) as temporary:
-        yield temporary
-    print(f'Wrote {path}')
-
-
 def write_table(path: pathlib.Path, rows: Iterable) -> None:
     """Writes a table, whose first row is the header, as CSV."""
-    with written(path) as temporary, temporary.open('w', newline='') as file:
-        csv.writer(file).writerows(rows)
+    with checkpoints.unfinished(path) as temporary:
+        with temporary.open('w', newline='') as file:
+            csv.writer(file).writerows(rows)
+    print(f'Wrote {path}')
 
 
 def run_command(command: Callable[[Sequence[str]], None]) -> None:
@@ -129,3 +150,9 @@ def run_command(command: Callable[[Sequence[str]], None]) -> None:
             command(argv[1:])
 
     app.run(main)
+
+
+def no_arguments(arguments: Sequence[str]) -> None:
+    """Raises a ValueError if a command has arguments that are no flags."""
+    if arguments:
+        raise ValueError(f'Unknown arguments: {arguments}')

@@ -22,17 +22,7 @@ import keras
 import numpy as np
 from absl import flags
 
-from diffstride.examples import data, folders
-from diffstride.examples.classifier import (
-    classifier,
-    loaded_run,
-    output_folder,
-    percent,
-    read_image,
-    run_command,
-    write_table,
-    written,
-)
+from diffstride.examples import checkpoints, classifier, data, folders
 
 _SPLIT = flags.DEFINE_string(
     'split',
@@ -48,9 +38,8 @@ _PRINTED_CLASSES = 20
 
 def evaluate(arguments: Sequence[str]) -> None:
     """Measures the model of a training; there are no arguments but flags."""
-    if arguments:
-        raise ValueError(f'Unknown arguments: {arguments}')
-    run = loaded_run()
+    classifier.no_arguments(arguments)
+    run = classifier.load_run()
     names = run.class_names
     class_names, batches = (_of_folder if _FOLDER.value else _of_data)(run)
     unknown = sorted(set(class_names) - set(names))
@@ -67,19 +56,19 @@ def evaluate(arguments: Sequence[str]) -> None:
     recall = right / np.maximum(images, 1)
     precision = right / np.maximum(taken, 1)
     _print(names, counts, recall, precision)
-    folder = output_folder('evaluation')
-    write_table(
+    folder = classifier.output_folder('evaluation')
+    classifier.write_table(
         folder / 'classes.csv',
         [
             ['class', 'images', 'recall', 'precision'],
             *zip(names, images, recall.round(4), precision.round(4)),
         ],
     )
-    write_table(
+    classifier.write_table(
         folder / 'confusion.csv',
         [['class', *names], *([x, *row] for x, row in zip(names, counts))],
     )
-    _draw(folder / 'confusion.png', counts, names)
+    checkpoints.write_figure(folder / 'confusion.png', _figure, counts, names)
 
 
 def _of_data(run):
@@ -108,13 +97,15 @@ def _of_folder(run):
             f'Received: {_FOLDER.value}, {_SPLIT.value}'
         )
     paths, labels = map(np.concatenate, zip(*map(folder.examples.get, names)))
-    model = classifier(run)
+    model = classifier.classifier(run)
 
     def batches():
         for start in range(0, len(paths), _BATCH):
-            batch = slice(start, start + _BATCH)
-            images = [read_image(x, run.image_shape) for x in paths[batch]]
-            yield model.predict_on_batch(np.stack(images)), labels[batch]
+            part = slice(start, start + _BATCH)
+            images = np.stack(
+                [classifier.read_image(x, run.image_shape) for x in paths[part]]
+            )
+            yield model.predict_on_batch(images), labels[part]
 
     return folder.class_names, batches()
 
@@ -122,8 +113,7 @@ def _of_folder(run):
 def _print(names, counts, recall, precision):
     """Prints the accuracy and a table of the classes with the lowest recall."""
     images, right = counts.sum(1), np.diag(counts)
-    accuracy = right.sum() / counts.sum()
-    print(f'{counts.sum()} images, accuracy {percent(accuracy)}\n')
+    print(f'{counts.sum()} images, accuracy {right.sum() / counts.sum():.1%}\n')
     print('| class | images | recall | precision | most often taken for |')
     print('| --- ' * 5 + '|')
     wrong = counts - np.diag(right)
@@ -131,23 +121,17 @@ def _print(names, counts, recall, precision):
     for i in shown[:_PRINTED_CLASSES]:
         mistake = names[wrong[i].argmax()] if wrong[i].any() else '-'
         print(
-            f'| {names[i]} | {images[i]} | {percent(recall[i])} '
-            f'| {percent(precision[i])} | {mistake} |'
+            f'| {names[i]} | {images[i]} | {recall[i]:.1%} '
+            f'| {precision[i]:.1%} | {mistake} |'
         )
-    if len(shown) > _PRINTED_CLASSES:
-        print(
-            f'({len(shown) - _PRINTED_CLASSES} classes have a higher recall.)'
-        )
-    print()
+    more = len(shown) - _PRINTED_CLASSES
+    print(f'({more} classes have a higher recall.)\n' if more > 0 else '')
 
 
-def _draw(path, counts, names):
-    """Draws the confusion matrix in shares of each class."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f'No {path.name}: it needs pip install diffstride[plot]')
-        return
+def _figure(counts, names):
+    """Returns the confusion matrix in shares of each class."""
+    from matplotlib.figure import Figure
+
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     size = 2 + 0.3 * min(len(names), 60)
     figure = Figure(figsize=(size + 1, size), layout='constrained')
@@ -158,15 +142,12 @@ def _draw(path, counts, names):
         axes.set_xticks(range(len(names)), names, rotation=90)
         axes.set_yticks(range(len(names)), names)
     if len(names) <= 20:
+        style = {'ha': 'center', 'va': 'center', 'fontsize': 7}
         for (row, column), count in np.ndenumerate(counts):
-            if count:
-                axes.text(
-                    column, row, count, ha='center', va='center', fontsize=7,
-                    color='white' if shares[row, column] > 0.5 else 'black',
-                )  # fmt: skip
-    with written(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+            color = 'white' if shares[row, column] > 0.5 else 'black'
+            axes.text(column, row, count or '', color=color, **style)
+    return figure
 
 
 if __name__ == '__main__':
-    run_command(evaluate)
+    classifier.run_command(evaluate)

@@ -26,13 +26,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from diffstride import freeze
-from diffstride.examples.classifier import (
-    classifier,
-    loaded_run,
-    output_folder,
-    run_command,
-    written,
-)
+from diffstride.examples import checkpoints, classifier
 
 # The names that Keras gives to the formats, and the files that they become.
 _FILES = {
@@ -47,11 +41,10 @@ _FORMAT = flags.DEFINE_enum(
 
 def export(arguments: Sequence[str]) -> None:
     """Exports the model of a training; there are no arguments but flags."""
-    if arguments:
-        raise ValueError(f'Unknown arguments: {arguments}')
-    run = loaded_run()
-    model = freeze(classifier(run))
-    folder = output_folder('export')
+    classifier.no_arguments(arguments)
+    run = classifier.load_run()
+    model = freeze(classifier.classifier(run))
+    folder = classifier.output_folder('export')
     target = folder / _FILES[_FORMAT.value]
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         path = pathlib.Path(temporary) / target.name
@@ -61,17 +54,17 @@ def export(arguments: Sequence[str]) -> None:
         if target.is_dir():
             shutil.rmtree(target)
         path.replace(target)
-    print(f'Wrote {target}')
-    with written(folder / 'labels.txt') as path:
-        path.write_text('\n'.join(run.class_names) + '\n')
+    labels = folder / 'labels.txt'
+    checkpoints.write(labels, '\n'.join(run.class_names) + '\n')
     shape = ', '.join(map(str, run.image_shape))
     print(
+        f'Wrote {target}\nWrote {labels}\n'
         f'It takes float32 [batch, {shape}] in the range 0..255 and puts out '
         f'the probabilities of {len(run.class_names)} classes.'
     )
 
 
-def _add_metadata(path: pathlib.Path, **metadata: str) -> None:
+def _add_metadata(path, **metadata):
     """Adds texts to the metadata of an ONNX file."""
     import onnx
 
@@ -81,4 +74,4 @@ def _add_metadata(path: pathlib.Path, **metadata: str) -> None:
 
 
 if __name__ == '__main__':
-    run_command(export)
+    classifier.run_command(export)

@@ -17,16 +17,7 @@ import keras
 import numpy as np
 from absl import flags
 
-from diffstride.examples.classifier import (
-    OUTPUT,
-    classifier,
-    loaded_run,
-    output_folder,
-    percent,
-    read_image,
-    run_command,
-    write_table,
-)
+from diffstride.examples import classifier
 
 _TOP = flags.DEFINE_integer(
     'top', 3, 'How many classes are printed for a picture.', lower_bound=1
@@ -37,25 +28,26 @@ def predict(paths: Sequence[str]) -> None:
     """Prints the most likely classes of the pictures in these files."""
     if not paths:
         raise ValueError('Name the pictures after the flags, as in: cat.jpg')
-    run = loaded_run()
-    images = np.stack([read_image(path, run.image_shape) for path in paths])
+    run = classifier.load_run()
+    images = [classifier.read_image(path, run.image_shape) for path in paths]
+    model = classifier.classifier(run)
     probabilities = keras.ops.convert_to_numpy(
-        classifier(run).predict(images, verbose=0)
+        model.predict(np.stack(images), verbose=0)
     )
     for path, row in zip(paths, probabilities):
         likely = np.argsort(-row, kind='stable')[: _TOP.value]
-        texts = [f'{run.class_names[i]} {percent(row[i])}' for i in likely]
+        texts = [f'{run.class_names[i]} {row[i]:.1%}' for i in likely]
         print(f'{path}: {", ".join(texts)}')
-    if OUTPUT.value:
-        rows = (
-            [name, *map('{:.6f}'.format, row)]
-            for name, row in zip(paths, probabilities)
-        )
-        write_table(
-            output_folder('predictions') / 'predictions.csv',
+    if classifier.OUTPUT.value:
+        rows = [
+            [path, *map('{:.6f}'.format, row)]
+            for path, row in zip(paths, probabilities)
+        ]
+        classifier.write_table(
+            classifier.output_folder('predictions') / 'predictions.csv',
             [['file', *run.class_names], *rows],
         )
 
 
 if __name__ == '__main__':
-    run_command(predict)
+    classifier.run_command(predict)
