@@ -64,3 +64,10 @@ def linear(num_output_classes, channels_first, units=0):
             keras.layers.Dense(num_output_classes, activation='softmax'),
         ]
     )
+
+
+def take(dataset, count=-1):
+    """The first batches, or all, as arrays (inputs, labels), in a row."""
+    batches = dataset.take(count).as_numpy_iterator()
+    inputs, labels = zip(*batches, strict=True)
+    return np.concatenate(inputs), np.concatenate(labels)

@@ -11,7 +11,7 @@ import pytest
 from absl import app
 from small_runs import LINEAR, command, files, prepared, run_apart, run_here
 
-from diffstride.examples import main, rules, train
+from diffstride.examples import audio, data, grid, main, train
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -55,154 +55,167 @@ def error_of(config, tmp_path, capfd, monkeypatch):
 # Values out of their range.
 
 
-@pytest.mark.parametrize(
-    'rule, right, wrong',
-    [
-        (rules.COUNT, [1, 10**9], ['x', 0, -1, 2.0, True, [1], math.inf, None]),
-        (rules.COUNT_OR_ZERO, [0, 1], ['x', -1, 1.5, False, None]),
-        (rules.SEED, [0, 2**63 - 1], [-1, 2**63, None]),
-        (rules.choice(True, 'auto'), [True, 'auto'], [1, 'x', None, ['auto']]),
-        (rules.CALLABLE, [len], ['x', None, 3, [], True]),
-        (rules.SIZE, [None, [3, 4]], [32, (32,), (32, 0), (32.0, 32.0)]),
-        (rules.DATASETS['data_dir'], [None, 'x'], [3, '', True]),
-        (rules.DATASETS['train_split'], ['x'], [None, 0.5, '']),
-        (rules.DATASETS['validation_split'], [None, 0.5], ['', 0, 1.0, True]),
-        (rules.DATASETS['test_split'], ['x', 0.5], [None, '', 0, 1.0]),
-    ],
-)
-def test_rules(rule, right, wrong):
-    text, _ = rule
-    for value in right:
-        rules.check({'x': value}, {'x': rule})
-    for value in wrong:
-        with pytest.raises(ValueError) as error:
-            rules.check({'x': value}, {'x': rule})
-        assert str(error.value) == f'`x` must be {text}. Received: x={value!r}'
+NO_COUNT = 'x', 0, -1, 2.0, True, [1], math.inf, None
+NO_COUNT_OR_ZERO = 'x', -1, 1.5, False, None
+NO_NUMBER = 'x', -1, math.nan, math.inf, True, None
+NO_FACTORY = 'x', None, 3, [], True
+NO_TEXT = '', None, 3
+NO_SEEDS = 3, [True], [0, 0], [], [-1], [2**32]
+WRONG = {
+    data.load_datasets: {
+        'name': NO_TEXT,
+        'data_dir': (3, '', True),
+        'batch_size': NO_COUNT,
+        'mixup_alpha': NO_NUMBER,
+        'flip': ('yes', 1, None),
+        'crop_padding': NO_COUNT_OR_ZERO,
+        'normalization': ('imagenet',),
+        'image_size': (32, (32,), (32, 0), (32.0, 32.0)),
+        'channels': (4, True),
+        'train_split': (None, 0.5, ''),
+        'validation_split': ('', 0, 1.0, True),
+        'test_split': (None, '', 0, 1.0),
+        'class_weights': ('equal',),
+        'seed': (-1, 2**63, None),
+        'cache': (1, 'x', None),
+    },
+    audio.load_datasets: {
+        'name': NO_TEXT,
+        'batch_size': NO_COUNT,
+        'features': ('mfcc', None),
+        'duration': (0, 'x'),
+        'num_mel_bins': NO_COUNT,
+        'num_frames': NO_COUNT,
+        'time_shift': (*NO_NUMBER, 1.0),
+        'time_mask': (*NO_NUMBER, 1.0),
+        'frequency_shift': (*NO_COUNT_OR_ZERO, 64),
+        'frequency_mask': (*NO_COUNT_OR_ZERO, 64),
+        'test_filter': ('(', ''),
+        'class_weights': ('equal',),
+    },
+    train.train: {
+        'workdir': (3, None, '', ['a'], True, 'a\0b'),
+        'load_data_fn': NO_FACTORY,
+        'model_cls': NO_FACTORY,
+        'optimizer_cls': NO_FACTORY,
+        'loss_cls': NO_FACTORY,
+        'num_epochs': NO_COUNT,
+        'steps_per_epoch': (0, 1.5),
+        'data_format': ('x', None),
+        'dtype_policy': ('x', None, 3, '', 'int32', 'bool', 'complex64', {}),
+        'jit_compile': (None, 1),
+        'distribution': ('x', None),
+        'callbacks': ('x', None, [3], [keras.callbacks.History]),
+        'seed': NO_COUNT_OR_ZERO,
+        'deterministic': (3, None),
+        'on_changed_settings': (None, 'x'),
+        'labels': ('x', []),
+    },
+    grid.grid: {
+        'variants': ({}, {'a': [3]}, {'a': 'b = 1'}, [], {3: []}),
+        'strides': (['2', '2'], '1, 2', [[1, 2]], []),
+        'seeds': NO_SEEDS,
+        'strides_parameter': NO_TEXT,
+    },
+}
+
+
+@pytest.mark.parametrize('function', WRONG, ids=lambda x: x.__module__)
+def test_a_wrong_argument_is_named_before_any_work(function, tmp_path):
+    others = {'workdir': 'never_made'} if function is train.train else {}
+    for name, values in WRONG[function].items():
+        for value in values:
+            with pytest.raises(ValueError) as error:
+                function(**others | {name: value})
+            message = str(error.value)
+            assert message.startswith(f'`{name}` must be '), message
+            assert f'. Received: {name}={value!r}' in message
 
 
 @pytest.mark.parametrize(
-    'name, values, rule',
+    'arguments, rule',
     [
-        ('workdir', (3, None, '', ['a'], True, 'a\0b'), 'must be a folder'),
-        ('load_data_fn', [None], 'must be a class or another callable'),
-        ('model_cls', [3], 'must be a class or another callable'),
-        ('optimizer_cls', ['x'], 'must be a class or another callable'),
-        ('loss_cls', [{}], 'must be a class or another callable'),
-        ('num_epochs', [None], 'must be an integer, at least 1'),
-        ('steps_per_epoch', [0, 1.5], 'must be an integer, at least 1, or N'),
-        ('data_format', ['x', None], 'must be one of'),
-        (
-            'dtype_policy',
-            ('x', None, 3, '', 'int32', 'bool', 'complex64', {}),
-            'must be a policy of floats',
-        ),
-        ('jit_compile', [None], 'must be one of'),
-        ('distribution', ['x', None], 'must be one of'),
-        (
-            'callbacks',
-            ('x', None, [3], [keras.callbacks.History]),
-            'must be a list of Keras callbacks',
-        ),
-        ('seed', [-1], 'must be an integer'),
-        ('deterministic', [3], 'must be one of'),
-        ('on_changed_settings', [None], 'must be one of'),
-        ('labels', ['x', []], 'must be a dict or None'),
+        ({'steps_per_epoch': 0}, 'an integer, at least 1, or None'),
+        ({'jit_compile': 1}, r"one of \(True, False, 'auto'\)"),
+        ({'on_changed_settings': 1}, r"one of \('refuse', 'continue'\)"),
     ],
 )
-def test_wrong_values_of_training(name, values, rule):
-    for value in values:
-        with pytest.raises(ValueError, match=f'`{name}` {rule}'):
-            train.train(**{'workdir': 'never_made', name: value})
+def test_a_rule_is_told(arguments, rule):
+    with pytest.raises(ValueError, match=f'must be {rule}. Received: '):
+        train.train(**arguments)
 
 
-@pytest.mark.parametrize(
-    'bindings, holds',
-    [
-        (['train.num_epochs = 0'], '`num_epochs` must be an integer'),
-        (['train.train.workdir = None'], '--gin_bindings="train.workdir = '),
-        (['train.load_data_fn = @resnet.Resnet'], 'in Resnet'),
-        (['train.model_cls = @resnet.batch_norm'], 'batch_norm'),
-        (
-            ['train.optimizer_cls = @keras.losses.Poisson'],
-            '`optimizer_cls` must return an instance of Optimizer',
-        ),
-        (
-            ['train.loss_cls = @keras.optimizers.SGD'],
-            '`loss_cls` must return an instance of Loss',
-        ),
-        (
-            ['train.loss_cls = @keras.losses.SparseCategoricalCrossentropy'],
-            '`loss_cls` must return a loss of one-hot labels',
-        ),
-        (
-            ['train.callbacks = [@callbacks.EarlyStopping]'],
-            '`callbacks` must be a list of Keras callbacks',
-        ),
-        (
-            [
-                'train.callbacks = [@callbacks.StrideBudget()]',
-                'callbacks.StrideBudget.macs = -1',
-            ],
-            '`macs` must be',
-        ),
-        (
-            [
-                'train.callbacks = [@callbacks.StrideBudget()]',
-                'callbacks.StrideBudget.macs = 1',
-            ],
-            'The budget must be at least ',
-        ),
-        (
-            [
-                'train.callbacks = [@callbacks.StrideBudget()]',
-                'callbacks.StrideBudget.share = 0.9',
-                'callbacks.StrideBudget.learn = 0.6',
-            ],
-            '`learn` must leave an epoch',
-        ),
-        (['run.job = 3'], 'run.job must be a function'),
-        (['run.job = @resnet.batch_norm'], 'run.job must return an object'),
-        (
-            ['resnet.Resnet.output_activation = None'],
-            "set resnet.Resnet.output_activation = 'softmax'",
-        ),
-        (['resnet.Resnet.filters = [2, 0]'], '`filters` must be'),
-        (["resnet.Resnet.strides = '1, 0'"], '`strides` must be'),
-        (["resnet.Resnet.pooling_cls = 'x'"], '`pooling_cls` must be'),
-        (["resnet.Resnet.weight_decay = 'x'"], '(in Resnet)'),
-        (['resnet.Resnet.nonsense = 1'], 'nonsense'),
-        (['batch_norm.nonsense = 1'], "a parameter named 'nonsense'"),
-        (["pooling.DiffStride.ramp = 'x'"], '`ramp` must be one of'),
-        (['pooling.DiffStride.nonsense = 3'], 'nonsense'),
-        (
-            [
-                'resnet.Resnet.filters = [2, 2, 2]',
-                "resnet.Resnet.strides = '1, 2, 2'",
-                "pooling.DiffStride.name = 'pool'",
-            ],
-            'must differ in `name` to be logged',
-        ),
-        (
-            [
-                'train.load_data_fn = @data.load_datasets',
-                "data.load_datasets.name = '/nowhere'",
-            ],
-            '`name` must be an existing folder',
-        ),
-        (
-            [
-                'keras.optimizers.SGD.learning_rate = '
-                '@schedules.warmup_cosine()',
-                'schedules.warmup_cosine.peak = 0.1',
-                'schedules.warmup_cosine.warmup_epochs = 2',
-            ],
-            '`warmup_epochs` must be at least 0 and below the 2 epochs',
-        ),
-    ],
-)
-def test_a_wrong_setting_is_one_line(error_of, bindings, holds):
-    message = error_of(*bindings)
-    assert holds in message
+BUDGET = 'train.callbacks = [@callbacks.StrideBudget()]'
+WARMUP = 'keras.optimizers.SGD.learning_rate = @schedules.warmup_cosine()'
+FOLDER = 'train.load_data_fn = @data.load_datasets'
+# A part of the line, and then the bindings.
+WRONG_SETTINGS = [
+    ('`num_epochs` must be an integer', 'train.num_epochs = 0'),
+    ('--gin_bindings="train.workdir = ', 'train.train.workdir = None'),
+    ('in Resnet', 'train.load_data_fn = @resnet.Resnet'),
+    ('batch_norm', 'train.model_cls = @resnet.batch_norm'),
+    (
+        '`optimizer_cls` must return an instance of Optimizer',
+        'train.optimizer_cls = @keras.losses.Poisson',
+    ),
+    (
+        '`loss_cls` must return an instance of Loss',
+        'train.loss_cls = @keras.optimizers.SGD',
+    ),
+    (
+        '`loss_cls` must return a loss of one-hot labels',
+        'train.loss_cls = @keras.losses.SparseCategoricalCrossentropy',
+    ),
+    (
+        '`callbacks` must be a list of Keras callbacks',
+        'train.callbacks = [@callbacks.EarlyStopping]',
+    ),
+    ('`macs` must be', BUDGET, 'callbacks.StrideBudget.macs = -1'),
+    ('must be at least ', BUDGET, 'callbacks.StrideBudget.macs = 1'),
+    (
+        '`learn` must leave an epoch',
+        BUDGET,
+        'callbacks.StrideBudget.share = 0.9',
+        'callbacks.StrideBudget.learn = 0.6',
+    ),
+    ('run.job must be a function', 'run.job = 3'),
+    ('run.job must return an object', 'run.job = @resnet.batch_norm'),
+    (
+        "set resnet.Resnet.output_activation = 'softmax'",
+        'resnet.Resnet.output_activation = None',
+    ),
+    ('`filters` must be', 'resnet.Resnet.filters = [2, 0]'),
+    ('`strides` must be', "resnet.Resnet.strides = '1, 0'"),
+    ('`pooling_cls` must be', "resnet.Resnet.pooling_cls = 'x'"),
+    ('(in Resnet)', "resnet.Resnet.weight_decay = 'x'"),
+    ('nonsense', 'resnet.Resnet.nonsense = 1'),
+    ("a parameter named 'nonsense'", 'batch_norm.nonsense = 1'),
+    ('nonsense', 'pooling.DiffStride.nonsense = 3'),
+    ('`ramp` must be one of', "pooling.DiffStride.ramp = 'x'"),
+    (
+        'must differ in `name` to be logged',
+        'resnet.Resnet.filters = [2, 2, 2]',
+        "resnet.Resnet.strides = '1, 2, 2'",
+        "pooling.DiffStride.name = 'pool'",
+    ),
+    (
+        '`name` must be an existing folder',
+        FOLDER,
+        "data.load_datasets.name = '/nowhere'",
+    ),
+    (
+        '`warmup_epochs` must be at least 0 and below the 2 epochs',
+        WARMUP,
+        'schedules.warmup_cosine.peak = 0.1',
+        'schedules.warmup_cosine.warmup_epochs = 2',
+    ),
+]
+
+
+@pytest.mark.parametrize('row', WRONG_SETTINGS, ids=lambda row: row[-1])
+def test_a_wrong_setting_is_one_line(error_of, row):
+    holds, *bindings = row
+    assert holds in error_of(*bindings)
 
 
 def test_errors_of_code_keep_their_traceback(run):
@@ -217,41 +230,41 @@ def test_errors_of_code_keep_their_traceback(run):
 # Bindings that reach nothing.
 
 
-@pytest.mark.parametrize(
-    'bindings, holds',
-    [
-        (
-            [
-                'train.model_cls = @resnet.resnet18',
-                'resnet.resnet18.width = 1',
-                "resnet.Resnet.strides = '1, 1, 2, 2, 2'",
-            ],
-            'resnet.Resnet.strides has no effect, since strides is set by what '
-            'calls resnet.Resnet: did you mean resnet.resnet18.strides?',
-        ),
-        (
-            ['pooling.DiffStride.strides = 3'],
-            'pooling.DiffStride.strides has no effect, since strides is set by '
-            'what calls pooling.DiffStride: did you mean resnet.Resnet.strides',
-        ),
-        (
-            ['resnet.resnet56.weight_decay = 0.1'],
-            'resnet.resnet56.weight_decay has no effect, since resnet.resnet56 '
-            'is not used in this job: did you mean resnet.Resnet.weight_decay?',
-        ),
-        (
-            ['resnet.ResidualLayer.pooling_cls = None'],
-            'did you mean resnet.Resnet.pooling_cls?',
-        ),
-        (['WIDTH = 3'], 'WIDTH has no effect'),
-        (['grid.seeds = [1]'], 'grid.seeds has no effect'),
-        (
-            ['inner/resnet.Resnet.weight_decay = 0.1'],
-            'inner/resnet.Resnet.weight_decay has no effect',
-        ),
-    ],
-)
-def test_a_binding_without_effect_is_named(error_of, bindings, holds):
+# A part of the line, and then the bindings.
+WITHOUT_EFFECT = [
+    (
+        'resnet.Resnet.strides has no effect, since strides is set by what '
+        'calls resnet.Resnet: did you mean resnet.resnet18.strides?',
+        'train.model_cls = @resnet.resnet18',
+        'resnet.resnet18.width = 1',
+        "resnet.Resnet.strides = '1, 1, 2, 2, 2'",
+    ),
+    (
+        'pooling.DiffStride.strides has no effect, since strides is set by '
+        'what calls pooling.DiffStride: did you mean resnet.Resnet.strides',
+        'pooling.DiffStride.strides = 3',
+    ),
+    (
+        'resnet.resnet56.weight_decay has no effect, since resnet.resnet56 '
+        'is not used in this job: did you mean resnet.Resnet.weight_decay?',
+        'resnet.resnet56.weight_decay = 0.1',
+    ),
+    (
+        'did you mean resnet.Resnet.pooling_cls?',
+        'resnet.ResidualLayer.pooling_cls = None',
+    ),
+    ('WIDTH has no effect', 'WIDTH = 3'),
+    ('grid.seeds has no effect', 'grid.seeds = [1]'),
+    (
+        'inner/resnet.Resnet.weight_decay has no effect',
+        'inner/resnet.Resnet.weight_decay = 0.1',
+    ),
+]
+
+
+@pytest.mark.parametrize('row', WITHOUT_EFFECT, ids=lambda row: row[-1])
+def test_a_binding_without_effect_is_named(error_of, row):
+    holds, *bindings = row
     assert holds in error_of(*bindings)
 
 
@@ -271,16 +284,10 @@ def test_bindings_without_effect_in_files_are_let_be(tmp_path, capsys):
     )
 
 
-@pytest.mark.parametrize(
-    'arguments, holds',
-    [
-        ({'bindings': ['data.load_datasets.augment_fn = 1']}, 'crop_padding'),
-        ({'workdir_flag': '/tmp/x'}, "train.workdir = '/tmp/x'"),
-    ],
-)
-def test_what_the_2022_release_had_gets_a_hint(error_of, arguments, holds):
-    bindings = arguments.pop('bindings', [])
-    assert holds in error_of(*bindings, **arguments)
+def test_what_the_2022_release_had_gets_a_hint(error_of):
+    message = error_of('data.load_datasets.augment_fn = 1')
+    assert 'flip and crop_padding replace it' in message
+    assert "train.workdir = '/tmp/x'" in error_of(workdir_flag='/tmp/x')
 
 
 # Gin refuses these.
@@ -319,18 +326,15 @@ def test_what_gin_refuses_is_named(error_of, tmp_path, line, holds):
         assert f'{path}, line 2' in message
 
 
-@pytest.mark.parametrize('name', ['nowhere.gin', '/nowhere/x.gin'])
-def test_a_missing_gin_file_is_named(error_of, name):
-    message = error_of(gin_config=name)
-    assert f'Received: {name!r}' in message
-    assert "one of ['cifar10.gin', " in message
-
-
-@pytest.mark.parametrize('content', [None, b'\xff\xfe\x00'])
-def test_what_is_no_gin_file_is_named(error_of, tmp_path, content):
-    path = tmp_path / 'wrong.gin'
-    path.mkdir() if content is None else path.write_bytes(content)
-    assert str(path) in error_of(gin_config=path)
+def test_what_is_no_gin_file_is_named(error_of, tmp_path):
+    for name in 'nowhere.gin', '/nowhere/x.gin':
+        message = error_of(gin_config=name)
+        assert f'Received: {name!r}' in message
+        assert "one of ['cifar10.gin', " in message
+    binary = tmp_path / 'wrong.gin'
+    binary.write_bytes(b'\xff\xfe\x00')
+    for path in tmp_path, binary:
+        assert str(path) in error_of(gin_config=path)
 
 
 def test_unknown_arguments_are_refused():
@@ -341,23 +345,14 @@ def test_unknown_arguments_are_refused():
 # The workdir.
 
 
-@pytest.mark.parametrize('below', ['', '/below', '/below/further'])
-def test_a_workdir_that_is_a_file_or_below_one(error_of, tmp_path, below):
+def test_a_workdir_that_cannot_be_made(error_of, tmp_path, monkeypatch):
     path = tmp_path / 'file'
     path.write_text('mine')
-    message = error_of(workdir=f'{path}{below}')
-    assert f'can be made and written, and {path} cannot' in message
-
-
-@pytest.mark.parametrize(
-    'name, holds',
-    [('a' * 300, 'File name too long'), ('~nobody-of-this-name/x', 'home')],
-)
-def test_a_workdir_of_an_impossible_name(error_of, name, holds):
-    assert holds in error_of(workdir=name)
-
-
-def test_a_workdir_without_permission(error_of, tmp_path, monkeypatch):
+    for below in '', '/below', '/below/further':
+        message = error_of(workdir=f'{path}{below}')
+        assert f'can be made and written, and {path} cannot' in message
+    assert 'File name too long' in error_of(workdir='a' * 300)
+    assert 'home' in error_of(workdir='~nobody-of-this-name/x')
     monkeypatch.setattr(os, 'access', lambda path, mode: False)
     message = error_of(workdir=tmp_path / 'new')
     assert f'can be made and written, and {tmp_path} cannot' in message

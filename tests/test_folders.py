@@ -8,17 +8,12 @@ import numpy as np
 import PIL.Image
 import pytest
 import tensorflow as tf
+from small_data import take
 
 from diffstride.examples import data, folders
 
 HEIGHT, WIDTH = 6, 8
 SHAPE = HEIGHT, WIDTH, 3
-
-
-def take(dataset):
-    """All batches as arrays (images, labels), in a row."""
-    images, labels = zip(*dataset.as_numpy_iterator(), strict=True)
-    return np.concatenate(images), np.concatenate(labels)
 
 
 def write_image(path, shape=SHAPE, level=100):
@@ -125,36 +120,34 @@ def test_classes_of_one_split_or_of_two_cases_are_named(folder):
     ]
 
 
-def test_images_in_inner_folders_are_read(folder):
+def test_images_in_inner_folders_are_read(folder, monkeypatch):
     write_image(folder / 'train' / 'cat' / 'black' / 'deep' / '0.png')
     # A link that leads back is not followed for ever.
     (folder / 'train' / 'cat' / 'black' / 'up').symlink_to('..')
-    assert ': 7 train' in load_folder(folder).summary
+    monkeypatch.chdir(folder.parent)  # A folder beside is found by its name.
+    assert '/photos: 7 train' in load_folder('photos').summary
 
 
 IMAGE = np.indices((HEIGHT, WIDTH)).sum(0)[..., None] * [[[3, 2, 1]]] + 100
+# The names that Pillow has for these suffixes, and the greatest errors.
+FORMATS = {
+    'bmp': ('bmp', 0),
+    'gif': ('gif', 4),
+    'jpg': ('jpeg', 5),
+    'png': ('png', 0),
+    'PPM': ('ppm', 0),
+    'tif': ('tiff', 0),
+    'webp': ('webp', 0),
+}
 
 
 def encoded(suffix):
+    image = PIL.Image.fromarray(IMAGE.astype(np.uint8))
     options = {'jpg': {'quality': 95, 'subsampling': 0}}.get(suffix, {})
     options = {'lossless': True} if suffix == 'webp' else options
-    image = PIL.Image.fromarray(IMAGE.astype(np.uint8))
     buffer = io.BytesIO()
-    image.save(
-        buffer, {'jpg': 'jpeg', 'tif': 'tiff'}.get(suffix, suffix), **options
-    )
+    image.save(buffer, FORMATS[suffix][0], **options)
     return buffer.getvalue()
-
-
-FORMATS = {
-    'bmp': 0,
-    'gif': 4,
-    'jpg': 5,
-    'png': 0,
-    'PPM': 0,
-    'tif': 0,
-    'webp': 0,
-}
 
 
 @pytest.mark.parametrize('dtype', [tf.uint8, tf.uint16])
@@ -165,7 +158,7 @@ def test_decode_image(suffix, channels, dtype):
     expected = IMAGE if channels == 3 else IMAGE @ [[0.299], [0.587], [0.114]]
     assert image.dtype == dtype
     scale = 257 if dtype == tf.uint16 else 1
-    tolerance = FORMATS[suffix] + (0 if channels == 3 else 0.51)
+    tolerance = FORMATS[suffix][1] + (0 if channels == 3 else 0.51)
     np.testing.assert_allclose(image / scale, expected, atol=tolerance + 1e-3)
 
 
@@ -180,7 +173,7 @@ def test_folder_of_all_formats(tmp_path):
     np.testing.assert_allclose(images, expected, atol=5)
 
 
-def test_grey_images_stay_grey(folder):
+def test_grey_images_stay_grey_and_constant_ones_unscaled(folder):
     assert load_folder(folder).image_shape[-1] == 3
     for path in folder.rglob('*.png'):
         write_image(path, (HEIGHT, WIDTH, 1), level=9)
@@ -188,39 +181,32 @@ def test_grey_images_stay_grey(folder):
     datasets = load_folder(folder)
     assert datasets.image_shape == (HEIGHT, WIDTH, 1)
     assert (take(datasets.test)[0] == 9).all()
+    # A constant channel is not scaled.
+    images, _ = take(load_folder(folder, normalization='dataset').test)
+    np.testing.assert_allclose(images, 0, atol=1e-5)
 
 
 @pytest.mark.parametrize('suffix', ['png', 'tif', 'pgm'])
 def test_16_bits_keep_small_values(tmp_path, suffix):
     values = np.arange(HEIGHT * WIDTH, dtype=np.uint16).reshape(HEIGHT, WIDTH)
     for split in 'train', 'test':
-        write_image(tmp_path / split / 'bits' / '8.png', (HEIGHT, WIDTH, 1))
         path = tmp_path / split / 'bits' / f'16.{suffix}'
+        path.parent.mkdir(parents=True)
         if suffix == 'pgm':  # Pillow writes it with 8 bits.
             header = f'P5 {WIDTH} {HEIGHT} 65535\n'.encode()
             path.write_bytes(header + values.astype('>u2').tobytes())
         else:
             PIL.Image.fromarray(values).save(path)
+    one = {'batch_size': 1, 'normalization': 'dataset'}
+    images, _ = take(load_folder(tmp_path, **one).test)
+    expected = (values - values.mean()) / values.std()
+    np.testing.assert_allclose(images[0, ..., 0], expected, atol=1e-4)
+    for split in 'train', 'test':
+        write_image(tmp_path / split / 'bits' / '8.png', (HEIGHT, WIDTH, 1))
     images, _ = take(load_folder(tmp_path).test)
     images = images[np.argsort(images.mean((1, 2, 3)))][..., 0]
     np.testing.assert_allclose(images[0], values / 257, rtol=1e-6)
     np.testing.assert_allclose(images[1], 100, rtol=1e-6)
-
-
-def test_small_values_of_16_bits_are_standardized(tmp_path):
-    values = np.arange(HEIGHT * WIDTH, dtype=np.uint16).reshape(HEIGHT, WIDTH)
-    for split in 'train', 'test':
-        (tmp_path / split / 'a').mkdir(parents=True)
-        PIL.Image.fromarray(values).save(tmp_path / split / 'a' / '0.png')
-    datasets = load_folder(tmp_path, batch_size=1, normalization='dataset')
-    images, _ = take(datasets.test)
-    expected = (values - values.mean()) / values.std()
-    np.testing.assert_allclose(images[0, ..., 0], expected, atol=1e-4)
-
-
-def test_folder_beside_is_found_by_its_name(folder, monkeypatch):
-    monkeypatch.chdir(folder.parent)
-    assert '/photos: 6 train' in load_folder('photos').summary
 
 
 def test_folder_of_different_sizes_needs_image_size(folder):
@@ -244,13 +230,6 @@ def test_folder_must_hold_images(tmp_path, content):
     rule = '`name` must be a folder that holds one folder of images per class'
     with pytest.raises(ValueError, match=rule):
         load_folder(tmp_path)
-
-
-def test_constant_channel_is_not_scaled(folder):
-    for path in folder.rglob('*.png'):
-        write_image(path, level=7)
-    images, _ = take(load_folder(folder, normalization='dataset').test)
-    np.testing.assert_allclose(images, 0, atol=1e-5)
 
 
 @pytest.mark.parametrize('cache', [True, False])

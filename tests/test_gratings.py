@@ -26,25 +26,23 @@ def splits(data_dir):
     }
 
 
-@pytest.mark.parametrize('split, count', [('train', 4000), ('test', 1000)])
-def test_sizes_and_balance(splits, split, count):
-    images, labels = splits[split]
-    assert images.shape == (count, N, N)
-    np.testing.assert_array_equal(np.bincount(labels), [count // 8] * 8)
+def test_splits_are_balanced_and_share_no_image(splits):
+    for split, count in (('train', 4000), ('test', 1000)):
+        images, labels = splits[split]
+        assert images.shape == (count, N, N)
+        np.testing.assert_array_equal(np.bincount(labels), [count // 8] * 8)
+    images = np.concatenate([splits[s][0] for s in ('train', 'test')])
+    assert len({image.tobytes() for image in images}) == 5000
 
 
-def test_builder_needs_no_files_of_its_own(data_dir, splits):
+def test_loads_as_training_data_without_files_of_its_own(data_dir, splits):
     builder = tfds.builder('gratings', data_dir=data_dir)
     assert builder.info.supervised_keys == ('image', 'label')
     assert builder.info.features['image'].dtype == np.uint8
-    assert builder.info.features['label'].names[0] == 'pattern 1'
     assert builder.url_infos is None
-
-
-def test_loads_as_training_data(data_dir, splits):
     datasets = data.load_datasets('gratings', data_dir)
     assert datasets.image_shape == (N, N, 1)
-    assert datasets.num_classes == CLASSES
+    assert datasets.class_names == tuple(f'pattern {i}' for i in range(1, 9))
     images, _ = next(iter(datasets.test))
     np.testing.assert_allclose(np.std(images), 1, atol=0.1)
 
@@ -56,11 +54,6 @@ def test_drawing_is_deterministic():
     )
     np.testing.assert_array_equal(first, again)
     assert (first != other).mean() > 0.9
-
-
-def test_splits_share_no_image(splits):
-    images = np.concatenate([splits[s][0] for s in ('train', 'test')])
-    assert len({image.tobytes() for image in images}) == 5000
 
 
 def test_power_is_at_the_frequencies_along_the_width_alone(splits):

@@ -14,10 +14,9 @@ A gin file uses them so:
 import ast
 import functools
 import operator
-import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import gin
 import keras
@@ -30,70 +29,31 @@ from diffstride import resnet
 from diffstride.examples import data, rules, sources
 from diffstride.examples.folders import AUTOTUNE
 from diffstride.pooling import DiffStride, DiffStride1D
-from diffstride.validation import (
-    is_finite,
-    is_integer,
-    one_of,
-    require,
-    standardize_strides,
-)
+from diffstride.validation import require, standardize_strides
 
 # Lower levels, relative to the loudest part of a recording, are raised to this.
 DYNAMIC_RANGE = 60.0  # dB
 
-_SECONDS = (
-    'a number of seconds, at least 0 and below `duration`',
-    lambda x: is_finite(x, least=0),
-)
-_BINS = (
-    'a number of bins, at least 0 and below `num_mel_bins`, and 0 for '
-    'waveforms',
-    lambda x: is_integer(x, least=0),
-)
-_RULES = {
-    'name': ('the name of a TFDS dataset', rules.is_text),
-    **rules.DATASETS,
-    'features': rules.choice('log_mel', 'waveform'),
-    'duration': (
-        'a number of seconds, above 0',
-        lambda x: is_finite(x, above=0),
-    ),
-    'num_mel_bins': rules.COUNT,
-    'num_frames': (
-        'an integer, at least 2',
-        lambda x: is_integer(x, least=2),
-    ),
-    'time_shift': _SECONDS,
-    'frequency_shift': _BINS,
-    'time_mask': _SECONDS,
-    'frequency_mask': _BINS,
-    'test_filter': (
-        'a regular expression or None',
-        lambda x: x is None or rules.is_pattern(x),
-    ),
-}
-
 
 @gin.configurable(module='audio', denylist=['seed'])  # train.seed sets it.
 def load_datasets(
-    name: str = 'spoken_digit',
-    data_dir: str | os.PathLike | None = None,
-    batch_size: int = 32,
-    features: str = 'log_mel',
-    duration: float = 1.0,
-    num_mel_bins: int = 64,
-    num_frames: int = 64,
-    time_shift: float = 0.1,
-    frequency_shift: int = 0,
-    time_mask: float = 0.0,
-    frequency_mask: int = 0,
-    train_split: str = 'train',
-    validation_split: str | float | None = 'auto',
-    test_split: str | float = 'test',
-    test_filter: str | None = None,
-    filter_feature: str | None = None,
-    class_weights: str | None = None,
-    seed: int = 0,
+    name: rules.Text = 'spoken_digit',
+    data_dir: rules.Path | None = None,
+    batch_size: rules.Count = 32,
+    features: Literal['log_mel', 'waveform'] = 'log_mel',
+    duration: rules.Seconds = 1.0,
+    num_mel_bins: rules.Count = 64,
+    num_frames: rules.Count = 64,
+    time_shift: rules.Number = 0.1,
+    frequency_shift: rules.CountOrZero = 0,
+    time_mask: rules.Number = 0.0,
+    frequency_mask: rules.CountOrZero = 0,
+    train_split: rules.Split = 'train',
+    validation_split: rules.SplitOrShare | None = 'auto',
+    test_split: rules.SplitOrShare = 'test',
+    test_filter: rules.Pattern | None = None,
+    class_weights: Literal['balanced'] | None = None,
+    seed: rules.Seed = 0,
 ) -> data.Datasets:
     """Loads the splits of a dataset for the classification of recordings.
 
@@ -114,7 +74,7 @@ def load_datasets(
             themselves: [duration * sample rate, 1].
         duration: The length that is kept of each recording, in seconds.
         num_mel_bins: The number of frequencies of a spectrogram.
-        num_frames: The number of points in time of a spectrogram.
+        num_frames: The number of points in time of a spectrogram, at least 2.
         time_shift: The largest shift in time of a training example, in
             seconds, which is random; 0 turns it off.
         frequency_shift: The largest shift of a training spectrogram towards
@@ -131,23 +91,21 @@ def load_datasets(
             split for which it is found in a text feature, such as the name of
             the file, are the test set, and in no other set. Thus one can test
             on a speaker who was not trained on. None to use `test_split`.
-        filter_feature: The name of the text feature; None if there is one.
         class_weights: See `data.load_datasets`.
         seed: The seed of all random draws.
 
     Raises:
         ValueError: If an argument is wrong, or if the dataset does not fit.
     """
-    rules.check(locals(), _RULES)
+    rules.check(load_datasets, locals())
     bins = num_mel_bins if features == 'log_mel' else 1
-    for key, value, limit in (
-        ('time_shift', time_shift, duration),
-        ('time_mask', time_mask, duration),
-        ('frequency_shift', frequency_shift, bins),
-        ('frequency_mask', frequency_mask, bins),
+    for key, value, limit, rule in (
+        ('time_shift', time_shift, duration, '`duration`'),
+        ('time_mask', time_mask, duration, '`duration`'),
+        ('frequency_shift', frequency_shift, bins, 'the number of bins'),
+        ('frequency_mask', frequency_mask, bins, 'the number of bins'),
     ):
-        rule = f'`{key}` must be {_RULES[key][0]}'
-        require(value < limit, rule, **{key: value})
+        require(value < limit, f'`{key}` must be below {rule}', **{key: value})
     source = sources.TfdsSource(name, data_dir, tfds.features.Audio)
     rate = source.features[source.input].sample_rate
     if not rate:
@@ -156,19 +114,19 @@ def load_datasets(
     extract = operator.itemgetter((..., None))
     if features == 'log_mel':
         extract = _log_mel(rate, samples, num_mel_bins, num_frames)
-    text_key = None
-    if test_filter:
-        text_key, test_split = _text_key(source, filter_feature), train_split
     pieces = sources.resolve_splits(
-        source.splits, train_split, validation_split, test_split
+        source.splits,
+        train_split,
+        validation_split,
+        train_split if test_filter else test_split,
     )
     splits = {}
     for split, parts in pieces.items():
-        inputs, labels, texts = _read(source, parts, text_key, samples, extract)
+        inputs, labels, texts = _read(source, parts, samples, extract)
         if test_filter:
             chosen = _is_chosen(test_filter, texts, split == 'test')
             inputs, labels = inputs[chosen], labels[chosen]
-        splits[split] = data.ExamplesInMemory(inputs, labels)
+        splits[split] = data.in_memory(inputs, labels)
     frames = splits['train'].shape[-2] / duration
 
     def prepare(inputs, labels, key):
@@ -193,17 +151,9 @@ def load_datasets(
     )
 
 
-def _text_key(source, filter_feature):
-    features = source.features.items()
-    keys = [k for k, x in features if isinstance(x, tfds.features.Text)]
-    if filter_feature is None and len(keys) == 1:
-        return keys[0]
-    return one_of('filter_feature', filter_feature, tuple(keys))
-
-
 def _is_chosen(pattern, texts, of_test):
     """Returns which recordings are of the test set, or of the others."""
-    found = np.array([bool(re.search(pattern, x)) for x in texts])
+    found = np.array([bool(re.search(pattern, x, re.M)) for x in texts])
     chosen = found == of_test
     require(
         chosen.any(),
@@ -216,12 +166,13 @@ def _is_chosen(pattern, texts, of_test):
 
 def _log_mel(rate, samples, num_mel_bins, num_frames):
     """Returns a function from [batch, samples] to [batch, bins, frames, 1]."""
-    step = samples // (num_frames - 1)
     require(
-        step >= 1,
-        f'`num_frames` must be at most {samples + 1} in {samples} samples',
+        2 <= num_frames <= samples + 1,
+        f'`num_frames` must be at least 2 and at most {samples + 1} in '
+        f'{samples} samples',
         num_frames=num_frames,
     )
+    step = samples // (num_frames - 1)
     window = 4 * step
     layer = keras.layers.MelSpectrogram(
         sampling_rate=rate,
@@ -241,8 +192,16 @@ def _log_mel(rate, samples, num_mel_bins, num_frames):
     return log_mel
 
 
-def _read(source, pieces, text_key, samples, extract):
-    """Returns the features, labels and texts of a split."""
+def _read(source, pieces, samples, extract):
+    """Returns the features, labels and texts of a split.
+
+    A text has a line for each text feature of the recording.
+    """
+    keys = [
+        key
+        for key, feature in source.features.items()
+        if isinstance(feature, tfds.features.Text)
+    ]
 
     def cut(example):
         waveform = tf.cast(example[source.input], tf.float32)
@@ -254,7 +213,8 @@ def _read(source, pieces, text_key, samples, extract):
         waveform = tf.pad(waveform, [[missing // 2, missing - missing // 2]])
         start = (tf.size(waveform) - samples) // 2
         waveform = tf.ensure_shape(waveform[start:][:samples], [samples])
-        text = '' if text_key is None else example[text_key]
+        texts = [example[key] for key in keys]
+        text = tf.strings.join(texts, '\n') if texts else ''
         return waveform, example[source.label], text
 
     batches = source.examples(pieces).map(cut, AUTOTUNE).batch(256)
@@ -313,13 +273,14 @@ class ResidualConv(keras.layers.Layer):
         self, rank: int, kernel_size: int, data_format: str, **kwargs: Any
     ):
         super().__init__(**kwargs)
-        self.rank = rank
-        self.kernel_size = kernel_size
-        self.data_format = data_format
+        self.arguments = {
+            'rank': rank,
+            'kernel_size': kernel_size,
+            'data_format': data_format,
+        }
 
     def build(self, input_shape: Sequence) -> None:
-        axis = 1 if self.data_format == 'channels_first' else -1
-        conv, norm = _layers(self.rank, self.kernel_size, self.data_format)
+        conv, norm, axis = _layers(**self.arguments)
         self.conv = conv(input_shape[axis], dtype=self.dtype_policy)
         self.norm = norm(dtype=self.dtype_policy)
         self.conv.build(input_shape)
@@ -332,12 +293,7 @@ class ResidualConv(keras.layers.Layer):
         return input_shape
 
     def get_config(self) -> dict[str, Any]:
-        return {
-            **super().get_config(),
-            'rank': self.rank,
-            'kernel_size': self.kernel_size,
-            'data_format': self.data_format,
-        }
+        return {**super().get_config(), **self.arguments}
 
 
 @gin.configurable(module='audio')
@@ -374,9 +330,8 @@ def spectrogram_net(
     >>> tuple(model(keras.ops.ones((4, 64, 64, 1))).shape)
     (4, 10)
     """
-    return _net(
-        2, 3, num_output_classes, channels_first, strides, pooling_cls, filters
-    )
+    kinds = pooling_cls, channels_first
+    return _net(2, 3, num_output_classes, strides, filters, *kinds)
 
 
 @gin.configurable(module='audio')
@@ -392,19 +347,18 @@ def waveform_net(
     Its kernels have a size of 9. It maps [batch, time, channels] to
     [batch, num_output_classes].
     """
-    return _net(
-        1, 9, num_output_classes, channels_first, strides, pooling_cls, filters
-    )
+    kinds = pooling_cls, channels_first
+    return _net(1, 9, num_output_classes, strides, filters, *kinds)
 
 
 def _net(
     rank,
     kernel_size,
-    num_output_classes,
-    channels_first,
+    num_classes,
     strides,
-    pooling_cls,
     filters,
+    pooling_cls,
+    channels_first,
 ):
     if isinstance(strides, str):
         try:
@@ -420,7 +374,7 @@ def _net(
     if channels_first is None:
         channels_first = keras.config.image_data_format() == 'channels_first'
     data_format = 'channels_first' if channels_first else 'channels_last'
-    conv, norm = _layers(rank, kernel_size, data_format)
+    conv, norm, _ = _layers(rank, kernel_size, data_format)
     layers = []
     if channels_first:
         layers.append(keras.layers.Permute((rank + 1, *range(1, rank + 1))))
@@ -431,26 +385,27 @@ def _net(
             conv_strides, pool = resnet._downsampling(
                 stride, pooling_cls, channels_first
             )
-        pools = [] if pool is None else [pool]
         layers += [
-            conv(width, strides=1 if pools else conv_strides),
+            conv(width, strides=conv_strides if pool is None else 1),
             norm(),
             keras.layers.ReLU(),
-            *pools,
+            *([] if pool is None else [pool]),
             ResidualConv(rank, kernel_size, data_format),
         ]
     average = getattr(keras.layers, f'GlobalAveragePooling{rank}D')
-    layers += [
-        average(data_format=data_format),
-        keras.layers.Dense(
-            num_output_classes, activation='softmax', dtype='float32'
-        ),
-    ]
-    return keras.Sequential(layers)
+    return keras.Sequential(
+        [
+            *layers,
+            average(data_format=data_format),
+            keras.layers.Dense(
+                num_classes, activation='softmax', dtype='float32'
+            ),
+        ]
+    )
 
 
 def _layers(rank, kernel_size, data_format):
-    """Returns functions that make convolutions and batch normalizations."""
+    """Returns makers of convolutions and normalizations, and their axis."""
     conv = functools.partial(
         keras.layers.Conv1D if rank == 1 else keras.layers.Conv2D,
         kernel_size=kernel_size,
@@ -460,4 +415,5 @@ def _layers(rank, kernel_size, data_format):
         kernel_initializer='he_normal',
     )
     axis = 1 if data_format == 'channels_first' else -1
-    return conv, functools.partial(keras.layers.BatchNormalization, axis=axis)
+    norm = functools.partial(keras.layers.BatchNormalization, axis=axis)
+    return conv, norm, axis

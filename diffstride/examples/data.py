@@ -10,11 +10,9 @@ with the numbers that it would have seen.
 """
 
 import dataclasses
-import functools
 import math
-import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import gin
 import numpy as np
@@ -22,30 +20,12 @@ import tensorflow as tf
 
 from diffstride.examples import augmentation, folders, rules, sources
 from diffstride.examples.folders import AUTOTUNE
-from diffstride.validation import is_finite, require
+from diffstride.validation import require
 
 # A split whose pixels take less is kept decoded in memory.
 CACHE_BYTES = 2**30
 # These give a mean and a standard deviation to within a level of 255.
 STATISTICS_EXAMPLES = 10_000
-
-_RULES = {
-    'name': (
-        "the name of a TFDS dataset, 'gratings' or the path of a folder",
-        rules.is_text,
-    ),
-    **rules.DATASETS,
-    'mixup_alpha': (
-        'a finite number, at least 0',
-        lambda x: is_finite(x, least=0),
-    ),
-    'flip': rules.choice(True, False),
-    'crop_padding': rules.COUNT_OR_ZERO,
-    'normalization': rules.choice('dataset', 'unit', None),
-    'image_size': rules.SIZE,
-    'channels': rules.choice(1, 3, None),
-    'cache': rules.choice(True, False, 'auto'),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,28 +62,24 @@ class Datasets:
     class_weights: tuple[float, ...] | None
     summary: str
 
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
 
 @gin.configurable(module='data', denylist=['seed'])  # train.seed sets it.
 def load_datasets(
-    name: str = 'cifar10',
-    data_dir: str | os.PathLike | None = None,
-    batch_size: int = 128,
-    mixup_alpha: float = 0.0,
+    name: rules.Text = 'cifar10',
+    data_dir: rules.Path | None = None,
+    batch_size: rules.Count = 128,
+    mixup_alpha: rules.Number = 0.0,
     flip: bool = False,
-    crop_padding: int = 4,
-    normalization: str | None = 'dataset',
-    image_size: tuple[int, int] | None = None,
-    channels: int | None = None,
-    train_split: str = 'train',
-    validation_split: str | float | None = 'auto',
-    test_split: str | float = 'test',
-    class_weights: str | None = None,
-    seed: int = 0,
-    cache: bool | str = 'auto',
+    crop_padding: rules.CountOrZero = 4,
+    normalization: Literal['dataset', 'unit'] | None = 'dataset',
+    image_size: rules.Size | None = None,
+    channels: Literal[1, 3] | None = None,
+    train_split: rules.Split = 'train',
+    validation_split: rules.SplitOrShare | None = 'auto',
+    test_split: rules.SplitOrShare = 'test',
+    class_weights: Literal['balanced'] | None = None,
+    seed: rules.Seed = 0,
+    cache: bool | Literal['auto'] = 'auto',
 ) -> Datasets:
     """Loads the splits of a dataset for image classification.
 
@@ -143,7 +119,7 @@ def load_datasets(
         ValueError: If an argument is wrong; or if the dataset is unknown,
             cannot be prepared, or has no such split, image or class label.
     """
-    rules.check(locals(), _RULES)
+    rules.check(load_datasets, locals())
     source = sources.open_images(name, data_dir, train_split)
     pieces = sources.resolve_splits(
         source.splits, train_split, validation_split, test_split
@@ -163,6 +139,18 @@ def load_datasets(
             )
         return images, labels
 
+    if normalization == 'dataset':
+        mean_and_scale = folders.cached(
+            f'statistics of {source.name} {pieces["train"]} '
+            f'{splits["train"].shape}',
+            source.files(pieces['train']),
+            splits['train'].count,
+            lambda: statistics(splits['train']),
+        )
+    else:
+        scale = 255.0 if normalization == 'unit' else 1.0
+        mean_and_scale = np.outer([0, scale], np.ones(splits['train'].shape[2]))
+    notes = [*source.notes, *sources.notes_on(source.splits, pieces)]
     return make_datasets(
         source,
         splits,
@@ -170,27 +158,23 @@ def load_datasets(
         batch_size,
         seed,
         class_weights,
-        _mean_and_scale(
-            normalization, source, pieces['train'], splits['train']
-        ),
-        (*source.notes, *sources.notes_on(source.splits, pieces)),
+        mean_and_scale,
+        notes,
     )
 
 
 def _reader(source, pieces, image_size, channels):
     """Returns a function from (record, label) to (image, label)."""
     everything = [piece for parts in pieces.values() for piece in parts]
-    sizes, own_channels, dtype = source.kind(everything)
-    size = image_size
-    for each in () if image_size else sizes:
-        size = size or each
-        if each != size:
-            (a, b), (c, d) = sorted([size, each])
-            raise ValueError(
-                f'images differ in size, {a} x {b} and {c} x {d}: set '
-                'data.load_datasets.image_size = (height, width)'
-            )
-    shape = *size, channels or own_channels
+    own_sizes, own_channels, dtype = source.kind(everything)
+    sizes = {tuple(image_size)} if image_size else set(own_sizes)
+    if len(sizes) > 1:
+        (a, b), (c, d), *_ = sorted(sizes)
+        raise ValueError(
+            f'images differ in size, {a} x {b} and {c} x {d}: set '
+            'data.load_datasets.image_size = (height, width)'
+        )
+    shape = *sizes.pop(), channels or own_channels
 
     def read(record, label):
         image = folders.decode_image(source.contents(record), shape[-1], dtype)
@@ -202,23 +186,9 @@ def _reader(source, pieces, image_size, channels):
     return read
 
 
-def _mean_and_scale(normalization, source, pieces, examples):
-    """Returns what is subtracted and what is divided by, [2, channels]."""
-    shape = examples.shape
-    if normalization != 'dataset':
-        scale = 255.0 if normalization == 'unit' else 1.0
-        return np.outer([0.0, scale], np.ones(shape[-1]))
-    return folders.cached(
-        f'statistics of {source.name} {pieces} {shape}',
-        source.files(pieces),
-        0 if isinstance(examples, ExamplesInMemory) else examples.count,
-        lambda: statistics(examples),
-    )
-
-
 def make_datasets(
     source: Any,
-    splits: dict,
+    splits: dict[str, 'Examples'],
     prepare: Callable[..., tuple[tf.Tensor, tf.Tensor]],
     batch_size: int,
     seed: int,
@@ -266,6 +236,11 @@ def make_datasets(
         ordered = splits[split].ordered.batch(batch_size)
         return ordered.map(standardize, AUTOTUNE).prefetch(AUTOTUNE)
 
+    weights = None
+    if class_weights == 'balanced':
+        counts = np.bincount(training.read_labels(), minlength=num_classes)
+        mean_count = training.count / np.count_nonzero(counts)
+        weights = tuple(float(mean_count / n) if n else 1.0 for n in counts)
     return Datasets(
         train=train,
         validation=batches('validation'),
@@ -275,104 +250,96 @@ def make_datasets(
         class_names=source.class_names,
         mean=tuple(map(float, mean)),
         scale=tuple(map(float, scale)),
-        class_weights=_weights(training, num_classes, class_weights),
+        class_weights=weights,
         summary=_summary(source, splits, notes),
     )
 
 
-def _weights(examples, num_classes, kind):
-    if kind is None:
-        return None
-    counts = np.bincount(examples.read_labels(), minlength=num_classes)
-    present = np.count_nonzero(counts)
-    return tuple(
-        float(examples.count / (present * n)) if n else 1.0 for n in counts
-    )
-
-
-class ExamplesInMemory:
-    """The examples of a split, held in memory.
+@dataclasses.dataclass
+class Examples:
+    """The examples of a split.
 
     Attributes:
         count: The number of examples.
-        shape: The shape of an input.
         ordered: A tf.data.Dataset of (input, label), always in one order.
-        labels: Integers [count], or None if they must be read first.
+        shuffled: A function of the batch size and a seed, [2], that returns
+            the full batches of an epoch in the order of the seed. Call it
+            inside the function of a tf.data.Dataset.
+        read_labels: A function that returns the labels, integers [count].
+        knows_labels: Whether they are known without reading the split.
     """
 
-    def __init__(self, inputs: np.ndarray, labels: np.ndarray):
-        self.count = len(labels)
-        self.labels = labels
-        with tf.device('CPU'):
-            self._arrays = tf.constant(inputs), tf.constant(labels)
-            self.ordered = tf.data.Dataset.from_tensor_slices(self._arrays)
-        self.shape = tuple(self.ordered.element_spec[0].shape)
+    count: int
+    ordered: tf.data.Dataset
+    shuffled: Callable[[int, tf.Tensor], tf.data.Dataset]
+    read_labels: Callable[[], np.ndarray]
+    knows_labels: bool = True
 
-    def read_labels(self) -> np.ndarray:
-        """Returns the labels, also where `labels` is None."""
-        return self.labels
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of an input."""
+        return tuple(self.ordered.element_spec[0].shape)
 
-    def shuffled(self, batch_size: int, key: tf.Tensor) -> tf.data.Dataset:
-        """Returns the full batches of an epoch, in the order of a seed, [2].
 
-        Call it inside the function of a tf.data.Dataset.
-        """
-        steps = self.count // batch_size
-        order = tf.random.experimental.stateless_shuffle(
-            tf.range(self.count), key
-        )
+def in_memory(inputs: np.ndarray, labels: np.ndarray) -> Examples:
+    """Returns examples that are held in memory."""
+    count = len(labels)
+    with tf.device('CPU'):
+        arrays = tf.constant(inputs), tf.constant(labels)
+        ordered = tf.data.Dataset.from_tensor_slices(arrays)
+
+    def shuffled(batch_size, key):
+        steps = count // batch_size
+        order = tf.random.experimental.stateless_shuffle(tf.range(count), key)
         order = tf.reshape(order[: steps * batch_size], [steps, batch_size])
-        inputs, labels = self._arrays
         return tf.data.Dataset.from_tensor_slices(order).map(
-            lambda batch: (tf.gather(inputs, batch), tf.gather(labels, batch))
+            lambda batch: tuple(tf.gather(array, batch) for array in arrays)
         )
 
+    return Examples(count, ordered, shuffled, lambda: labels)
 
-class ExamplesOnDisk:
-    """The examples of a split, read and decoded whenever they are used.
 
-    It has the attributes and methods of `ExamplesInMemory`. `read` is a
-    function of (record, label) that returns (image, label).
+def on_disk(
+    source: folders.ImageFolder | sources.TfdsImages,
+    pieces: Sequence[folders.Piece],
+    read: Callable[..., tuple[tf.Tensor, tf.Tensor]],
+) -> Examples:
+    """Returns examples that are read and decoded whenever they are used.
+
+    `read` is a function of (record, label) that returns (image, label).
     """
+    count, records = sources.count(pieces), source.records(pieces)
 
-    def __init__(
-        self,
-        source: folders.ImageFolder | sources.TfdsImages,
-        pieces: Sequence[folders.Piece],
-        read: Callable[..., tuple[tf.Tensor, tf.Tensor]],
-    ):
-        self.count = sources.count(pieces)
-        self.read_labels = functools.partial(source.labels, pieces)
-        self.labels = self.read_labels() if source.knows_labels else None
-        self._records = source.records(pieces)
-        self._read = read
-        self._buffer = source.buffer or self.count
-        self.ordered = self._records.map(read, AUTOTUNE)
-        self.shape = tuple(self.ordered.element_spec[0].shape)
-
-    def shuffled(self, batch_size: int, key: tf.Tensor) -> tf.data.Dataset:
+    def shuffled(batch_size, key):
         # Dataset.shuffle also depends on the global seed. Here, in the graph
         # of a function, this sets the seed of that graph alone.
         tf.random.set_seed(1)
         seed = tf.random.stateless_uniform([], key, 0, tf.int64.max, tf.int64)
         return (
-            self._records.shuffle(
-                self._buffer, seed, reshuffle_each_iteration=False
+            records.shuffle(
+                source.buffer or count, seed, reshuffle_each_iteration=False
             )
-            .map(self._read, AUTOTUNE)
+            .map(read, AUTOTUNE)
             .batch(batch_size, drop_remainder=True)
         )
+
+    def read_labels():
+        labels = records.map(lambda _, label: label).batch(count)
+        return next(labels.as_numpy_iterator())
+
+    ordered = records.map(read, AUTOTUNE)
+    return Examples(count, ordered, shuffled, read_labels, source.knows_labels)
 
 
 def _load(source, pieces, read, cache):
     """Returns the examples of a split, in memory or on disk."""
-    examples = ExamplesOnDisk(source, pieces, read)
+    examples = on_disk(source, pieces, read)
     # TFDS gives the label -1 to all examples of a split without labels.
     if any(label < 0 for _, label in examples.ordered.take(1)):
         raise ValueError(f'the split {pieces[0][0]!r} has no labels')
     spec, _ = examples.ordered.element_spec
     if cache == 'auto':
-        size = examples.count * math.prod(examples.shape) * spec.dtype.size
+        size = examples.count * math.prod(spec.shape) * spec.dtype.size
         cache = size < CACHE_BYTES
     if not cache:
         return examples
@@ -382,17 +349,17 @@ def _load(source, pieces, read, cache):
         return next(batch.as_numpy_iterator())
 
     if not source.knows_labels:
-        return ExamplesInMemory(*read_all())
+        return in_memory(*read_all())
     images = folders.cached(
         f'pixels of {source.name} {pieces} {spec}',
         source.files(pieces),
         examples.count,
         lambda: read_all()[0],
     )
-    return ExamplesInMemory(images, examples.labels)
+    return in_memory(images, examples.read_labels())
 
 
-def statistics(examples: 'ExamplesInMemory | ExamplesOnDisk') -> np.ndarray:
+def statistics(examples: Examples) -> np.ndarray:
     """Returns the mean and the deviation of each channel, [2, channels].
 
     They are those of the first 10,000 examples. A constant channel gets a
@@ -415,24 +382,21 @@ def statistics(examples: 'ExamplesInMemory | ExamplesOnDisk') -> np.ndarray:
 
 def _summary(source, splits, notes):
     """Returns lines that say what was read and what may be a mistake."""
-    names, lines, described = source.class_names, [], []
+    names, missing, described = source.class_names, [], []
     for split in 'train', 'validation', 'test':
-        if split not in splits:
-            described.append(f'no {split}')
-            continue
-        examples = splits[split]
-        text = f'{examples.count:,} {split}'
-        if examples.labels is not None:
-            counts = np.bincount(examples.labels, minlength=len(names))
+        examples = splits.get(split)
+        text = f'{examples.count:,} {split}' if examples else f'no {split}'
+        if examples and examples.knows_labels:
+            counts = np.bincount(examples.read_labels(), minlength=len(names))
             text += f' ({counts.min():,} to {counts.max():,} of a class)'
-            missing = [x for x, n in zip(names, counts) if not n]
-            if missing:
-                missing = folders.enumeration(missing)
-                lines.append(f'Classes without {split} examples: {missing}.')
+            absent = [name for name, n in zip(names, counts) if not n]
+            if absent:
+                absent = folders.enumeration(absent)
+                missing.append(f'Classes without {split} examples: {absent}.')
         described.append(text)
     first = (
         f'{source.name}: {", ".join(described)} examples of '
         f'{" x ".join(map(str, splits["train"].shape))} in '
         f'{len(names):,} classes'
     )
-    return '\n'.join([first, *lines, *notes])
+    return '\n'.join([first, *missing, *notes])

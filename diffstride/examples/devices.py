@@ -14,9 +14,6 @@ def is_channels_first(data_format: str) -> bool:
     'auto' means channels_first on a GPU, except on JAX, where XLA chooses
     layouts.
     """
-    one_of(
-        'data_format', data_format, ('auto', 'channels_first', 'channels_last')
-    )
     if data_format == 'auto':
         return keras.backend.backend() != 'jax' and bool(_gpus())
     return data_format == 'channels_first'

@@ -70,10 +70,7 @@ class ImageFolder:
             os.path.isdir(root), '`name` must be an existing folder', name=root
         )
         folders, files = _walk(root)
-        skipped = collections.Counter(
-            _suffix(x) for x in files if _suffix(x) not in SUFFIXES
-        )
-        images = [x for x in files if _suffix(x) in SUFFIXES]
+        images = [parts for parts in files if _suffix(parts) in SUFFIXES]
         has_splits = (train_split,) in folders or not any(
             len(parts) == 2 for parts in images
         )
@@ -85,21 +82,7 @@ class ImageFolder:
                 split = parts[0] if has_splits else 'train'
                 classes = found.setdefault(split, {})
                 classes.setdefault(parts[depth - 1], []).append(parts)
-            else:
-                skipped['outside'] += 1
-        names = sorted({name for split in found.values() for name in split})
-        held = {parts[:depth] for parts in images}
-        # A split is not empty if it holds anything.
-        held |= {
-            parts[: depth - 1]
-            for parts in (*folders, *files)
-            if len(parts) >= depth
-        }
-        empty = [
-            os.sep.join(parts)
-            for parts in folders
-            if len(parts) <= depth and parts not in held
-        ]
+        names = sorted({name for classes in found.values() for name in classes})
         self.name = os.path.abspath(root)
         self.class_names = tuple(names)
         self.examples = {
@@ -107,26 +90,22 @@ class ImageFolder:
             for split, classes in sorted(found.items())
         }
         self.splits = {k: [len(x)] for k, (x, _) in self.examples.items()}
-        self.notes = tuple(_notes(skipped, empty, names))
+        self.notes = tuple(_notes(folders, files, depth, names))
 
     def _select(self, pieces):
         parts = [
             [array[start:stop] for array in self.examples[split]]
             for split, start, stop in pieces
         ]
-        return [np.concatenate(arrays) for arrays in zip(*parts)]
+        return tuple(np.concatenate(arrays) for arrays in zip(*parts))
 
     def files(self, pieces: Sequence[Piece]) -> list[str]:
         """Returns the paths of the files that hold these pieces."""
         return self._select(pieces)[0].tolist()
 
-    def labels(self, pieces: Sequence[Piece]) -> np.ndarray:
-        """Returns the labels, integers [n]."""
-        return self._select(pieces)[1]
-
     def records(self, pieces: Sequence[Piece]) -> tf.data.Dataset:
         """Returns a dataset of (record, label), always in one order."""
-        return tf.data.Dataset.from_tensor_slices(tuple(self._select(pieces)))
+        return tf.data.Dataset.from_tensor_slices(self._select(pieces))
 
     def contents(self, record: tf.Tensor) -> tf.Tensor:
         """Returns the contents of the image file of a record."""
@@ -138,38 +117,37 @@ class ImageFolder:
         """Returns (height, width) of images, their channels and dtype."""
         paths = self.files(pieces)
         kinds = cached(
-            f'kinds of {self.name}',
-            paths,
-            len(paths),
-            lambda: measure(paths),
+            f'kinds of {self.name}', paths, len(paths), lambda: _measure(paths)
         )
         channels = 3 if (kinds[:, 2] > 2).any() else 1
         dtype = tf.uint16 if (kinds[:, 3] == 16).any() else tf.uint8
         return map(tuple, kinds[:, :2].tolist()), channels, dtype
 
 
-def _walk(root, parts=(), parents=()):
+def _walk(root):
     """Returns the visible folders and files below a folder, as parts of paths.
 
     Links are followed, but for those that lead back.
     """
-    path = os.path.join(root, *parts)
-    parents = (*parents, os.path.realpath(path))
     folders, files = [], []
-    with os.scandir(path) as entries:
-        visible = [
-            x
-            for x in entries
-            if not x.name.startswith('.') and x.name not in _SYSTEM_FOLDERS
+    for path, inner, names in os.walk(root, followlinks=True):
+        inner[:] = [
+            name
+            for name in sorted(inner)
+            if name[0] != '.'
+            and name not in _SYSTEM_FOLDERS
+            and not _leads_back(os.path.join(path, name))
         ]
-    for entry in sorted(visible, key=lambda x: x.name):
-        if not entry.is_dir():
-            files.append((*parts, entry.name))
-        elif os.path.realpath(entry.path) not in parents:
-            inner = _walk(root, (*parts, entry.name), parents)
-            folders += [(*parts, entry.name), *inner[0]]
-            files += inner[1]
+        parts = pathlib.Path(path).relative_to(root).parts
+        folders += [(*parts, name) for name in inner]
+        files += [(*parts, name) for name in sorted(names) if name[0] != '.']
     return folders, files
+
+
+def _leads_back(path):
+    return os.path.islink(path) and any(
+        os.path.samefile(path, parent) for parent in pathlib.Path(path).parents
+    )
 
 
 def _suffix(parts):
@@ -196,18 +174,21 @@ def _digest(text):
     return hashlib.md5(text.encode(errors='surrogateescape')).digest()
 
 
-def _notes(skipped, empty, names):
-    outside = skipped.pop('outside', 0)
+def _notes(folders, files, depth, names):
+    suffixes = collections.Counter(map(_suffix, files))
+    skipped = {k: n for k, n in suffixes.most_common() if k not in SUFFIXES}
+    images = [parts for parts in files if _suffix(parts) in SUFFIXES]
+    outside = sum(len(parts) <= depth for parts in images)
     if outside:
         yield f'Skipped {outside:,} images that are in no folder of a class.'
     if skipped:
-        kinds = [
-            f'{count:,} {suffix or "without suffix"}'
-            for suffix, count in skipped.most_common()
-        ]
-        yield f'Skipped {skipped.total():,} files: {enumeration(kinds)}.'
+        kinds = [f'{n:,} {k or "without suffix"}' for k, n in skipped.items()]
+        yield f'Skipped {sum(skipped.values()):,} files: {enumeration(kinds)}.'
+    held = {parts[:depth] for parts in images}
+    empty = [x for x in folders if len(x) == depth and x not in held]
     if empty:
-        yield f'Skipped folders without images: {enumeration(empty)}.'
+        empty = enumeration(['/'.join(parts) for parts in empty])
+        yield f'Skipped folders without images: {empty}.'
     alike = collections.defaultdict(list)
     for name in names:
         alike[name.lower()].append(name)
@@ -288,10 +269,8 @@ def _grey(image):
     return tf.cast(tf.round(grey), image.dtype)[..., None]
 
 
-def measure(paths: Sequence[str]) -> np.ndarray:
-    """Returns the height, width, channels and bits of images, int32 [n, 4].
-
-    The bits are 16 if 8 are not enough.
+def _measure(paths):
+    """Returns height, width, channels and needed bits of images, int32 [n, 4].
 
     Raises:
         ValueError: If some cannot be decoded. The message names them.
@@ -300,15 +279,14 @@ def measure(paths: Sequence[str]) -> np.ndarray:
     def kind(index, path):
         image = decode_image(tf.io.read_file(path), 0, tf.uint16)
         is_deep = tf.reduce_any(tf.cast(image, tf.int32) % 257 != 0)
-        return index, tf.concat(
-            [tf.shape(image), [tf.where(is_deep, 16, 8)]], 0
-        )
+        bits = tf.where(is_deep, 16, 8)
+        return index, tf.concat([tf.shape(image), [bits]], 0)
 
     kinds = np.zeros((len(paths), 4), np.int32)
-    batches = tf.data.Dataset.from_tensor_slices(list(paths)).enumerate()
-    batches = batches.map(kind, AUTOTUNE).ignore_errors().batch(1000)
-    for indices, values in batches.as_numpy_iterator():
-        kinds[indices] = values
+    images = tf.data.Dataset.from_tensor_slices(paths).enumerate()
+    images = images.map(kind, AUTOTUNE).ignore_errors()
+    for index, values in images.as_numpy_iterator():
+        kinds[index] = values
     broken = [path for path, (height, *_) in zip(paths, kinds) if not height]
     if broken:
         raise ValueError(f'cannot decode the image {enumeration(broken)}')

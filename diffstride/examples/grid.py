@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import Annotated
 
 import filelock
 import gin
@@ -38,42 +39,40 @@ _POOLINGS = {
 }
 
 
-def _is_bindings(value):
-    return value == [] or rules.are(value, rules.is_text)
+def _are_texts(values):
+    return rules.are(values, rules.is_text)
 
 
-_RULES = {
-    'variants': (
-        'a dict from a name to a list of bindings, or None',
-        lambda x: (
-            x is None
-            or (
-                isinstance(x, dict)
-                and rules.are(list(x), rules.is_text)
-                and all(map(_is_bindings, x.values()))
-            )
-        ),
-    ),
-    'strides': (
-        'a list of strings, each once, or None',
-        lambda x: x is None or rules.are(x, rules.is_text),
-    ),
-    'seeds': (
-        'a list of integers in [0, 2**32), each once',
-        lambda values: rules.are(
-            values, lambda x: is_integer(x, least=0) and x < 2**32
-        ),
-    ),
-    'strides_parameter': ('the name of a gin parameter', rules.is_text),
-}
+def _are_variants(values):
+    return (
+        isinstance(values, dict)
+        and _are_texts(list(values))
+        and all(value == [] or _are_texts(value) for value in values.values())
+    )
+
+
+def _are_seeds(values):
+    return rules.are(values, lambda x: is_integer(x, least=0) and x < 2**32)
+
+
+Variants = Annotated[
+    dict[str, list[str]],
+    rules.Rule('a dict from a name to a list of bindings', _are_variants),
+]
+Texts = Annotated[
+    list[str], rules.Rule('a list of strings, each once', _are_texts)
+]
+Seeds = Annotated[
+    Sequence[int],
+    rules.Rule('a list of integers in [0, 2**32), each once', _are_seeds),
+]
 
 
 def grid(
-    variants: dict[str, list[str]] | None = None,
-    strides: list[str] | None = None,
-    seeds: Sequence[int] = (0,),
-    only: list[str] | None = None,
-    strides_parameter: str = 'resnet.resnet18.strides',
+    variants: Variants | None = None,
+    strides: Texts | None = None,
+    seeds: Seeds = (0,),
+    strides_parameter: rules.Text = 'resnet.resnet18.strides',
     note: str = '',
 ) -> 'Grid':
     """Prepares the commands of all runs; writes nothing yet.
@@ -87,42 +86,37 @@ def grid(
         strides: Values of `strides_parameter`, each a string; None to leave it
             as it is.
         seeds: Seeds of the runs, see `train`.
-        only: Names of the variants to be trained; None for all.
         strides_parameter: The gin parameter that takes initial strides.
         note: Text to print above the table, such as what to look at.
 
     Raises:
         ValueError: If something is set wrong.
     """
-    rules.check(locals(), _RULES)
+    rules.check(grid, locals())
     variants = _POOLINGS if variants is None else variants
-    require(
-        only is None
-        or (rules.are(only, rules.is_text) and set(only) <= set(variants)),
-        f'`only` must be a list of some of {list(variants)}, or None',
-        only=only,
-    )
     workdir = None
     with contextlib.suppress(ValueError):  # It is not bound.
         workdir = gin.query_parameter('train.train.workdir')
     workdir = checked_workdir(workdir)
-    config = _without_grid(gin.config_str())
+    # The runs have all settings in common but those of the grid itself.
+    own = r'# Parameters for (grid\.grid|grid|main\.run|run):\n(.+\n)*'
+    config = re.sub(own, '', gin.config_str())
     with gin.unlock_config():  # Gin must know all bindings of the variants.
         for name, bindings in variants.items():
             text = '\n'.join(bindings)
             with settings.naming(f'grid.variants[{name!r}]', text):
                 gin.parse_config(text)
     runs: dict[str, list[str]] = {}
-    starts: list[str | None] = [*strides] if strides else [None]
-    for seed, start, name in itertools.product(seeds, starts, only or variants):
-        words = re.findall(r'[\w.]+', f'{name} {start or ""} seed {seed}')
+    starts = strides or ['']
+    for seed, start, name in itertools.product(seeds, starts, variants):
+        words = re.findall(r'[\w.]+', f'{name} {start} seed {seed}')
         run = '-'.join(words)
         require(
             run not in runs,
             '`variants` and `strides` must differ in more than signs',
             run=run,
         )
-        labels = {'variant': name, 'strides': start, 'seed': seed}
+        labels = {'variant': name, 'strides': start or None, 'seed': seed}
         runs[run] = [
             *variants[name],
             *([f'{strides_parameter} = {start!r}'] if start else []),
@@ -131,14 +125,6 @@ def grid(
             f'train.workdir = {str(workdir / run)!r}',
         ]
     return Grid(workdir, config, runs, note)
-
-
-def _without_grid(text):
-    """Returns a gin text without the settings of the grid itself."""
-    before, *sections = text.split('# Parameters for ')
-    own = re.compile(r'((grid\.)?grid|(main\.)?run):')
-    sections = [x.split('\n', 2)[2] for x in sections if not own.match(x)]
-    return '\n'.join([before, *sections])
 
 
 @dataclasses.dataclass
@@ -172,39 +158,32 @@ class Grid:
                     f'{"; ".join(changes)}. Set train.workdir to another folder'
                 )
             checkpoints.write(path, self.config)
-        failed = self._run_all()
+        failed: dict[str, str] = {}
+        while left := [
+            run
+            for run in self.runs
+            if run not in failed and not self._is_finished(run)
+        ]:
+            if not any([self._try(run, failed) for run in left]):
+                time.sleep(_POLL_SECONDS)  # Other processes have the rest.
         if self.note:
             print(f'\n{self.note}')
         with filelock.FileLock(self.workdir / 'lock'):
             report.write(self.workdir)
         if failed:
-            raise Stop(
-                f'{len(failed)} of {len(self.runs)} runs failed: '
-                f'{next(iter(failed.values()))}'
-            )
-
-    def _run_all(self):
-        """Trains runs until all are done; returns {run: why it failed}."""
-        failed = {}
-        while True:
-            left = [
-                run
-                for run in self.runs
-                if run not in failed and not self._is_finished(run)
-            ]
-            if not left:
-                return failed
-            if not any([self._try(run, failed) for run in left]):
-                time.sleep(_POLL_SECONDS)  # Other processes have the rest.
+            run, reason = next(iter(failed.items()))
+            count = f'{len(failed)} of {len(self.runs)}'
+            raise Stop(f'{count} runs failed: {run}: {reason}')
 
     def _try(self, run, failed):
         """Trains a run unless another process has it; returns whether."""
-        self._of(run).mkdir(exist_ok=True)
-        lock = filelock.FileLock(self._of(run) / 'grid.lock', timeout=0)
+        folder = self.workdir / run
+        folder.mkdir(exist_ok=True)
+        lock = filelock.FileLock(folder / 'grid.lock', timeout=0)
         with contextlib.suppress(filelock.Timeout), lock:
             if self._is_finished(run):
                 return True
-            if checkpoints.is_locked(self._of(run)):
+            if checkpoints.is_locked(folder):
                 return False  # The grid that began it was killed.
             done = sum(map(self._is_finished, self.runs))
             print(f'{run} ({done} of {len(self.runs)} are done)', flush=True)
@@ -213,21 +192,17 @@ class Grid:
                 return False
             print(line if succeeded else f'failed: {line}', flush=True)
             if succeeded:
-                path = self._of(run) / 'command.txt'
-                checkpoints.write(path, self._text(run))
+                checkpoints.write(folder / 'command.txt', self._text(run))
             else:
-                failed[run] = f'{run}: {line}'
+                failed[run] = line
             return True
         return False
-
-    def _of(self, run):
-        return self.workdir / run
 
     def _text(self, run):
         return '\n'.join([self.config, *self.runs[run]])
 
     def _is_finished(self, run):
-        path = self._of(run) / 'command.txt'
+        path = self.workdir / run / 'command.txt'
         return path.exists() and path.read_text() == self._text(run)
 
     def _train(self, run):
@@ -239,7 +214,7 @@ class Grid:
             f'--gin_config={self.workdir / "grid.gin"}',
             *(f'--gin_bindings={binding}' for binding in self.runs[run]),
         ]
-        path = self._of(run) / 'log.txt'
+        path = self.workdir / run / 'log.txt'
         with path.open('a') as log:
             ended = subprocess.run(
                 command, stdout=log, stderr=subprocess.PIPE, text=True

@@ -7,9 +7,7 @@ A gin file is looked up as it is written, then among the packaged ones. The same
 command continues a training that was stopped at any point.
 """
 
-import contextlib
 import re
-from collections.abc import Iterator
 
 import gin
 from absl import app, flags, logging
@@ -45,39 +43,36 @@ def main(argv: list[str], default_job: str = 'train.train') -> None:
         logging.set_verbosity(logging.WARNING)
     ctrl_c = 'interrupted; the same command continues'
     with checkpoints.one_line_errors(interrupted=ctrl_c):
-        with wrong_settings():
-            if _WORKDIR.value is not None:
-                raise ValueError(
-                    '--workdir is now the setting train.workdir: '
-                    f'--gin_bindings="train.workdir = {_WORKDIR.value!r}"'
-                )
-            settings.parse(_CONFIG.value, _BINDINGS.value)
-            job = settings.run() or gin.get_configurable(default_job)
-            if not callable(job):
-                raise ValueError(
-                    'run.job must be a function, such as @grid.grid. '
-                    f'Received: {job!r}'
-                )
-            prepared = job()
-            if not hasattr(prepared, 'run'):
-                raise ValueError(
-                    'run.job must return an object with a method `run`. '
-                    f'Received: {prepared!r}'
-                )
+        try:
+            prepared = _prepared(default_job)
+        except _OF_SETTINGS as error:
+            line = checkpoints.first_line(error)
+            where = re.search(r"In call to configurable '(\w+)'", str(error))
+            if where and where[1] != 'train':
+                line += f' (in {where[1]})'
+            raise checkpoints.Stop(line) from error
         prepared.run()
 
 
-@contextlib.contextmanager
-def wrong_settings() -> Iterator[None]:
-    """Turns errors of wrong settings into `checkpoints.Stop`."""
-    try:
-        yield
-    except _OF_SETTINGS as error:
-        line = checkpoints.first_line(error)
-        origins = re.findall(r"In call to configurable '(\w+)'", str(error))
-        origins = [x for x in origins[:1] if x != 'train']
-        origin = f' (in {origins[0]})' if origins else ''
-        raise checkpoints.Stop(f'{line}{origin}') from error
+def _prepared(default_job):
+    if _WORKDIR.value is not None:
+        raise ValueError(
+            '--workdir is now the setting train.workdir: '
+            f'--gin_bindings="train.workdir = {_WORKDIR.value!r}"'
+        )
+    settings.parse(_CONFIG.value, _BINDINGS.value)
+    job = settings.run() or gin.get_configurable(default_job)
+    if not callable(job):
+        raise ValueError(
+            f'run.job must be a function, such as @grid.grid. Received: {job!r}'
+        )
+    prepared = job()
+    if not hasattr(prepared, 'run'):
+        raise ValueError(
+            'run.job must return an object with a method `run`. '
+            f'Received: {prepared!r}'
+        )
+    return prepared
 
 
 if __name__ == '__main__':

@@ -45,7 +45,7 @@ def _groups(runs):
     return groups
 
 
-def table(runs: list[dict]) -> str:
+def _table(runs):
     """Returns means and standard deviations over seeds as Markdown."""
     lines = [
         '| pooling | initial strides | n | test accuracy (%) | MMAC per image '
@@ -53,24 +53,24 @@ def table(runs: list[dict]) -> str:
         '| --- ' * 7 + '|',
     ]
     for (variant, start), group in _groups(runs).items():
-        cells = [variant, start or '-', str(len(group))]
-        cells += [
-            _spread([run[key] for run in group], factor, digits)
-            for key, factor, digits in (
-                ('test_accuracy', 100, 1),
-                ('macs', 1e-6, 2),
-                ('seconds', 1, 0),
-            )
+        cells = [
+            variant,
+            start or '-',
+            str(len(group)),
+            _spread(group, 'test_accuracy', 100, 1),
+            _spread(group, 'macs', 1e-6, 2),
+            _spread(group, 'seconds', 1, 0),
+            mean_strides(group),
         ]
-        cells.append(mean_strides(group))
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 
 
-def _spread(values, factor, digits):
-    if None in values:
+def _spread(runs, key, factor, digits):
+    """Returns the mean of a value and its deviation, in units of 1 / factor."""
+    if any(run[key] is None for run in runs):
         return '-'
-    values = [factor * value for value in values]
+    values = [factor * run[key] for run in runs]
     text = f'{statistics.mean(values):.{digits}f}'
     if len(values) > 1:
         text += f' +- {statistics.stdev(values):.{digits}f}'
@@ -97,7 +97,7 @@ def write(folder: pathlib.Path) -> None:
     runs = read_runs(folder)
     if not runs:
         return
-    text = table(runs)
+    text = _table(runs)
     print(f'\n{text}')
     checkpoints.write(folder / 'table.md', text + '\n')
     rows = io.StringIO()
@@ -108,14 +108,13 @@ def write(folder: pathlib.Path) -> None:
     checkpoints.write(folder / 'runs.csv', rows.getvalue())
     points = collections.defaultdict(list)
     for (variant, _), group in _groups(x for x in runs if x['macs']).items():
+        macs = statistics.mean(run['macs'] for run in group)
         accuracies = [run['test_accuracy'] for run in group]
-        points[variant].append(
-            (
-                statistics.mean(run['macs'] for run in group),
-                statistics.mean(accuracies),
-                statistics.pstdev(accuracies),
-            )
+        mean, deviation = (
+            statistics.mean(accuracies),
+            statistics.pstdev(accuracies),
         )
+        points[variant].append((macs, mean, deviation))
     path = folder / 'accuracy_macs.png'
     checkpoints.write_figure(path, plots.accuracy_macs, points)
 

@@ -100,14 +100,10 @@ class TfdsImages(TfdsSource):
     def files(self, pieces: Sequence[Piece]) -> list[str]:
         return sorted(map(str, self._builder.data_path.iterdir()))
 
-    def labels(self, pieces: Sequence[Piece]) -> np.ndarray:
-        labels = self.records(pieces).map(lambda _, label: label).batch(1000)
-        return np.concatenate(list(labels.as_numpy_iterator()))
-
     def records(self, pieces: Sequence[Piece]) -> tf.data.Dataset:
         decoders = {self.input: tfds.decode.SkipDecoding()}
         return self.examples(pieces, decoders).map(
-            lambda example: (example[self.input], example[self.label])
+            operator.itemgetter(self.input, self.label)
         )
 
     def contents(self, record: tf.Tensor) -> tf.Tensor:
@@ -178,23 +174,22 @@ def _check_network(builder):
     TFDS itself goes on trying for minutes. Files that were downloaded before,
     with an INFO beside them, need no network, and a proxy finds hosts itself.
     """
-    urls = map(urllib.parse.urlsplit, builder.url_infos or ())
-    hosts = {url.hostname for url in urls} - {None}
     downloads = pathlib.Path(builder.data_dir_root, 'downloads')
     if (
         builder.MANUAL_DOWNLOAD_INSTRUCTIONS
         or urllib.request.getproxies()
-        or any(downloads.glob('*.INFO'))
-        or any(downloads.glob(f'{builder.name}/*.INFO'))
+        or any(downloads.glob('**/*.INFO'))
     ):
         return
-    for host in hosts:
+    urls = map(urllib.parse.urlsplit, builder.url_infos or ())
+    reason = None
+    for host in {url.hostname for url in urls} - {None}:
         try:
             socket.getaddrinfo(host, None)
             return
         except OSError as error:
             reason = f'{host}: {error.strerror}'
-    if hosts:
+    if reason:
         raise ConnectionError(reason)
 
 
@@ -258,10 +253,7 @@ def resolve_splits(
         ValueError: If there is no such split, or if it has no example.
     """
     train = _pieces(splits, 'train_split', train_split)
-    if isinstance(test_split, str):
-        test = _pieces(splits, 'test_split', test_split)
-    else:
-        train, test = _divide(train, 'test_split', test_split)
+    train, test = _held_out(splits, train, 'test_split', test_split)
     if validation_split == 'auto':
         used = {split for split, _, _ in train + test}
         unused = [x for x in VALIDATION_NAMES if x in splits and x not in used]
@@ -270,15 +262,36 @@ def resolve_splits(
         validation_split = unused[0] if unused else share
     if validation_split is None:
         return {'train': train, 'test': test}
-    if isinstance(validation_split, str):
-        validation = _pieces(splits, 'validation_split', validation_split)
-    else:
-        train, validation = _divide(train, 'validation_split', validation_split)
+    train, validation = _held_out(
+        splits, train, 'validation_split', validation_split
+    )
     return {'train': train, 'validation': validation, 'test': test}
 
 
+def _held_out(splits, train, name, split):
+    """Returns the pieces that are left to train on, and those of a split.
+
+    The split, the argument `name`, is a name, a slice, or a share that is cut
+    off the end of each piece.
+    """
+    if isinstance(split, str):
+        return train, _pieces(splits, name, split)
+    kept, held_out = [], []
+    for key, start, stop in train:
+        middle = stop - math.floor((stop - start) * split + 0.5)
+        kept += [(key, start, middle)] if start < middle else []
+        held_out += [(key, middle, stop)] if middle < stop else []
+    require(
+        kept and held_out,
+        f'`{name}` must be a share of the {count(train)} training examples '
+        'that holds one or more and leaves one or more',
+        **{name: split},
+    )
+    return kept, held_out
+
+
 def _pieces(splits, name, split):
-    """Returns the pieces of a split, the argument `name`."""
+    """Returns the pieces of a named or sliced split, the argument `name`."""
     infos = {
         key: tfds.core.SplitInfo(name=key, shard_lengths=lengths, num_bytes=0)
         for key, lengths in splits.items()
@@ -305,22 +318,6 @@ def _pieces(splits, name, split):
         **{name: split},
     )
     return pieces
-
-
-def _divide(pieces, name, share):
-    """Cuts a share, the argument `name`, off the end of each piece."""
-    kept, held_out = [], []
-    for split, start, stop in pieces:
-        middle = stop - math.floor((stop - start) * share + 0.5)
-        kept += [(split, start, middle)] if start < middle else []
-        held_out += [(split, middle, stop)] if middle < stop else []
-    require(
-        kept and held_out,
-        f'`{name}` must be a share of the {count(pieces)} training examples '
-        'that holds one or more and leaves one or more',
-        **{name: share},
-    )
-    return kept, held_out
 
 
 def count(pieces: Sequence[Piece]) -> int:

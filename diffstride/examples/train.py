@@ -1,27 +1,39 @@
-"""The preparation of a training, which gin configures."""
+"""The training of a classifier: it is prepared, and then it runs."""
 
+import collections
+import contextlib
+import dataclasses
+import inspect
 import math
+import numbers
 import os
 import pathlib
+import platform
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import gin
 import keras
 import numpy as np
+import tensorflow as tf
 
-from diffstride import diffstride_layers, resnet
-from diffstride.callbacks import StrideBudget, StrideLogger
+import diffstride
+from diffstride import diffstride_layers, plots, resnet
+from diffstride.callbacks import StrideBudget, StrideLogger, UpdateSizes
 from diffstride.examples import (
     checkpoints,
     data,
     devices,
+    report,
     rules,
     schedules,
     settings,
 )
-from diffstride.examples.training import Training, innermost
-from diffstride.validation import is_integer, require
+from diffstride.examples.checkpoints import Stop
+from diffstride.validation import require
+
+_CHECK_STEPS = 100  # The loss is checked this rarely because it costs time.
 
 
 def _is_policy_of_floats(name):
@@ -36,54 +48,47 @@ def _is_policy_of_floats(name):
     )
 
 
-_RULES: dict[str, rules.Rule] = {
-    'load_data_fn': rules.CALLABLE,
-    'model_cls': rules.CALLABLE,
-    'optimizer_cls': rules.CALLABLE,
-    'loss_cls': rules.CALLABLE,
-    'num_epochs': rules.COUNT,
-    'steps_per_epoch': (
-        'an integer, at least 1, or None',
-        lambda x: x is None or is_integer(x, least=1),
+def _are_callbacks(values):
+    return isinstance(values, (list, tuple)) and all(
+        isinstance(value, keras.callbacks.Callback) for value in values
+    )
+
+
+Policy = Annotated[
+    str,
+    rules.Rule(
+        "a policy of floats, such as 'mixed_bfloat16'", _is_policy_of_floats
     ),
-    'dtype_policy': (
-        "a policy of floats, such as 'mixed_bfloat16'",
-        _is_policy_of_floats,
-    ),
-    'jit_compile': rules.choice(True, False, 'auto'),
-    'callbacks': (
+]
+Callbacks = Annotated[
+    Sequence[keras.callbacks.Callback],
+    rules.Rule(
         'a list of Keras callbacks, such as [@callbacks.StrideBudget()]',
-        lambda values: (
-            isinstance(values, (list, tuple))
-            and all(isinstance(x, keras.callbacks.Callback) for x in values)
-        ),
+        _are_callbacks,
     ),
-    'seed': rules.COUNT_OR_ZERO,
-    'deterministic': rules.choice(True, False),
-    'on_changed_settings': rules.choice('refuse', 'continue'),
-    'labels': ('a dict or None', lambda x: x is None or isinstance(x, dict)),
-}
+]
+Labels = Annotated[dict, rules.Rule('a dict', lambda x: isinstance(x, dict))]
 
 
 @gin.configurable(module='train')
 def train(
     workdir: str | os.PathLike | None = None,
-    load_data_fn: Callable = data.load_datasets,
-    model_cls: Callable = resnet.resnet18,
-    optimizer_cls: Callable = keras.optimizers.SGD,
-    loss_cls: Callable = keras.losses.CategoricalCrossentropy,
-    num_epochs: int = 400,
-    steps_per_epoch: int | None = None,
-    data_format: str = 'auto',
-    dtype_policy: str = 'float32',
-    jit_compile: bool | str = 'auto',
+    load_data_fn: rules.Factory = data.load_datasets,
+    model_cls: rules.Factory = resnet.resnet18,
+    optimizer_cls: rules.Factory = keras.optimizers.SGD,
+    loss_cls: rules.Factory = keras.losses.CategoricalCrossentropy,
+    num_epochs: rules.Count = 400,
+    steps_per_epoch: rules.Count | None = None,
+    data_format: Literal['auto', 'channels_first', 'channels_last'] = 'auto',
+    dtype_policy: Policy = 'float32',
+    jit_compile: bool | Literal['auto'] = 'auto',
     distribution: str = 'auto',
-    callbacks: Sequence = (),
-    seed: int = 0,
+    callbacks: Callbacks = (),
+    seed: rules.CountOrZero = 0,
     deterministic: bool = False,
-    on_changed_settings: str = 'refuse',
-    labels: dict | None = None,
-) -> Training:
+    on_changed_settings: Literal['refuse', 'continue'] = 'refuse',
+    labels: Labels | None = None,
+) -> 'Training':
     """Prepares the training of a classifier; writes nothing yet.
 
     Args:
@@ -121,7 +126,7 @@ def train(
         ValueError: If a setting is wrong, has no effect, or differs from the
             one under which the training in the workdir began.
     """
-    rules.check(locals(), _RULES)
+    rules.check(train, locals())
     workdir = checked_workdir(workdir)
     channels_first = devices.is_channels_first(data_format)
     scope = devices.scope(distribution)
@@ -133,13 +138,28 @@ def train(
     datasets = _returned('load_data_fn', load_data_fn, data.Datasets, seed=seed)
     steps_per_epoch = steps_per_epoch or datasets.steps_per_epoch
     with scope, schedules.training_of(steps_per_epoch, num_epochs):
-        model = _compiled_model(
-            datasets,
-            optimizer_cls,
-            loss_cls,
+        optimizer = _returned(
+            'optimizer_cls', optimizer_cls, keras.optimizers.Optimizer
+        )
+        loss = _returned('loss_cls', loss_cls, keras.losses.Loss)
+        model = _returned(
+            'model_cls',
             model_cls,
-            channels_first,
-            jit_compile,
+            keras.Model,
+            num_output_classes=len(datasets.class_names),
+            channels_first=channels_first,
+        )
+        model.build((None, *datasets.image_shape))
+        _check_outputs(model, loss, datasets)
+        layers = diffstride_layers(model)
+        if layers:
+            strides = [layer.strides for layer in layers]
+            _innermost(optimizer).exclude_from_weight_decay(strides)
+        if jit_compile is True:  # XLA on TensorFlow needs static sizes.
+            for layer in layers:
+                layer.make_sizes_static()
+        model.compile(
+            optimizer, loss, metrics=['accuracy'], jit_compile=jit_compile
         )
     training = Training(
         workdir=workdir,
@@ -189,41 +209,13 @@ def _returned(name, function, kind, **kwargs):
     return made
 
 
-def _compiled_model(
-    datasets, optimizer_cls, loss_cls, model_cls, channels_first, jit_compile
-):
-    optimizer = _returned(
-        'optimizer_cls', optimizer_cls, keras.optimizers.Optimizer
-    )
-    loss = _returned('loss_cls', loss_cls, keras.losses.Loss)
-    model = _returned(
-        'model_cls',
-        model_cls,
-        keras.Model,
-        num_output_classes=datasets.num_classes,
-        channels_first=channels_first,
-    )
-    model.build((None, *datasets.image_shape))
-    _check_outputs(model, loss, datasets)
-    layers = diffstride_layers(model)
-    if layers:
-        strides = [layer.strides for layer in layers]
-        innermost(optimizer).exclude_from_weight_decay(strides)
-    if jit_compile is True:  # XLA on TensorFlow needs static sizes.
-        for layer in layers:
-            layer.make_sizes_static()
-    model.compile(
-        optimizer, loss, metrics=['accuracy'], jit_compile=jit_compile
-    )
-    return model
-
-
 def _check_outputs(model, loss, datasets):
+    num_classes = len(datasets.class_names)
     images = np.zeros((2, *datasets.image_shape), 'float32')
     outputs = keras.ops.convert_to_numpy(model(images, training=False))
     require(
-        outputs.shape == (2, datasets.num_classes),
-        f'`model_cls` must put out {datasets.num_classes} classes',
+        outputs.shape == (2, num_classes),
+        f'`model_cls` must put out {num_classes} classes',
         shape=outputs.shape,
     )
     wants_probabilities = loss.get_config().get('from_logits') is False
@@ -233,7 +225,7 @@ def _check_outputs(model, loss, datasets):
             "resnet.Resnet.output_activation = 'softmax', or from_logits of "
             'the loss'
         )
-    labels = np.eye(datasets.num_classes, dtype='float32')[[0, 0]]
+    labels = np.eye(num_classes, dtype='float32')[[0, 0]]
     try:
         value = float(keras.ops.convert_to_numpy(loss(labels, outputs)))
     except Exception as error:  # Keras raises errors of many kinds.
@@ -268,3 +260,299 @@ def _prepared(callbacks, model, datasets, workdir, num_epochs):
                 learn=logger.learn,
             )
     return [*loggers, *others]
+
+
+def _innermost(optimizer):
+    """Returns the optimizer within any LossScaleOptimizer."""
+    while hasattr(optimizer, 'inner_optimizer'):
+        optimizer = optimizer.inner_optimizer
+    return optimizer
+
+
+@dataclasses.dataclass
+class Training:
+    """A training that is prepared; see `train`."""
+
+    workdir: pathlib.Path
+    model: keras.Model
+    datasets: data.Datasets
+    callbacks: list[keras.callbacks.Callback]
+    num_epochs: int
+    steps_per_epoch: int
+    settings: str
+    seed: int
+    labels: dict
+    changes: Sequence[str] = ()
+
+    def check_changes(self, on_changed_settings: str) -> None:
+        """Compares the settings with those of the training in the workdir."""
+        folders = checkpoints.epoch_folders(self.workdir)
+        before = folders and checkpoints.read(folders[0] / 'state.json')
+        if not before:
+            return
+        self.changes, can_continue = settings.changes(
+            before['settings'], self.settings
+        )
+        known = checkpoints.read(self.workdir / 'data.json') or {}
+        for key in ('class_names', 'image_shape'):
+            value = list(getattr(self.datasets, key))
+            if known.get(key, value) != value:
+                self.changes.append(f'{key} were {known[key]} and are {value}')
+                can_continue = False
+        if self.changes and (
+            not can_continue or on_changed_settings == 'refuse'
+        ):
+            advice = "train.on_changed_settings = 'continue' to go on, or "
+            raise ValueError(
+                f'The training in {self.workdir} began under other settings: '
+                f'{"; ".join(self.changes)}. Set '
+                f'{advice if can_continue else ""}train.workdir to another '
+                'folder'
+            )
+
+    def run(self) -> None:
+        """Trains, or goes on where a run ended, and writes the results.
+
+        Raises:
+            checkpoints.Stop: If another process trains in the workdir, its
+                checkpoints are of another model, a file cannot be written, or
+                the loss is no longer finite.
+        """
+        with checkpoints.locked(self.workdir):
+            state = self._restored()
+            if len(state.history) < self.num_epochs and not state.ended:
+                with checkpoints.room_on_disk(self.workdir):
+                    self._fit(state)
+            results = self._results(state)
+        text = (
+            f'{results["epochs"]} epochs of {self.num_epochs} are done in '
+            f'{self.workdir}. Test accuracy of epoch {results["epoch"]}: '
+            f'{results["test_accuracy"]:.2%}'
+        )
+        if results['macs']:
+            text += f', {results["macs"] / 1e6:.2f} MMAC'
+        if results['layers']:
+            text += f', strides {report.mean_strides([results])}'
+        print(text, flush=True)
+
+    def _restored(self):
+        optimizer = self.model.optimizer
+        rate = float(optimizer.learning_rate)
+        state = checkpoints.restore(
+            self.model, self.workdir, self.steps_per_epoch
+        )
+        done = len(state.history)
+        if done > self.num_epochs:
+            raise Stop(
+                f'{done} epochs are done in {self.workdir}, more than '
+                f'train.num_epochs = {self.num_epochs}'
+            )
+        if self.changes:
+            state.ended = False
+            print('Changed: ' + '; '.join(self.changes), flush=True)
+        if any('learning_rate was' in change for change in self.changes):
+            with contextlib.suppress(TypeError):  # A schedule is in effect.
+                optimizer.learning_rate = rate  # The checkpoint had another.
+        return state
+
+    def _fit(self, state):
+        datasets, done = self.datasets, len(state.history)
+        checkpoints.write(self.workdir / 'config.gin', self.settings)
+        names = ('class_names', 'image_shape', 'mean', 'scale')
+        checkpoints.write(
+            self.workdir / 'data.json', {x: getattr(datasets, x) for x in names}
+        )
+        (self.workdir / 'results.json').unlink(missing_ok=True)
+        print(
+            f'{datasets.summary}\n{self._plan()}\n'
+            f'Epochs {done + 1} to {self.num_epochs} in {self.workdir}',
+            flush=True,
+        )
+        averages = []
+        if getattr(_innermost(self.model.optimizer), 'use_ema', False):
+            averages.append(keras.callbacks.SwapEMAWeights())
+        weights = datasets.class_weights
+        self.model.fit(
+            datasets.train(done),
+            epochs=self.num_epochs,
+            initial_epoch=done,
+            steps_per_epoch=self.steps_per_epoch,
+            shuffle=False,
+            validation_data=datasets.validation,
+            class_weight=weights and dict(enumerate(weights)),
+            callbacks=[
+                # It comes first, so that its line does not list every stride.
+                keras.callbacks.ProgbarLogger(),
+                *averages,
+                *self.callbacks,
+                _Recorder(self, state, *averages),
+                keras.callbacks.TensorBoard(
+                    self.workdir / 'logs', write_graph=False
+                ),
+                UpdateSizes(),
+            ],
+        )
+
+    def _plan(self):
+        optimizer = self.model.optimizer
+        total = self.num_epochs * self.steps_per_epoch
+        done, rates = int(optimizer.iterations), {}
+        for share in (i / 6 for i in range(7)):
+            optimizer.iterations.assign(round(total * share))
+            rates[self.num_epochs * share] = float(optimizer.learning_rate)
+        optimizer.iterations.assign(done)
+        if len(set(rates.values())) == 1:
+            rates = {0: rates[0]}
+        rates = ', '.join(f'{x:.3g} at epoch {k:.3g}' for k, x in rates.items())
+        return (
+            f'{self.steps_per_epoch:,} steps per epoch, {total:,} in '
+            f'{self.num_epochs} epochs; learning rate {rates}'
+        )
+
+    def _results(self, state):
+        """Returns the content of results.json, which it writes if need be."""
+        path, history = self.workdir / 'results.json', state.history
+        results = checkpoints.read(path)
+        if results and results.get('history') == history:
+            return results
+        steps = int(self.model.optimizer.iterations)
+        checkpoints.load_weights(
+            self.model, checkpoints.result_file(self.workdir)
+        )
+        test = self.model.evaluate(
+            self.datasets.test, return_dict=True, verbose=0
+        )
+        epoch = checkpoints.best_epoch(history) or len(history)
+        logs = {}  # The logger writes sizes and MACs to it.
+        logger = StrideLogger(self.datasets.image_shape)
+        logger.set_model(self.model)
+        logger.on_epoch_end(epoch - 1, logs)
+        layers = {
+            layer.name: {
+                'initial_strides': layer.get_config()['strides'],
+                'strides': layer.stride_values,
+                'sizes': [
+                    size
+                    for key, size in logs.items()
+                    if key.startswith(f'size/{layer.name}/')
+                ],
+            }
+            for layer in diffstride_layers(self.model)
+        }
+        results = {
+            **self.labels,
+            'test_accuracy': test['accuracy'],
+            'test_loss': test['loss'],
+            'validation_accuracy': history[epoch - 1].get('val_accuracy'),
+            'epoch': epoch,
+            'epochs': len(history),
+            'steps': steps,
+            'seconds': sum(row['seconds'] for row in history),
+            'seed': self.seed,
+            'macs': logs.get('macs'),
+            'layers': layers,
+            'versions': {
+                'diffstride': diffstride.__version__,
+                'keras': keras.__version__,
+                'backend': keras.backend.backend(),
+                'tensorflow': tf.__version__,
+                'python': platform.python_version(),
+            },
+            'history': history,
+        }
+        checkpoints.write(path, results)
+        if layers:
+            strides = {
+                key: [row[key] for row in history]
+                for key in history[0]
+                if key.startswith('stride/')
+            }
+            initial = {k: x['initial_strides'] for k, x in layers.items()}
+            path = self.workdir / 'strides.png'
+            checkpoints.write_figure(path, plots.strides, strides, initial)
+        return results
+
+
+class _Recorder(keras.callbacks.Callback):
+    """Writes a checkpoint after each epoch.
+
+    It comes after the callbacks whose values it keeps and restores. `averages`
+    is the SwapEMAWeights if weights are averaged.
+    """
+
+    def __init__(self, training, state, averages=None):
+        super().__init__()
+        self.training = training
+        self.state = state
+        self.averages = averages
+
+    def on_train_begin(self, logs=None):
+        kept = collections.defaultdict(list)
+        for name, values in self.state.callbacks:
+            kept[name].append(values)
+        for callback in self.training.callbacks:  # Others may be set now.
+            if kept[type(callback).__name__]:
+                values = kept[type(callback).__name__].pop(0)
+                vars(callback).update(values)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.start = time.monotonic()
+
+    def on_train_batch_end(self, batch, logs=None):
+        if batch % _CHECK_STEPS == 0:
+            self._check(logs)
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._check(logs)
+        state, training = self.state, self.training
+        state.history.append(
+            {
+                'epoch': epoch + 1,
+                'steps': self.params['steps'],
+                **{
+                    k: float(v) if math.isfinite(v) else None
+                    for k, v in logs.items()
+                },
+                'seconds': time.monotonic() - self.start,
+            }
+        )
+        state.ended = self.model.stop_training
+        state.settings = training.settings
+        state.callbacks = [
+            (type(x).__name__, _remembered(x)) for x in training.callbacks
+        ]
+        averaged = self._averaged() if self.averages else None
+        checkpoints.save(self.model, training.workdir, state, averaged)
+
+    def _check(self, logs):
+        for key in ('loss', 'val_loss'):
+            if key in logs and not math.isfinite(logs[key]):
+                done = len(self.state.history)
+                raise Stop(
+                    f'The {key} of epoch {done + 1} is {float(logs[key])}. The '
+                    f'{done} epochs before are kept in {self.training.workdir}:'
+                    ' lower the learning rate'
+                )
+
+    @contextlib.contextmanager
+    def _averaged(self):
+        variables = self.model.trainable_variables
+        variables = [*variables, *self.model.optimizer.variables]
+        values = [keras.ops.convert_to_numpy(x) for x in variables]
+        self.averages.on_test_begin()
+        yield
+        self.averages.on_test_end()
+        for variable, value in zip(variables, values):
+            variable.assign(value)  # Swapping twice rounds it.
+
+
+def _remembered(callback: Callable) -> dict[str, Any]:
+    """Returns the numbers that a callback keeps beside its arguments."""
+    arguments = inspect.signature(type(callback)).parameters
+    return {
+        key: value
+        for key, value in vars(callback).items()
+        if isinstance(value, numbers.Number)
+        and not key.startswith('_')
+        and key not in arguments
+    }
