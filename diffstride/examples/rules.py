@@ -1,7 +1,9 @@
 """The rules for arguments of the example, which stand in its signatures.
 
-def load(batch_size: rules.Count = 32, cache: bool | Literal['auto'] = True):
-    rules.check(load, locals())
+    def load(batch_size: rules.Count, cache: bool | Literal['auto']):
+        rules.check(load, locals())
+
+The type of a parameter is a rule, an alias at the end of this module.
 """
 
 import dataclasses
