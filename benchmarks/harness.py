@@ -169,12 +169,16 @@ def peak_bytes(step):
     """Returns the peak of live bytes in a step, beyond those before it.
 
     TensorFlow's allocator measures them. It returns None on JAX, whose
-    allocator cannot reset its peak.
+    allocator cannot reset its peak, and on processors for which TensorFlow does
+    not use oneDNN, where its allocator keeps no account.
     """
     if BACKEND == 'jax':
         return None
     device = 'GPU:0' if GPUS else 'CPU:0'
-    before = tf.config.experimental.get_memory_info(device)['current']
+    try:
+        before = tf.config.experimental.get_memory_info(device)['current']
+    except ValueError:
+        return None
     tf.config.experimental.reset_memory_stats(device)
     wait(step())
     return tf.config.experimental.get_memory_info(device)['peak'] - before

@@ -61,6 +61,8 @@ def test_peak_of_live_bytes_is_measured(harness):
     step = tf.function(lambda: tf.sort(x + 1))
     step()
     peak = harness.peak_bytes(step)
+    if peak is None:
+        pytest.skip('The allocator of this processor keeps no account.')
     assert x.shape.num_elements() * 4 <= peak < 100e6
 
 
