@@ -1,6 +1,7 @@
-"""Trains a strided network, replaces its strides, and trains on.
+"""Trains a network with strides, replaces them, and trains on.
 
-    python3 benchmarks/existing_network.py --seeds 0 1
+    python3 benchmarks/existing_network.py --downsampling strides
+    python3 benchmarks/existing_network.py --downsampling max_pooling --width 8
 
 It writes results/existing_network/runs.csv, and adds seeds to a file that it
 finds there. It needs `pip install '.[train]'` and CIFAR-10 by TFDS.
@@ -19,11 +20,20 @@ from diffstride.callbacks import StrideBudget
 
 FOLDER = pathlib.Path(__file__).parents[1] / 'results' / 'existing_network'
 RUNS = FOLDER / 'runs.csv'
-FIELDS = ['seed', 'network', 'epochs', 'macs', 'accuracy', 'strides']
+FIELDS = [
+    'downsampling',
+    'seed',
+    'network',
+    'epochs',
+    'macs',
+    'accuracy',
+    'strides',
+]
 SHAPE = (32, 32, 3)
 
 
-def strided_network():
+def network(downsampling, width):
+    """Two convolutions at each size; the second strides, or is pooled."""
     layers = [
         keras.Input(SHAPE),
         keras.layers.Rescaling(1 / 64, -2),
@@ -31,8 +41,9 @@ def strided_network():
         keras.layers.RandomCrop(32, 32),
         keras.layers.RandomFlip('horizontal'),
     ]
-    for filters in 16, 32, 64:
-        for strides in 1, 2:
+    is_strided = downsampling == 'strides'
+    for filters in width, 2 * width, 4 * width:
+        for strides in 1, 2 if is_strided else 1:
             layers += [
                 keras.layers.Conv2D(
                     filters, 3, strides, padding='same', use_bias=False
@@ -40,6 +51,7 @@ def strided_network():
                 keras.layers.BatchNormalization(momentum=0.9),
                 keras.layers.ReLU(),
             ]
+        layers += [] if is_strided else [keras.layers.MaxPooling2D(2)]
     layers += [
         keras.layers.GlobalAveragePooling2D(),
         keras.layers.Dense(10, activation='softmax'),
@@ -61,32 +73,32 @@ def train(model, data, epochs, rate, callbacks=()):
     model.fit(images, labels, 128, epochs, verbose=2, callbacks=[*callbacks])
 
 
-def study(seed, data, epochs):
+def study(downsampling, width, seed, data, epochs):
     """Yields a row of the table after each part of the study."""
     keras.utils.set_random_seed(seed)
 
-    def row(network, model, trained):
+    def row(name, model, trained):
         _, accuracy = model.evaluate(*data['test'], 500, verbose=0)
         strides = [
             '/'.join(f'{x:.3f}' for x in layer.stride_values)
             for layer in diffstride.diffstride_layers(model)
         ]
         macs = diffstride.complexity(model, SHAPE).macs
-        values = seed, network, trained, macs, round(accuracy, 4)
+        values = downsampling, seed, name, trained, macs, round(accuracy, 4)
         return dict(zip(FIELDS, (*values, ' '.join(strides))))
 
-    strided = strided_network()
-    train(strided, data, epochs, 0.1)
-    yield row('strided', strided, epochs)
-    macs = diffstride.complexity(strided, SHAPE).macs
+    original = network(downsampling, width)
+    train(original, data, epochs, 0.1)
+    yield row('original', original, epochs)
+    macs = diffstride.complexity(original, SHAPE).macs
     more = epochs // 10, epochs // 2
-    weights = strided.get_weights()
+    weights = original.get_weights()
     for trained in more:
-        strided.set_weights(weights)
-        train(strided, data, trained, 0.03)
-        yield row('strided, trained on', strided, epochs + trained)
-    strided.set_weights(weights)
-    replaced = diffstride.replace_strides(strided)
+        original.set_weights(weights)
+        train(original, data, trained, 0.03)
+        yield row('original, trained on', original, epochs + trained)
+    original.set_weights(weights)
+    replaced = diffstride.replace_strides(original)
     replaced.compile(
         loss='sparse_categorical_crossentropy', metrics=['accuracy']
     )
@@ -96,16 +108,23 @@ def study(seed, data, epochs):
     )
     yield row('replaced, recalibrated', replaced, epochs)
     for trained in more:
-        replaced = diffstride.replace_strides(strided)
-        train(replaced, data, trained, 0.03, [StrideBudget(macs=macs)])
-        yield row('replaced, trained on', replaced, epochs + trained)
+        held = diffstride.replace_strides(original)
+        diffstride.set_budget(held, macs=macs)
+        train(held, data, trained, 0.03)
+        yield row('replaced, set_budget, trained on', held, epochs + trained)
+        learned = diffstride.replace_strides(original)
+        train(learned, data, trained, 0.03, [StrideBudget(macs=macs)])
+        yield row('replaced, StrideBudget', learned, epochs + trained)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--seeds', type=int, nargs='*', default=[0, 1])
+    kinds = ['strides', 'max_pooling']
+    parser.add_argument('--downsampling', choices=kinds, default=kinds[0])
+    parser.add_argument('--width', type=int, default=16)
+    parser.add_argument('--seeds', type=int, nargs='*', default=[0])
     parser.add_argument('--epochs', type=int, default=20)
-    parser.add_argument('--images', type=int, default=25_000)
+    parser.add_argument('--images', type=int, default=10_000)
     args = parser.parse_args()
     data = {}
     for split in f'train[:{args.images}]', 'test':
@@ -117,9 +136,11 @@ def main():
     if RUNS.exists():
         with RUNS.open(newline='') as file:
             rows = list(csv.DictReader(file))
-    done = {int(row['seed']) for row in rows}
-    for seed in [x for x in args.seeds if x not in done]:
-        rows += study(seed, data, args.epochs)
+    done = {(row['downsampling'], int(row['seed'])) for row in rows}
+    for seed in args.seeds:
+        if (args.downsampling, seed) in done:
+            continue
+        rows += study(args.downsampling, args.width, seed, data, args.epochs)
         FOLDER.mkdir(exist_ok=True)
         with RUNS.open('w', newline='') as file:
             writer = csv.DictWriter(file, FIELDS)
