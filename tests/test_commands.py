@@ -228,6 +228,7 @@ def check_evaluation(text, output):
         ['green', '3', '1.0', '1.0'],
         ['blue', '2', '0.5', '1.0'],
     ]
+    assert f'Wrote {output / "confusion.png"}' in text
     with Image.open(output / 'confusion.png') as image:
         assert image.format == 'PNG'
 

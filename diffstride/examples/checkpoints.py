@@ -184,18 +184,19 @@ def read(path: pathlib.Path) -> Any:
 
 def write_figure(
     path: pathlib.Path, plot: Callable[..., Any], *args: Any
-) -> None:
+) -> bool:
     """Writes the figure that a function returns for its arguments.
 
-    Without matplotlib it only logs a warning.
+    Without matplotlib it only logs a warning. It returns whether it wrote.
     """
     try:
         figure = plot(*args)
     except ImportError:
         logging.warning(f'No {path.name}: pip install diffstride[plot]')
-        return
+        return False
     with unfinished(path) as temporary:
         figure.savefig(temporary, dpi=120)
+    return True
 
 
 # Checkpoints.

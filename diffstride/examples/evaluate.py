@@ -68,7 +68,9 @@ def evaluate(arguments: Sequence[str]) -> None:
         folder / 'confusion.csv',
         [['class', *names], *([x, *row] for x, row in zip(names, counts))],
     )
-    checkpoints.write_figure(folder / 'confusion.png', _figure, counts, names)
+    path = folder / 'confusion.png'
+    if checkpoints.write_figure(path, _figure, counts, names):
+        print(f'Wrote {path}')
 
 
 def _of_data(run):
