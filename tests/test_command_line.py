@@ -178,6 +178,10 @@ WRONG_SETTINGS = [
         'callbacks.StrideBudget.share = 0.9',
         'callbacks.StrideBudget.learn = 0.6',
     ),
+    (
+        '`strides_from` must be the workdir of a finished training',
+        "train.strides_from = '/nowhere'",
+    ),
     ('run.job must be a function', 'run.job = 3'),
     ('run.job must return an object', 'run.job = @resnet.batch_norm'),
     (

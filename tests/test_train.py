@@ -164,6 +164,21 @@ def test_test_data_are_touched_once_and_at_the_end(run, capsys):
     assert 'Test accuracy of epoch 2: ' in capsys.readouterr().out
 
 
+def test_strides_of_another_run_are_held_from_the_first_step(trained, tmp_path):
+    workdir, _ = trained
+    run_here(
+        f"train.strides_from = '{workdir}'",
+        workdir=tmp_path,
+        gin_config=[workdir.parent / 'small.gin'],
+    )
+    results = [read(path / 'results.json') for path in (workdir, tmp_path)]
+    (before,), (now,) = (list(x['layers'].values()) for x in results)
+    assert now == before and now['strides'] != now['initial_strides']
+    for row in results[1]['history']:
+        strides = [v for k, v in row.items() if k.startswith('stride/')]
+        assert strides == now['strides']
+
+
 # Going on.
 
 

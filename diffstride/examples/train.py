@@ -84,6 +84,7 @@ def train(
     jit_compile: bool | Literal['auto'] = 'auto',
     distribution: str = 'auto',
     callbacks: Callbacks = (),
+    strides_from: rules.Path | None = None,
     seed: rules.CountOrZero = 0,
     deterministic: bool = False,
     on_changed_settings: Literal['refuse', 'continue'] = 'refuse',
@@ -112,6 +113,9 @@ def train(
             the backend has if there are several GPUs.
         callbacks: Keras callbacks. A resumption restores the numbers that they
             remember, such as the best loss of EarlyStopping, but no arrays.
+        strides_from: The workdir of a finished training of the same network.
+            The strides that it learned are held from the first step on, so the
+            weights never see other sizes.
         seed: Seed of the initialization, the order of the data, and
             augmentation.
         deterministic: Whether two runs of one seed on one machine, interrupted
@@ -158,6 +162,8 @@ def train(
         if jit_compile is True:  # XLA on TensorFlow needs static sizes.
             for layer in layers:
                 layer.make_sizes_static()
+        if strides_from is not None:
+            _hold_strides_of(strides_from, layers)
         model.compile(
             optimizer, loss, metrics=['accuracy'], jit_compile=jit_compile
         )
@@ -238,6 +244,22 @@ def _check_outputs(model, loss, datasets):
         'The loss must be finite before training',
         **{type(loss).__name__: value},
     )
+
+
+def _hold_strides_of(workdir, layers):
+    """Holds layers at the strides that they have in a finished training."""
+    path = pathlib.Path(workdir).expanduser() / 'results.json'
+    learned = (checkpoints.read(path) or {}).get('layers', {})
+    require(
+        layers and len(learned) == len(layers),
+        '`strides_from` must be the workdir of a finished training with as '
+        f'many DiffStride layers as this one, {len(layers)}',
+        strides_from=str(workdir),
+    )
+    # Their order counts, since the names of layers may differ.
+    for layer, values in zip(layers, learned.values()):
+        layer.strides = values['strides']
+        layer.hold()
 
 
 def _prepared(callbacks, model, datasets, workdir, num_epochs):
