@@ -7,6 +7,7 @@ A learned stride gets its gradient through `Ramp.learned_response`. A
 `StrideState` keeps the learned strides in weights of the layer.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -295,9 +296,7 @@ class DiffStride(SpectralPooling):
         self._check_shared(self.initial_strides)
         lower, upper = self.lower_limit_stride or 1.0, self.upper_limit_stride
         self._ramp = Ramp(ramp, self.smoothness_factor, lower, upper)
-        # Traced functions took these as constants: at 'held' the strides if
-        # they are held, else None, and at (axis, size) an output size.
-        self._compiled: dict = {}
+        self._trace: _Trace | None = None
         with keras.name_scope(self.name):
             self.state = StrideState(
                 self.initial_strides[: 1 if shared_stride else None],
@@ -383,7 +382,7 @@ class DiffStride(SpectralPooling):
         held = state.held_strides
         is_traced = backend.known_values(state.record) is None
         if is_traced:
-            self._compiled['held'] = held
+            self._trace = self._trace or _Trace(held)
         if held is None:
             strides = with_finite_gradient(state.tensor())
         size_strides = held or self._size_strides()
@@ -392,7 +391,7 @@ class DiffStride(SpectralPooling):
             edge = ramp.band_edge(size, (held or strides)[index])
             output_size = self._output_size(size, size_strides[index])
             if is_traced and known(output_size):
-                self._compiled[index, size] = output_size
+                self._trace.sizes[index, size] = output_size
             response = (
                 ramp.forward_response(output_size, edge)
                 if held
@@ -425,16 +424,17 @@ class DiffStride(SpectralPooling):
             or not self.cropping
             or is_static
         )
+        if self._trace is None:
+            return
         held = self.state.held_strides if is_static else None
-        now = {
-            key: held if key == 'held' else self.output_size(key[1], key[0])
-            for key in self._compiled
+        sizes = {
+            (index, size): self.output_size(size, index)
+            for index, size in self._trace.sizes
         }
         # XLA must not go on with sizes that are no longer static.
-        has_sizes = len(self._compiled) > 1
-        is_stale = has_sizes and not self.supports_jit
-        if now != self._compiled or is_stale:
-            self._compiled = {}
+        is_stale = bool(sizes) and not self.supports_jit
+        if is_stale or self._trace != _Trace(held, sizes):
+            self._trace = None
             models.recompile_models_with(self)
 
     def _symbolic_size(self, size, index):
@@ -471,6 +471,18 @@ class DiffStride(SpectralPooling):
         layer = super().from_config(config)
         layer.state.set_config(state)
         return layer
+
+
+@dataclasses.dataclass
+class _Trace:
+    """The constants that traced functions took from a layer.
+
+    They are the strides if these were held, and the output sizes by spatial
+    axis and input size.
+    """
+
+    held: tuple[float, ...] | None
+    sizes: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)
 
 
 def _limit(name, value):
