@@ -75,7 +75,7 @@ def path_of(page):
 
 @pytest.mark.parametrize('page', PAGES)
 def test_code_blocks_run_in_order_and_print_what_they_say(
-    page, monkeypatch, tmp_path, capsys
+    page, monkeypatch, tmp_path, capsys, without_tracing
 ):
     expected = []
     document = SYBIL.parse(path_of(page))

@@ -36,7 +36,7 @@ def config(tmp_path):
 
 
 @pytest.fixture
-def run(config, tmp_path):
+def run(config, tmp_path, without_tracing):
     def run(*bindings):
         run_here(
             *bindings,
