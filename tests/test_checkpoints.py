@@ -139,9 +139,9 @@ def save(workdir, history, accuracies):
 UP, DOWN = (0.1, 0.2, 0.3, 0.4), (0.4, 0.3, 0.2, 0.1)
 
 
-@pytest.mark.parametrize('halfway', [False, True])
 @pytest.mark.parametrize(
-    'epoch, accuracies', [(1, UP), (3, UP), (3, DOWN)], ids=str
+    'epoch, accuracies, halfway',
+    [(1, UP, False), (3, UP, False), (3, UP, True), (3, DOWN, False)],
 )
 def test_a_kill_at_any_operation_loses_no_finished_epoch(
     tmp_path, monkeypatch, epoch, halfway, accuracies
