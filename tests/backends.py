@@ -6,6 +6,9 @@ import pytest
 from keras import ops
 
 BACKEND = keras.backend.backend()
+# How models are compiled on TensorFlow whose graph is not what a test is about:
+# to trace it takes longer than a few steps.
+EAGER = BACKEND == 'tensorflow'
 FORMATS = ('channels_last', 'channels_first')
 
 

@@ -6,7 +6,7 @@ import os
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, array, only, sequential
+from backends import BACKEND, EAGER, array, only, sequential
 from keras import layers, ops
 
 from diffstride import (
@@ -31,9 +31,7 @@ def small_model(**kwargs):
         layers.Dense(3),
     )
     model.compile(
-        keras.optimizers.SGD(0.3, momentum=0.9),
-        'mse',
-        run_eagerly=BACKEND == 'tensorflow',  # Tracing takes longer.
+        keras.optimizers.SGD(0.3, momentum=0.9), 'mse', run_eagerly=EAGER
     )
     return model
 
@@ -151,22 +149,22 @@ def test_masks_are_images_for_tensorboard(tmp_path):
 
 @only('tensorflow', 'sizes follow by themselves elsewhere')
 def test_sizes_of_a_compiled_model_follow_by_epochs():
-    pool = DiffStride(2.0, ramp='inside')
+    pool = DiffStride1D(2.0, ramp='inside', method='matmul')
     pool.make_sizes_static()
-    model = sequential((16, 16, 3), pool, layers.GlobalAveragePooling2D())
+    model = sequential((16, 3), pool, layers.GlobalAveragePooling1D())
     model.compile(keras.optimizers.SGD(1e-6), 'mse', jit_compile=True)
     sizes = []
 
     def note_and_assign(epoch, logs):
         sizes.append(pool.output_size(16))
-        pool.strides.assign([(2.2, 3.0, 1.2)[epoch]] * 2)
+        pool.strides.assign([(3.0, 1.2)[epoch]])
 
     by_epoch = keras.callbacks.LambdaCallback(on_epoch_end=note_and_assign)
-    x, y = np.zeros((4, 16, 16, 3), 'float32'), np.zeros((4, 3))
-    pool.strides.assign([1.0, 1.0])
-    model.fit(x, y, epochs=3, verbose=0, callbacks=[by_epoch, UpdateSizes()])
-    # An epoch has the sizes of 1, 2.2 and 3. The last ones stay.
-    assert [*sizes, pool.output_size(16)] == [16, 8, 6, 6]
+    x, y = np.zeros((4, 16, 3), 'float32'), np.zeros((4, 3))
+    pool.strides.assign([1.0])
+    model.fit(x, y, epochs=2, verbose=0, callbacks=[by_epoch, UpdateSizes()])
+    # An epoch has the sizes of 1 and 3. The last ones stay.
+    assert [*sizes, pool.output_size(16)] == [16, 6, 6]
     x = np.random.default_rng(0).normal(size=x.shape).astype('float32')
     np.testing.assert_allclose(
         model.predict(x, verbose=0), array(model(x)), rtol=1e-4, atol=1e-5
@@ -200,7 +198,8 @@ def quadratic(inputs, strides):
 
 
 def quadratic_model(strides, optimizer):
-    pools = [DiffStride(s, 1.0, ramp='straight_through') for s in strides]
+    kwargs = {'ramp': 'straight_through', 'method': 'matmul'}
+    pools = [DiffStride(s, 1.0, **kwargs) for s in strides]
     model = sequential(
         (32, 32, 1),
         *pools,
@@ -232,9 +231,7 @@ def assert_best(strides, atol):
 
 
 STARTS = [
-    ((2.0, 2.0), (2.0, 2.0)),
     ((4.0, 1.0), (2.0, 2.0)),
-    ((1.0, 4.0), (3.0, 1.0)),
     ((1.0, 1.0), (1.0, 1.0)),
     ((5.0, 5.0), (5.0, 5.0)),
 ]
@@ -261,21 +258,21 @@ def rest(model, start, steps):
 
 def test_learned_strides_are_the_best_ones_of_the_budget():
     model = quadratic_model(STARTS[0], keras.optimizers.SGD(0.1))
-    found = [rest(model, start, 160) for start in STARTS]
+    found = [rest(model, start, 120) for start in STARTS]
     np.testing.assert_allclose(found, [found[0]] * len(found), atol=1e-2)
     assert_best(found[0], atol=3e-2)
 
 
 def test_steps_of_adam_come_to_rest_at_the_same_strides():
     """They are not along the gradient, so neither is the way back."""
-    rate = keras.optimizers.schedules.CosineDecay(0.05, 250)
-    model = quadratic_model(STARTS[1], keras.optimizers.Adam(rate))
-    assert_best(rest(model, STARTS[1], 250), atol=5e-2)
+    rate = keras.optimizers.schedules.CosineDecay(0.05, 150)
+    model = quadratic_model(STARTS[0], keras.optimizers.Adam(rate))
+    assert_best(rest(model, STARTS[0], 150), atol=5e-2)
 
 
 def way(optimizer, slopes):
     """Returns how far strides move apart, in logarithms, by three slopes."""
-    pool = DiffStride(2.0, 1.0, ramp='straight_through')
+    pool = DiffStride(2.0, 1.0, ramp='straight_through', method='matmul')
     convs = [
         layers.Conv2D(
             4, 3, padding='same', kernel_initializer='ones', trainable=False
@@ -343,23 +340,23 @@ def test_the_first_epoch_counts_batches_of_unknown_number():
 def test_strides_are_learned_then_held_within_the_budget(jit, capsys):
     if jit and BACKEND == 'torch':
         pytest.skip('PyTorch does not compile the layer')
-    model = small_model(ramp='inside')
+    model = small_model(ramp='inside', method='matmul' if jit else 'auto')
     if jit:
         for layer in diffstride_layers(model):
             layer.make_sizes_static()
-    model.compile(keras.optimizers.SGD(0.3), 'mse', jit_compile=jit or 'auto')
+        model.compile(keras.optimizers.SGD(0.3), 'mse', jit_compile=True)
     budget = 0.6 * complexity(model, (16, 12, 3)).macs
     callbacks = [StrideBudget(share=0.6)]
     logs = model.fit(
-        *data(), epochs=5, batch_size=4, verbose=2, callbacks=callbacks
+        *data(), epochs=4, batch_size=2, verbose=2, callbacks=callbacks
     ).history
-    assert logs['strides_held'] == [0, 0, 0, 1, 1]
+    assert logs['strides_held'] == [0, 0, 1, 1]
     for key, values in logs.items():
         if key.startswith(('stride/', 'size/')):
-            assert values[3] == values[4]
+            assert values[2] == values[3]
         if key.startswith('stride/'):
             assert values[0] != values[1]
-    assert len(set(logs['loss'])) == 5  # The weights go on learning.
+    assert len(set(logs['loss'])) == 4  # The weights go on learning.
     macs = complexity(model, (16, 12, 3)).macs
     assert 0.8 * budget < macs == logs['macs'][-1] <= budget
     text = capsys.readouterr().out
@@ -400,33 +397,24 @@ def test_a_training_that_was_interrupted_goes_on_alike(tmp_path):
     expected = fit(small_model(ramp='inside'), 0)
     for epoch in (1, 2, 3):
         saved = keras.models.load_model(tmp_path / f'{epoch}.keras')
-        saved.run_eagerly = BACKEND == 'tensorflow'
+        saved.run_eagerly = EAGER
         for first, second in zip(expected, fit(saved, epoch)):
             np.testing.assert_allclose(second, first, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(BACKEND == 'jax', reason='JAX compiles for a minute')
 def test_mobilenet_within_a_budget():
-    model = replace_strides(
-        keras.applications.MobileNetV2(
-            (64, 64, 3), alpha=0.35, weights=None, classes=2
-        ),
-        smoothness_factor=1.0,
+    shape = (48, 48, 3)
+    net = keras.applications.MobileNetV2(
+        shape, alpha=0.35, weights=None, classes=2
     )
-    before = complexity(model, (64, 64, 3)).macs
-    model.compile(
-        'adam',
-        'sparse_categorical_crossentropy',
-        run_eagerly=BACKEND == 'tensorflow',
-    )
-    x = np.random.default_rng(0).normal(size=(4, 64, 64, 3)).astype('float32')
-    model.fit(
-        x,
-        np.array([0, 1, 0, 1]),
-        batch_size=2,
-        verbose=0,
-        callbacks=[StrideBudget(share=0.5)],
-    )
-    macs = complexity(model, (64, 64, 3)).macs
+    model = replace_strides(net, smoothness_factor=1.0)
+    before = complexity(model, shape).macs
+    model.compile('adam', 'sparse_categorical_crossentropy', run_eagerly=EAGER)
+    x = np.random.default_rng(0).normal(size=(2, *shape)).astype('float32')
+    budget = StrideBudget(share=0.5)
+    model.fit(x, np.array([0, 1]), verbose=0, callbacks=[budget])
+    macs = complexity(model, shape).macs
     assert 0.45 * before < macs <= 0.5 * before
 
 

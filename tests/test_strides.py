@@ -11,6 +11,7 @@ import pytest
 import reference
 from backends import (
     BACKEND,
+    EAGER,
     array,
     compilers,
     error_of,
@@ -416,17 +417,8 @@ def test_copies_of_a_model_have_its_strides_and_sizes(
         assert copied.supports_jit == pool.supports_jit
 
 
-@pytest.mark.parametrize(
-    'state, jit_compile',
-    [
-        ('release', 'auto'),
-        ('hold', 'auto'),
-        *([('make_sizes_static', True)] if BACKEND != 'torch' else []),
-    ],
-)
-def test_best_weights_are_restored_with_their_sizes(
-    state, jit_compile, tmp_path
-):
+@pytest.mark.parametrize('state', STATES)
+def test_best_weights_are_restored_with_their_sizes(state, tmp_path):
     """The best epoch is one in the middle, the last one is another.
 
     Strides that fall pass those that the validation set was made with.
@@ -435,7 +427,7 @@ def test_best_weights_are_restored_with_their_sizes(
     if state == 'make_sizes_static':
         pool.make_sizes_static()
     model = energy_meter(pool)
-    model.compile(keras.optimizers.Adam(0.8), 'mse', jit_compile=jit_compile)
+    model.compile(keras.optimizers.Adam(0.8), 'mse', run_eagerly=EAGER)
     x = image((32,), batch=16, channels=1)
     best_output = reference.diffstride(x, (3.5,), 1.0, 'inside')
     validation = x, np.mean(best_output**2, axis=1)
