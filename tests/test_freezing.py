@@ -215,7 +215,7 @@ def test_strides_stay_when_the_copy_is_trained_on():
     frozen.trainable = False
     frozen.trainable = True
     before = [layer.stride_values for layer in diffstride_layers(frozen)]
-    frozen.compile('sgd', 'mse')
+    frozen.compile('sgd', 'mse', run_eagerly=True)
     assert not model.compiled
     x = random(4, 16, 16, 2)
     y = np.zeros((4, *frozen.output_shape[1:]))

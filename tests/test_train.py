@@ -560,12 +560,16 @@ def test_backends_train_and_continue(backend, jit_compile, config, tmp_path):
             f'{SGD}.learning_rate = 5.0',
             f'train.jit_compile = {jit_compile}',
         )
-        done = run_apart(
-            *command(*bindings, workdir=workdir, gin_config=[config]),
-            env=environment(KERAS_BACKEND=backend),
-        )
-        assert done.returncode == 0, done.stderr
-        assert 'UpdateSizes' not in done.stderr  # No advice is needed.
+        arguments = {'workdir': workdir, 'gin_config': [config]}
+        if backend == 'tensorflow':
+            run_here(*bindings, **arguments)  # A warning would be an error.
+        else:
+            done = run_apart(
+                *command(*bindings, **arguments),
+                env=environment(KERAS_BACKEND=backend),
+            )
+            assert done.returncode == 0, done.stderr
+            assert 'UpdateSizes' not in done.stderr  # No advice is needed.
         histories.append(history_of(workdir))
     assert histories[1][:1] == histories[0] and len(histories[1]) == 2
     results = read(workdir / 'results.json')
