@@ -5,10 +5,11 @@ import sys
 
 import keras
 import numpy as np
+import onnxruntime
 import pytest
-import tensorflow as tf
 from absl.testing import flagsaver
 from PIL import Image
+from runtimes import RUNTIMES, exports_to_onnx
 
 from diffstride import DiffStride
 from diffstride.examples import (
@@ -22,10 +23,7 @@ from diffstride.examples import (
 NAMES = ('red', 'green', 'blue')
 SHAPE = (12, 16, 3)
 MEAN, SCALE = [100.0, 110.0, 120.0], [50.0, 60.0, 70.0]
-# Keras sets `np.object` for tf2onnx where NumPy has none.
-pytestmark = pytest.mark.filterwarnings(
-    'ignore:In the future `np.object`:FutureWarning'
-)
+pytestmark = exports_to_onnx
 
 
 def color_model(activation='softmax', mean=MEAN, scale=SCALE):
@@ -121,38 +119,15 @@ def read_csv(path):
         return list(csv.reader(file))
 
 
-def run_onnx(folder, pixels):
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(folder / 'model.onnx')
-    return session.run(None, {'images': pixels})[0]
-
-
-def run_litert(path, pixels):
-    from ai_edge_litert.interpreter import Interpreter
-
-    interpreter = Interpreter(str(path / 'model.tflite'))
-    index = interpreter.get_input_details()[0]['index']
-    interpreter.resize_tensor_input(index, pixels.shape)
-    interpreter.allocate_tensors()
-    interpreter.set_tensor(index, pixels)
-    interpreter.invoke()
-    return interpreter.get_tensor(interpreter.get_output_details()[0]['index'])
-
-
-def run_saved_model(path, pixels):
-    model = tf.saved_model.load(str(path / 'saved_model'))
-    return model.serve(pixels)
-
-
 @pytest.mark.parametrize(
-    'name, load', [('litert', run_litert), ('tf_saved_model', run_saved_model)]
+    'name, file',
+    [('litert', 'model.tflite'), ('tf_saved_model', 'saved_model')],
 )
-def test_other_formats_contain_the_preprocessing(workdir, run, name, load):
+def test_other_formats_contain_the_preprocessing(workdir, run, name, file):
     (workdir / 'export/saved_model').mkdir(parents=True, exist_ok=True)
     run(export.export, f'--workdir={workdir}', f'--format={name}')
     pixels = np.stack([picture(i, i) for i in range(3)]).astype('float32')
-    probabilities = load(workdir / 'export', pixels)
+    probabilities = RUNTIMES[name][1](str(workdir / 'export' / file))(pixels)
     np.testing.assert_allclose(probabilities, reference(pixels), atol=1e-5)
 
 
@@ -169,7 +144,10 @@ def test_bfloat16_is_exported_as_float32_with_class_names(tmp_path, run):
     assert 'float32 [batch, 12, 16, 3]' in text
     assert (output / 'labels.txt').read_text().split() == list(NAMES)
     pixels = np.stack([picture(i) for i in range(3)]).astype('float32')
-    probabilities = run_onnx(output, pixels)
+    path = str(output / 'model.onnx')
+    (entry,) = onnxruntime.InferenceSession(path).get_inputs()
+    assert entry.name == 'images'
+    probabilities = RUNTIMES['onnx'][1](path)(pixels)
     np.testing.assert_allclose(probabilities, reference(pixels), atol=1e-5)
 
 

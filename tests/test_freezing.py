@@ -7,8 +7,10 @@ import keras
 import numpy as np
 import pytest
 import reference
+import tensorflow as tf
 from backends import array, error_of, image, random, sequential
 from keras import layers, ops
+from runtimes import RUNTIMES, exports_to_onnx
 
 from diffstride import (
     DiffStride,
@@ -20,13 +22,6 @@ from diffstride import (
     resnet,
 )
 from diffstride.pooling import SpectralResampling
-
-tf = pytest.importorskip('tensorflow')
-
-# Keras sets `np.object` for tf2onnx, which NumPy warns of.
-exports_to_onnx = pytest.mark.filterwarnings(
-    'ignore:In the future `np.object` will be defined:FutureWarning'
-)
 
 
 def moved(model):
@@ -152,7 +147,9 @@ def test_values_agree_with_reference(layer, sizes):
 @pytest.mark.parametrize('ramp', ['outside', 'straight_through'])
 def test_unknown_sizes_are_computed_from_constant_strides(ramp):
     layer = DiffStride((1.7, 2.3), 2.0, ramp=ramp)
-    model = sequential((None, None, 2), layer, FixedSpectralPooling(1.3))
+    whole = DiffStride(1.2, cropping=False)
+    fixed = FixedSpectralPooling(1.3)
+    model = sequential((None, None, 2), layer, whole, fixed)
     frozen = freeze(model)
     assert frozen.output_shape == (None, None, None, 2)
     call = tf.function(frozen, [tf.TensorSpec((None, None, None, 2))])
@@ -354,43 +351,6 @@ def test_wrong_arguments_are_refused(make, kwargs, message):
         freeze(make(), **kwargs)
 
 
-def served(path):
-    loaded = tf.saved_model.load(path)
-    return lambda x: loaded.serve(x)
-
-
-def run_by_onnxruntime(path):
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path)
-    (entry,) = session.get_inputs()
-    return lambda x: session.run(None, {entry.name: x})[0]
-
-
-def run_by_litert(path):
-    from ai_edge_litert.interpreter import Interpreter
-
-    interpreter = Interpreter(path)
-    entry = interpreter.get_input_details()[0]['index']
-
-    def run(x):
-        interpreter.resize_tensor_input(entry, x.shape)
-        interpreter.allocate_tensors()
-        interpreter.set_tensor(entry, x)
-        interpreter.invoke()
-        result = interpreter.get_output_details()[0]['index']
-        return interpreter.get_tensor(result)
-
-    return run
-
-
-RUNTIMES = {
-    'tf_saved_model': ('', served),
-    'onnx': ('.onnx', run_by_onnxruntime),
-    'litert': ('.tflite', run_by_litert),
-}
-
-
 def mixed(shape=(24, 20, 2), **kwargs):
     """All ramps and arguments that change the operator."""
     return sequential(
@@ -408,12 +368,17 @@ def first():
 
 
 def any_size():
-    return mixed((None, None, 2))
+    return sequential(
+        (None, None, 2),
+        DiffStride(1.2, ramp='inside'),
+        DiffStride(1.5, 1.0, ramp='straight_through'),
+        FixedSpectralPooling((1.5, 1.0)),
+    )
 
 
-def small_resnet18():
-    model = resnet.resnet18(
-        num_output_classes=10, width=8, pooling_cls=DiffStride
+def small_resnet():
+    model = resnet.Resnet(
+        [8, 8, 8], '1, 2, 2', 10, num_layers=1, pooling_cls=DiffStride
     )
     model.build((None, 32, 32, 3))
     return moved(model)
@@ -446,7 +411,7 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
         slow('float32', first),
         slow('float32', any_size),
         slow('float32', subclass),
-        slow('float32', small_resnet18),
+        slow('float32', small_resnet),
     ],
 )
 def test_exports_compute_the_same_for_any_batch_size(

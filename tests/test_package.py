@@ -17,7 +17,7 @@ import zipfile
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, array, error_of, image
+from backends import BACKEND, array, error_of, image, sequential
 from keras import layers
 
 import diffstride
@@ -236,8 +236,7 @@ def test_public_layers_have_an_example_and_all_sections():
 # Models are loaded in safe mode, which is Keras's default.
 
 
-def small(*layers, shape=(12, 12, 2)):
-    return keras.Sequential([keras.Input(shape), *layers])
+SHAPE = (12, 12, 2)
 
 
 def network():
@@ -250,13 +249,14 @@ def network():
 
 def strided():
     convolution = layers.Conv2D(3, 3, 2, padding='same')
-    return small(convolution, layers.GlobalAveragePooling2D())
+    return sequential(SHAPE, convolution, layers.GlobalAveragePooling2D())
 
 
 # Other tests save each pooling layer and each of its states.
 SAVED = {
-    'DiffStride': lambda: small(
-        pooling.DiffStride(2.0, 1.0, strides_regularizer=costs.StrideCost(0.1))
+    'DiffStride': lambda: sequential(
+        SHAPE,
+        pooling.DiffStride(2.0, 1.0, strides_regularizer=costs.StrideCost(0.1)),
     ),
     'Resnet': network,
     'freeze': lambda: freeze(network()),
@@ -280,7 +280,8 @@ def test_models_are_saved_without_code_and_load_in_safe_mode(name, tmp_path):
 
 
 def test_a_lambda_beside_a_pooling_layer_is_refused(tmp_path):
-    model = small(
+    model = sequential(
+        SHAPE,
         pooling.DiffStride(2.0),
         layers.Lambda(lambda x: x, output_shape=(None, None, 2)),
     )
@@ -330,7 +331,8 @@ STRANGE = {
 def members(tmp_path_factory):
     """The members of a saved model that has objects in its configuration."""
     path = tmp_path_factory.mktemp('saved') / 'model.keras'
-    small(
+    sequential(
+        SHAPE,
         resnet.ResidualLayer(
             2, strides=2, pooling_cls=pooling.DiffStride, project=True
         ),
