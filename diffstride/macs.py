@@ -188,6 +188,24 @@ class MacsOfStrides:
             [(other, float(row[other])) for other in np.flatnonzero(row)]
             for row in self._upstream
         ]
+        least = self._least_sizes()
+        self._least = [2 * math.ceil(x / 2 - 1e-6) for x in least]
+        self._least_bands = np.maximum(
+            _LEAST_SIZE, np.subtract(least, self.extra)
+        )
+
+    def _least_sizes(self):
+        """Returns the sizes after pooling below which a later map is empty.
+
+        A convolution with the padding 'valid' makes its input smaller, so a map
+        of a few samples may leave nothing for the next pooling layer.
+        """
+        least = [1.0] * len(self.axes)
+        for axis in reversed(range(len(self.axes))):
+            for parent, slope in self._parents[axis]:
+                ratio = 1 - (1 - least[axis] / self._before[axis]) / slope
+                least[parent] = max(least[parent], ratio * self._after[parent])
+        return least
 
     def _returning(self, sizes):
         """Returns the `output_shapes` with which `measure` sets sizes."""
@@ -235,7 +253,8 @@ class MacsOfStrides:
             ]
             share = 1.0 if share is None else share
             macs = round(share * self.count(np.array(initial)), 6)
-        least = math.ceil(self.total(self.integer_sizes(self.upper)[1]))
+        # The MACs of integer sizes are an integer but for rounding.
+        least = round(self.total(self.integer_sizes(self.upper)[1]))
         validation.require(
             macs >= least,
             f'The budget must be at least {least:,} MACs for one image, those '
@@ -264,7 +283,7 @@ class MacsOfStrides:
             row = _elasticity(slopes, ratios) @ jacobian
             row[axis] -= 1
             band = before[axis] / axis_strides[axis]
-            if band >= _LEAST_SIZE:
+            if band >= self._least_bands[axis]:
                 jacobian[axis] = row * band / (band + self.extra[axis])
         products = self._coefficients * _products(self._slopes, ratios)
         total = products @ _elasticity(self._slopes, ratios) @ jacobian
@@ -274,17 +293,23 @@ class MacsOfStrides:
         """Returns the sizes of all axes before and after, between integers."""
 
         def size(axis, before, stride):
-            band = max(before / stride, _LEAST_SIZE)
+            band = max(before / stride, self._least_bands[axis])
             return min(before, band + self.extra[axis])
 
         return self._sizes(strides, size)
 
     def integer_sizes(self, strides: np.ndarray) -> tuple[list, list]:
-        """Returns the sizes of all axes before and after, as layers do."""
+        """Returns the sizes of all axes before and after, as layers do.
+
+        Where a layer would return fewer samples than the layers behind it
+        need, the size is the least that they take.
+        """
 
         def size(axis, before, stride):
             layer, index = self.axes[axis]
-            return layer.output_size(round(before), index, stride)
+            before = round(before)
+            after = layer.output_size(before, index, stride)
+            return max(after, min(before, self._least[axis]))
 
         return self._sizes(strides, size)
 
@@ -327,7 +352,9 @@ class MacsOfStrides:
             nearest = _crossing(line, self, budget)
             if np.allclose(nearest, before, rtol=0.01):
                 break
-        return nearest
+        return np.minimum(
+            nearest, np.maximum(self.lower, self._largest_strides(nearest))
+        )
 
     def _line(self, strides, nearest):
         """Returns strides as a function of a step, along the gradient there.
@@ -387,6 +414,10 @@ class MacsOfStrides:
         before, _ = self.smooth_sizes(strides)
         largest = np.ones(len(strides) + len(self._constants))
         np.maximum.at(largest, self._owner, np.divide(before, _LEAST_SIZE))
+        # Where a later map would be empty, each axis of a stride counts.
+        bands = self._least_bands
+        limits = np.where(bands > _LEAST_SIZE, before / bands, np.inf)
+        np.minimum.at(largest, self._owner, limits)
         return np.minimum(self.upper, largest[: len(strides)])
 
 

@@ -3,6 +3,8 @@
 `complexity` is checked against counts by hand in test_counting.py.
 """
 
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -357,3 +359,28 @@ def test_recalibration_averages_over_batches(as_pairs):
     np.testing.assert_array_equal(array(model.layers[2].kernel), kernel)
     with pytest.raises(ValueError, match='at least one batch'):
         recalibrate(model, [])
+
+
+@pytest.mark.parametrize('ramp', ['inside', 'outside'])
+def test_no_budget_leaves_an_empty_map(ramp):
+    first = DiffStride(1.5, 0.5, ramp=ramp, shared_stride=True)
+    second, third = (DiffStride(1.0, 0.5, ramp=ramp) for _ in range(2))
+    shape = (20, 16, 1)
+    model = sequential(
+        shape,
+        first,
+        layers.Conv2D(2, 5),  # The padding is 'valid'.
+        second,
+        layers.Conv2D(2, 3),
+        third,
+        conv(),
+        layers.GlobalAveragePooling2D(),
+    )
+    with pytest.raises(ValueError, match='at least') as error:
+        set_budget(model, macs=1)
+    least = re.search(r'least ([\d,]+)', str(error.value))[1].replace(',', '')
+    set_budget(model, macs=int(least))
+    assert complexity(model, shape).macs == int(least)
+    # The convolutions leave one sample of seven, so a map of eight comes first.
+    assert first.output_size(16) == 8
+    assert np.isfinite(array(model(np.ones((1, *shape), 'float32')))).all()

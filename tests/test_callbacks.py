@@ -404,7 +404,7 @@ def test_a_training_that_was_interrupted_goes_on_alike(tmp_path):
 
 @pytest.mark.skipif(BACKEND == 'jax', reason='JAX compiles for a minute')
 def test_mobilenet_within_a_budget():
-    shape = (48, 48, 3)
+    shape = (32, 32, 3)  # The last maps have one pixel.
     net = keras.applications.MobileNetV2(
         shape, alpha=0.35, weights=None, classes=2
     )
@@ -412,10 +412,10 @@ def test_mobilenet_within_a_budget():
     before = complexity(model, shape).macs
     model.compile('adam', 'sparse_categorical_crossentropy', run_eagerly=EAGER)
     x = np.random.default_rng(0).normal(size=(2, *shape)).astype('float32')
-    budget = StrideBudget(share=0.5)
+    budget = StrideBudget(share=0.65)
     model.fit(x, np.array([0, 1]), verbose=0, callbacks=[budget])
     macs = complexity(model, shape).macs
-    assert 0.45 * before < macs <= 0.5 * before
+    assert 0.6 * before < macs <= 0.65 * before
 
 
 @pytest.mark.parametrize(
