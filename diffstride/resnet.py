@@ -117,7 +117,7 @@ class ResidualLayer(keras.layers.Layer):
         self.weight_decay = weight_decay
         self.batch_norm_args = dict(batch_norm_args or batch_norm())
         self.pool_after = one_of('pool_after', pool_after, POOL_AFTER)
-        conv_strides, self.pool = _downsampling(
+        conv_strides, self.pool = downsampling(
             self.strides, pooling_cls, self.channels_first
         )
         if self.pool is not None:
@@ -288,7 +288,7 @@ def Resnet(
     _check_blocks(filters, strides, id_only)
     one_of('pool_after', pool_after, POOL_AFTER)
     channels_first = _is_channels_first(channels_first)
-    conv_strides, pool = _downsampling(strides[0], pooling_cls, channels_first)
+    conv_strides, pool = downsampling(strides[0], pooling_cls, channels_first)
     conv, norm = _layer_classes(channels_first, weight_decay, batch_norm())
     decay = keras.regularizers.L2(weight_decay)
     layers = [keras.layers.Permute((3, 1, 2))] if channels_first else []
@@ -366,9 +366,13 @@ def _resnet(widths, strides, width, **kwargs):
 
 
 def parse_strides(
-    strides: str | Sequence[Strides],
+    strides: str | Sequence[Strides], rank: int = 2
 ) -> list[tuple[float, ...]]:
-    """Returns (height, width) strides from a list or a string of them.
+    """Returns strides, one per axis, from a list or a string of them.
+
+    Args:
+        strides: Numbers, or one per axis each, as in '1, 1, (3, 2), 2'.
+        rank: The number of axes.
 
     Raises:
         ValueError: If it is no such list, or if a stride is not a number >= 1.
@@ -381,7 +385,7 @@ def parse_strides(
             '`strides` must be a list of strides, or a string such as '
             f"'1, 1, 3, 2, 3'. Received: strides={strides!r}"
         ) from error
-    return [standardize_strides(stride, 2) for stride in values]
+    return [standardize_strides(stride, rank) for stride in values]
 
 
 def _check_blocks(filters, strides, id_only):
@@ -412,10 +416,28 @@ def _check_blocks(filters, strides, id_only):
     )
 
 
-def _downsampling(strides, pooling_cls, channels_first):
-    """Returns the strides of a convolution and the pooling layer, or None."""
-    if strides == (1, 1):
-        return (1, 1), None
+def downsampling(
+    strides: tuple[float, ...],
+    pooling_cls: Callable | None,
+    channels_first: bool,
+) -> tuple[Any, keras.layers.Layer | None]:
+    """Returns how a convolution and a pooling after it downsample.
+
+    Args:
+        strides: The strides, one per axis.
+        pooling_cls: See `ResidualLayer`.
+        channels_first: Whether the layers are channels_first.
+
+    Returns:
+        The strides of the convolution, and the pooling layer, or None if there
+        is none: if all strides are 1, or with `pooling_cls=None`.
+
+    Raises:
+        ValueError: If a convolution shall have fractional strides, or if
+            `pooling_cls` returns no layer.
+    """
+    if max(strides) == 1:
+        return 1, None
     strides = tuple(int(s) if s.is_integer() else s for s in strides)
     if pooling_cls is None:
         require(
@@ -441,7 +463,7 @@ def _downsampling(strides, pooling_cls, channels_first):
         '`pooling_cls` must return a layer',
         pooling_cls=pool,
     )
-    return (1, 1), pool
+    return 1, pool
 
 
 def configured(function: Callable, name: str = 'function') -> Callable:

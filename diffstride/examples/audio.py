@@ -11,7 +11,6 @@ A gin file uses them so:
       test_filter = '_george_'
 """
 
-import ast
 import functools
 import operator
 import re
@@ -29,7 +28,7 @@ from diffstride import resnet
 from diffstride.examples import data, rules, sources
 from diffstride.examples.folders import AUTOTUNE
 from diffstride.pooling import DiffStride, DiffStride1D
-from diffstride.validation import require, standardize_strides
+from diffstride.validation import require
 
 # Lower levels, relative to the loudest part of a recording, are raised to this.
 DYNAMIC_RANGE = 60.0  # dB
@@ -360,15 +359,11 @@ def _net(
     pooling_cls,
     channels_first,
 ):
-    if isinstance(strides, str):
-        try:
-            strides = ast.literal_eval(f'[{strides}]')
-        except (SyntaxError, ValueError):
-            strides = ()
+    strides = resnet.parse_strides(strides, rank)
     require(
-        isinstance(strides, list | tuple) and len(strides) == len(filters),
+        len(strides) == len(filters),
         f'`strides` must be those of {len(filters)} stages, as many as '
-        '`filters`, in a list or a string',
+        '`filters`',
         strides=strides,
     )
     if channels_first is None:
@@ -379,14 +374,11 @@ def _net(
     if channels_first:
         layers.append(keras.layers.Permute((rank + 1, *range(1, rank + 1))))
     for width, stride in zip(filters, strides):
-        stride = standardize_strides(stride, rank)
-        conv_strides, pool = 1, None
-        if max(stride) > 1:
-            conv_strides, pool = resnet._downsampling(
-                stride, pooling_cls, channels_first
-            )
+        conv_strides, pool = resnet.downsampling(
+            stride, pooling_cls, channels_first
+        )
         layers += [
-            conv(width, strides=conv_strides if pool is None else 1),
+            conv(width, strides=conv_strides),
             norm(),
             keras.layers.ReLU(),
             *([] if pool is None else [pool]),
