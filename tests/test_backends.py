@@ -75,7 +75,8 @@ def check(folder, backend):
     model = keras.models.load_model(
         folder / f'{backend}.keras', compile=has_optimizer
     )
-    expected = np.load(folder / f'{backend}.npz')
+    with np.load(folder / f'{backend}.npz') as saved:
+        expected = dict(saved)
     layers = diffstride_layers(model)
     np.testing.assert_array_equal(
         [layer.stride_values for layer in layers], expected['strides']
