@@ -16,10 +16,10 @@ import matplotlib.figure
 
 FOLDER = pathlib.Path(__file__).parent
 RUNS = FOLDER.parents[1] / 'results' / 'spoken_digit' / 'runs.csv'
-# (variant, share of the epochs in which strides are learned): label, color.
+# (variant, share of the epochs that learn strides, dtype): label, color.
 KINDS = {
-    ('FixedSpectralPooling', ''): ('chosen by hand', 'C0'),
-    ('DiffStride', '0.25'): ('learned, from four starts', 'C3'),
+    ('FixedSpectralPooling', '', 'mixed_bfloat16'): ('chosen by hand', 'C0'),
+    ('DiffStride', '0.25', 'float32'): ('learned, from four starts', 'C3'),
 }
 
 
@@ -33,10 +33,9 @@ def main(folder=FOLDER):
     for shift, (kind, (label, color)) in zip((-0.1, 0.1), KINDS.items()):
         accuracies = collections.defaultdict(dict)
         for row in rows:
-            if (row['variant'], row['learn']) == kind:
+            if (row['variant'], row['learn'], row['dtype']) == kind:
                 accuracy = 100 * float(row['test_accuracy'])
-                choice = row['start'], row['dtype']
-                accuracies[choice][row['speaker']] = accuracy
+                accuracies[row['start']][row['speaker']] = accuracy
         points = []
         for of_speaker in accuracies.values():
             of_speaker['mean'] = statistics.mean(of_speaker.values())
