@@ -8,7 +8,7 @@ import gin
 import keras
 from keras import ops
 
-from diffstride import validation
+from diffstride import backend, validation
 from diffstride.pooling import spatial_axes
 
 
@@ -39,7 +39,8 @@ class BlurPooling(keras.layers.Layer):
         The same with each spatial size N replaced by ceil(N / S).
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of its range, or if the input is of
+            another rank, not floating-point, or too small for the filter.
 
     Example:
 
@@ -83,12 +84,24 @@ class BlurPooling(keras.layers.Layer):
         )
 
     def call(self, inputs: Any) -> Any:
+        axes = spatial_axes(self, rank=2)
+        validation.check_inputs(self, inputs, axes)
+        lengths = [self.kernel_size or 2 * s - 1 for s in self.strides]
+        sizes = backend.static_sizes(inputs, axes)
+        validation.require(
+            all(
+                size is None or size > length // 2
+                for size, length in zip(sizes, lengths)
+            ),
+            f'The spatial sizes of the input of layer "{self.name}" must '
+            f'exceed half of the filter, {tuple(x // 2 for x in lengths)}',
+            shape=tuple(inputs.shape),
+        )
         x = inputs
         if self.pool_size > 1:
             x = ops.max_pool(x, self.pool_size, 1, 'same', self.data_format)
-        axes = spatial_axes(self, rank=2)
-        for axis, stride in zip(axes, self.strides):
-            x = _blurred(x, axis, stride, self.kernel_size or 2 * stride - 1)
+        for axis, stride, length in zip(axes, self.strides, lengths):
+            x = _blurred(x, axis, stride, length)
         return x
 
     def compute_output_shape(self, input_shape: Sequence) -> tuple:

@@ -173,7 +173,9 @@ class StrideBudget(StrideLogger):
     It adds to the logs what `StrideLogger` does, and 'strides_held', 1 or 0. A
     budget above the MACs of the initial strides is used up, too. A model whose
     strides are held already is trained as it is, so that a training that was
-    interrupted goes on as it would have; `layer.release()` starts anew.
+    interrupted goes on as it would have; `layer.release()` starts anew. List
+    `EarlyStopping(restore_best_weights=True)` before it: weights that it
+    restores from the first phase are then held within the budget, too.
 
     Args:
         macs: The budget, in multiply-accumulates for one image as `complexity`
@@ -223,6 +225,7 @@ class StrideBudget(StrideLogger):
             model=self.model.name,
         )
         self._macs_of = None  # It is set while strides are learned.
+        self._budget = 0.0
         self._moments: dict[str, list] = {}
         self._epochs_begun = 0
         self._steps: int | None = None
@@ -365,7 +368,12 @@ class StrideBudget(StrideLogger):
     def on_train_end(self, logs: dict | None = None) -> None:
         super().on_train_end(logs)
         is_over = 0 < self._epochs_of_learning <= self._epochs_begun
-        if self._macs_of is not None and (is_over or self.model.stop_training):
+        layers = _learned_layers(self.model)
+        if self._budget and layers and (is_over or self.model.stop_training):
+            if self._macs_of is None:  # EarlyStopping has restored weights.
+                self._macs_of = MacsOfStrides(
+                    self.model, self.input_shape, layers
+                )
             self._hold()
 
 

@@ -121,7 +121,7 @@ class SpectralPooling(SpectralResampling):
         raise NotImplementedError
 
     def _plan(self) -> Callable:
-        """Returns a function: axis, size -> output size, `Response` or None.
+        """Returns a function: index, size -> output size, `Response` or None.
 
         None stands for a response of ones.
         """
@@ -201,7 +201,7 @@ class DiffStride(SpectralPooling):
         smoothness_factor: R > 0, the width of the ramp in frequencies.
         cropping: Whether the output is cropped to the frequencies that are
             left. With False they are only masked, and the size stays.
-        trainable: Whether the strides are learned.
+        trainable: Whether the strides are learned. `hold()` also fixes sizes.
         shared_stride: Whether all axes share one stride.
         lower_limit_stride: The least stride, a number >= 1, or None for 1.
         upper_limit_stride: The largest stride, a number >= 1, or None.
@@ -210,9 +210,9 @@ class DiffStride(SpectralPooling):
         ramp: 'outside' (the paper's): the band is kept whole, the ramp reaches
             R frequencies further, and the output has about N / S + 2 R samples
             along the axis. 'inside': the ramp is the band's upper end, and the
-            output has about N / S samples. 'straight_through': the same, but
-            the ramp is in the gradient alone; the output is that of spectral
-            pooling.
+            output has about N / S samples. 'straight_through': the same size,
+            but the ramp is in the gradient alone, and all frequencies that the
+            output can hold keep their weight.
         method: 'fft', 'matmul' (multiplication by a small matrix per axis), or
             'auto' for the one that should be faster, for each axis by its
             sizes. They agree to rounding.
@@ -379,8 +379,9 @@ class DiffStride(SpectralPooling):
 
     def _plan(self):
         state, ramp = self.state, self._ramp
-        held = state.held_strides
-        is_traced = backend.known_values(state.record) is None
+        record = backend.known_values(state.record)
+        is_traced = record is None
+        held = state.held_strides_in(record or state.record.numbers())
         if is_traced:
             self._trace = self._trace or _Trace(held)
         if held is None:
@@ -417,7 +418,7 @@ class DiffStride(SpectralPooling):
         return self.state.strides_for_sizes
 
     def _state_changed(self):
-        """Updates `supports_jit`, and recompiles models traced otherwise."""
+        """Updates `supports_jit`; recompiles models whose constants changed."""
         is_static = self.state.has_static_sizes
         self.supports_jit = (
             keras.backend.backend() != 'tensorflow'
@@ -426,7 +427,7 @@ class DiffStride(SpectralPooling):
         )
         if self._trace is None:
             return
-        held = self.state.held_strides if is_static else None
+        held = self.state.held_strides
         sizes = {
             (index, size): self.output_size(size, index)
             for index, size in self._trace.sizes

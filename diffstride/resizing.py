@@ -5,7 +5,7 @@ from typing import Any
 
 import gin
 import keras
-from keras import ops
+from keras import ops, tree
 
 from diffstride import resampling, validation
 from diffstride.pooling import SpectralResampling, spatial_axes
@@ -88,6 +88,11 @@ class SpectralResizing(SpectralResampling):
         )
         self.rank = len(x) - 2
         self.built = True
+
+    def compute_output_spec(self, inputs: Any) -> Any:
+        if not self.built:
+            self.build(tree.map_structure(lambda x: x.shape, inputs))
+        return super().compute_output_spec(inputs)
 
     def call(self, inputs: Any) -> Any:
         self._check(inputs)

@@ -115,7 +115,9 @@ class ResidualLayer(keras.layers.Layer):
         )
         self.channels_first = _is_channels_first(channels_first)
         self.weight_decay = weight_decay
-        self.batch_norm_args = dict(batch_norm_args or batch_norm())
+        self.batch_norm_args = dict(
+            batch_norm() if batch_norm_args is None else batch_norm_args
+        )
         self.pool_after = one_of('pool_after', pool_after, POOL_AFTER)
         conv_strides, self.pool = downsampling(
             self.strides, pooling_cls, self.channels_first
@@ -243,7 +245,8 @@ def Resnet(
     weight_decay: float = 5e-3,
     stride_cost: float | None = None,
     pool_after: str = 'convolution',
-    **kwargs: Any,
+    num_layers: int = 2,
+    name: str | None = None,
 ) -> keras.Sequential:
     """Returns a pre-activation ResNet for image classification.
 
@@ -267,7 +270,8 @@ def Resnet(
         pool_after: Where residual layers pool, see `ResidualLayer`. With
             'activation', a pooling layer after the first convolution has a
             normalization and an activation before it, too.
-        **kwargs: Arguments of every `ResnetBlock`.
+        num_layers: Number of residual layers of each block.
+        name: The name of the model.
 
     Returns:
         A `keras.Sequential`, built at its first call,
@@ -301,12 +305,12 @@ def Resnet(
         ResnetBlock(
             width,
             stride,
+            num_layers,
             project_first=block not in id_only,
             pooling_cls=pooling_cls,
             channels_first=channels_first,
             weight_decay=weight_decay,
             pool_after=pool_after,
-            **kwargs,
         )
         for block, (width, stride) in enumerate(zip(filters[1:], strides[1:]))
     ]
@@ -327,7 +331,7 @@ def Resnet(
             dtype='float32',
         ),
     ]
-    return keras.Sequential(layers)
+    return keras.Sequential(layers, name=name)
 
 
 @gin.configurable(module='resnet')
@@ -404,7 +408,7 @@ def _check_blocks(filters, strides, id_only):
     require(
         isinstance(id_only, (list, tuple))
         and all(is_integer(x, least=0) for x in id_only)
-        and max(id_only, default=0) < max(1, len(filters) - 1),
+        and all(block < len(filters) - 1 for block in id_only),
         '`id_only` must be a list of indices of blocks, from 0',
         id_only=id_only,
     )

@@ -51,28 +51,33 @@ class StrideState:
         upper: float | None,
         changed: Callable[[], None],
     ):
-        limits = {'lower_limit_stride': lower, 'upper_limit_stride': upper}
         validation.require(
             upper is None or lower <= upper,
             '`lower_limit_stride` must not exceed `upper_limit_stride`',
-            **limits,
-        )
-        rounding = 1e-6  # Strides may have gone through float32.
-        validation.require(
-            min(initial) >= lower * (1 - rounding)
-            and (upper is None or max(initial) <= upper * (1 + rounding)),
-            '`strides` must lie between `lower_limit_stride` and '
-            '`upper_limit_stride`',
-            strides=initial,
-            **limits,
+            lower_limit_stride=lower,
+            upper_limit_stride=upper,
         )
         self.rank = rank
         self.lower = lower
         self.upper = upper
+        self._check_limits(initial)
         self.weight = _Variable(initial, 'strides', True, changed)
         self.weight.constraint = StrideLimits(lower, upper)
         zeros = [0.0] * (1 + len(initial))
         self.record = _Variable(zeros, 'stride_record', False, changed)
+
+    def _check_limits(self, strides):
+        upper = math.inf if self.upper is None else self.upper
+        rounding = 1e-6  # Strides may have gone through float32.
+        validation.require(
+            min(strides) >= self.lower * (1 - rounding)
+            and max(strides) <= upper * (1 + rounding),
+            '`strides` must lie between `lower_limit_stride` and '
+            '`upper_limit_stride`',
+            strides=strides,
+            lower_limit_stride=self.lower,
+            upper_limit_stride=self.upper,
+        )
 
     @property
     def held(self) -> bool:
@@ -87,8 +92,13 @@ class StrideState:
     @property
     def held_strides(self) -> tuple[float, ...] | None:
         """The held strides, one per axis, or None while they are learned."""
-        is_held, *strides = self.record.numbers()
-        return self._per_axis(strides) if is_held else None
+        return self.held_strides_in(self.record.numbers())
+
+    def held_strides_in(
+        self, record: Sequence[float]
+    ) -> tuple[float, ...] | None:
+        """Returns the strides that values of the record hold, or None."""
+        return self._per_axis(record[1:]) if record[0] > 0 else None
 
     @property
     def values(self) -> tuple[float, ...]:
@@ -158,8 +168,9 @@ class StrideState:
         self.weight.assign(self.values[: self.weight.shape[0]])
         self.record.assign([0.0] * self.record.shape[0])
 
-    def assign(self, strides: Any) -> None:
+    def assign(self, strides: Sequence[float]) -> None:
         """Sets learned strides to new values. Static sizes stay."""
+        self._check_limits(strides)
         validation.require(
             not self.held,
             '`strides` must be released by `release()` before they change',
@@ -213,7 +224,7 @@ class _Variable(keras.Variable):
     def assign(self, value):
         if self._changed is None or backend.is_symbolic():
             return super().assign(value)
-        # Sizes are compiled from the numbers that were known last.
+        # Functions were compiled for these numbers.
         before = self._numbers
         value = super().assign(value)
         if self.numbers() != before:

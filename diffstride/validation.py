@@ -125,12 +125,10 @@ def check_inputs(
             'at least 1',
             shape=tuple(tensor.shape),
         )
-    kinds = {
-        (tensor.dtype, *backend.static_sizes(tensor, spatial_axes))
-        for tensor in tensors
-    }
+    sizes = zip(*(backend.static_sizes(x, spatial_axes) for x in tensors))
     require(
-        len(kinds) == 1,
+        len({tensor.dtype for tensor in tensors}) == 1
+        and all(len({*axis} - {None}) <= 1 for axis in sizes),
         f'The inputs of layer "{layer.name}" must be at least one tensor, of '
         'equal spatial sizes and dtype',
         inputs=[(tuple(x.shape), x.dtype) for x in tensors],

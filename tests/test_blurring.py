@@ -77,6 +77,20 @@ def test_wrong_arguments_are_refused(kwargs, message):
         BlurPooling(**kwargs)
 
 
+@pytest.mark.parametrize(
+    'shape, message',
+    [
+        ((1, 32, 8), r'must have ndim=4.*=\(1, 32, 8\)'),
+        ((1, 3, 9, 8), r'must exceed half of the filter, \(3, 1\)'),
+    ],
+)
+def test_wrong_inputs_are_refused(shape, message):
+    layer = BlurPooling((4, 2))
+    with pytest.raises(ValueError, match=message):
+        layer(np.zeros(shape, 'float32'))
+    assert layer(np.zeros((1, 4, 2, 8), 'float32')).shape == (1, 1, 1, 8)
+
+
 def test_a_network_with_blurred_strides_is_saved(tmp_path):
     blurring = functools.partial(BlurPooling, kernel_size=5, pool_size=2)
     model = resnet.Resnet(

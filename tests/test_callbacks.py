@@ -368,6 +368,19 @@ def test_strides_are_learned_then_held_within_the_budget(jit, capsys):
     )
 
 
+def test_weights_restored_from_the_first_phase_are_held_within_the_budget():
+    model = small_model(ramp='inside')
+    budget = 0.6 * complexity(model, (16, 12, 3)).macs
+    early = keras.callbacks.EarlyStopping(
+        'loss', mode='max', patience=2, restore_best_weights=True
+    )
+    callbacks = [early, StrideBudget(share=0.6, learn=2)]
+    model.fit(*data(), epochs=9, verbose=0, callbacks=callbacks)
+    assert early.best_epoch == 0
+    assert all(layer.state.held for layer in diffstride_layers(model))
+    assert 0.8 * budget < complexity(model, (16, 12, 3)).macs <= budget
+
+
 def test_a_budget_above_the_present_macs_is_used_up():
     model = small_model(ramp='inside')
     before = complexity(model, (16, 12, 3)).macs
@@ -402,6 +415,7 @@ def test_a_training_that_was_interrupted_goes_on_alike(tmp_path):
             np.testing.assert_allclose(second, first, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND == 'jax', reason='JAX compiles for a minute')
 def test_mobilenet_within_a_budget():
     shape = (32, 32, 3)  # The last maps have one pixel.

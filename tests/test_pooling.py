@@ -173,6 +173,12 @@ def test_a_list_is_pooled_as_its_maps_are(classes, rank, data_format):
     assert [y.shape for y in symbolic] == shapes
 
 
+def test_maps_of_a_list_may_have_sizes_that_are_not_known():
+    shapes = (None, None, None, 3), (None, 12, 15, 1)
+    maps = [keras.KerasTensor(shape) for shape in shapes]
+    assert len(DiffStride()(maps)) == 2
+
+
 @pytest.mark.parametrize('data_format', FORMATS)
 def test_spatial_pooling_is_average_pooling_or_subsampling(data_format):
     x = image((11, 8), data_format)

@@ -7,6 +7,7 @@ import keras
 import pytest
 import reference
 from backends import (
+    BACKEND,
     FORMATS,
     error_of,
     image,
@@ -42,7 +43,9 @@ CASES = [
 
 
 def test_values_agree_with_reference():
-    for sizes, new_sizes, data_format, method, norm in CASES:
+    # JAX compiles for every pair of sizes.
+    cases = CASES[::4] if BACKEND == 'jax' else CASES
+    for sizes, new_sizes, data_format, method, norm in cases:
         x = image(sizes, data_format)
         like = image(new_sizes, data_format, batch=1, channels=5)
         arguments = {'data_format': data_format, 'method': method, 'norm': norm}
@@ -66,6 +69,7 @@ def test_static_shapes_are_told():
         by_like = SpectralResizing(data_format=data_format)
         inputs = keras.Input(x), keras.Input(like)
         assert by_size.compute_output_shape((None, *x)) == expected
+        assert by_size.compute_output_spec(inputs[0]).shape == expected
         assert by_size(inputs[0]).shape == expected
         shapes = [(None, *x), (7, *like)]
         assert by_like.compute_output_shape(shapes) == expected

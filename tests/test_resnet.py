@@ -334,6 +334,8 @@ def test_stride_cost_is_that_of_the_paper(pooling_cls, cost):
         (small_resnet, {'strides': '1, 2, 2', 'id_only': [0]},
          r'`strides` must be 1 in the blocks of `id_only`.*=\[0\]'),
         (small_resnet, {'id_only': [2]}, r'`id_only` must be .*=\[2\]'),
+        (small_resnet, {'filters': [4], 'strides': '1', 'id_only': [0]},
+         r'`id_only` must be .*=\[0\]'),
         (small_resnet, {'filters': (4, 0, 6)}, '`filters` must be a list'),
         (resnet.ResidualLayer, {'filters': 4, 'strides': (1, 2)},
          r'`strides` must be 1 .*project=False\. Received: strides=\(1, 2\)'),

@@ -218,6 +218,17 @@ def test_an_update_of_jax_leaves_a_usable_layer():
     assert error_of(y, reference.diffstride(x, (1, 1), 2.0)) <= 2e-5
 
 
+def test_a_stateless_call_uses_the_state_that_it_is_given():
+    pool, x = DiffStride(4.0, 2.0), image((16, 16))
+    pool(x)
+    pool.hold()
+    weights = [ops.convert_to_tensor([2.0, 2.0])]
+    y, _ = pool.stateless_call(weights, [ops.zeros(3)], x)
+    assert error_of(y, reference.diffstride(x, (2, 2), 2.0)) <= 2e-5
+    y, _ = pool.stateless_call(weights, [ops.array([1.0, 3, 3])], x)
+    assert error_of(y, reference.diffstride(x, (3, 3), 2.0)) <= 2e-5
+
+
 # Assigning
 
 
@@ -231,6 +242,10 @@ def test_numbers_are_assigned_to_the_attribute():
     shared = DiffStride(2.0, shared_stride=True)
     shared.strides = 3.0
     assert shared.stride_values == (3.0, 3.0)
+    limited = DiffStride(2.0, upper_limit_stride=3.0)
+    with pytest.raises(ValueError, match='`strides` must lie between'):
+        limited.strides = 3.5
+    assert limited.stride_values == (2.0, 2.0)
 
 
 @pytest.mark.parametrize('values', [(3.0, 0.5), (3.0,), None, (3.0, 2.0)])
