@@ -90,6 +90,8 @@ def test_from_a_training_to_the_class_of_a_jpeg_without_this_package(
         'cat.jpg', ' '.join(f'{name}.jpg' for name in NAMES)
     )
     _, evaluated, predicted, _ = map(run, commands)
+    settings = pathlib.Path(workdir, 'config.gin').read_text()
+    assert 'label_smoothing = 0.2' in settings  # The packaged file was read.
     assert '12 images, accuracy 100.0%' in evaluated
     first = dict(re.findall(r'^(\w+)\.jpg: (\w+)', predicted, re.M))
     assert first == {name: name for name in NAMES}

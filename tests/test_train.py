@@ -41,6 +41,8 @@ from diffstride.examples import (
 from diffstride.pooling import FixedSpectralPooling
 
 EXAMPLES = pathlib.Path(main.__file__).parent
+RESULTS = pathlib.Path(__file__).parents[1] / 'results'
+GIN_FILES = sorted([*EXAMPLES.glob('*.gin'), *RESULTS.rglob('*.gin')])
 SGD = 'keras.optimizers.SGD'
 
 
@@ -499,59 +501,55 @@ def test_a_schedule_is_checked(arguments):
 def test_two_replicas_train_as_one_device_does():
     """Two logical CPUs, in a process of their own, on the same batches."""
     code = """
-import sys, numpy as np, keras, tensorflow as tf
+import numpy as np, keras, tensorflow as tf
 cpu = tf.config.list_physical_devices('CPU')[0]
 tf.config.set_logical_device_configuration(
     cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 from diffstride import DiffStride
 from diffstride.examples import devices
-keras.utils.set_random_seed(0)
-with devices.scope(sys.argv[1]):
-    replicas = tf.distribute.get_strategy().num_replicas_in_sync
-    assert replicas == 1 + (sys.argv[1] == 'mirrored')
-    # Without batch normalization, whose batch is that of a replica.
-    model = keras.Sequential([
-        keras.Input((8, 8, 1)), DiffStride(2.0, 1.0),
-        keras.layers.Conv2D(2, 3, activation='relu'),
-        keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(2)])
-    model.compile(keras.optimizers.SGD(0.1), 'mse')
-x = np.random.default_rng(0).normal(size=(16, 8, 8, 1))
-y = np.eye(2)[np.arange(16) % 2]
-model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
-print(*np.concatenate([np.ravel(w) for w in model.get_weights()]))
+for distribution, replicas in ('none', 1), ('mirrored', 2):
+    keras.utils.set_random_seed(0)
+    with devices.scope(distribution):
+        strategy = tf.distribute.get_strategy()
+        assert strategy.num_replicas_in_sync == replicas
+        # Without batch normalization, whose batch is that of a replica.
+        model = keras.Sequential([
+            keras.Input((8, 8, 1)), DiffStride(2.0, 1.0),
+            keras.layers.Conv2D(2, 3, activation='relu'),
+            keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(2)])
+        model.compile(keras.optimizers.SGD(0.1), 'mse')
+    x = np.random.default_rng(0).normal(size=(16, 8, 8, 1))
+    y = np.eye(2)[np.arange(16) % 2]
+    model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+    print(*np.concatenate([np.ravel(w) for w in model.get_weights()]))
 """
-    weights = []
-    for distribution in ('none', 'mirrored'):
-        done = subprocess.run(
-            [sys.executable, '-c', code, distribution],
-            env=environment(),
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        weights.append(np.array(done.stdout.split(), 'float64'))
+    done = subprocess.run(
+        [sys.executable, '-c', code],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    weights = [np.array(line.split(), 'float64') for line in lines]
+    assert len(weights) == 2
     assert weights[0][:2].tolist() != [2, 2]  # The strides.
     np.testing.assert_allclose(*weights, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('jit_compile', ['True', "'auto'"])
 @pytest.mark.parametrize(
-    'backend',
+    'backend, jit_compile',
     [
-        pytest.param(
-            name,
-            marks=pytest.mark.skipif(
-                importlib.util.find_spec(name) is None,
-                reason=f'{name} is not installed',
-            ),
-        )
-        for name in ('tensorflow', 'jax', 'torch')
+        ('tensorflow', 'True'),
+        ('jax', 'True'),
+        ('jax', "'auto'"),
+        ('torch', "'auto'"),  # It needs a compiler of C++ for True.
     ],
 )
 def test_backends_train_and_continue(backend, jit_compile, config, tmp_path):
-    if backend == 'torch' and jit_compile == 'True':
-        pytest.skip('PyTorch needs a compiler of C++ for it')
+    if importlib.util.find_spec(backend) is None:
+        pytest.skip(f'{backend} is not installed')
     workdir = tmp_path / backend
     histories = []
     for epochs in (1, 2):
@@ -580,27 +578,6 @@ def test_backends_train_and_continue(backend, jit_compile, config, tmp_path):
 
 
 # Packaged configurations.
-
-
-@pytest.mark.slow
-def test_the_documented_command_works_from_any_folder(tmp_path):
-    """The README's command, its dataset and size replaced by small ones."""
-    bindings = (
-        'import small_data',
-        'train.load_data_fn = @small_data.images',
-        'resnet.resnet18.width = 2',
-        'train.num_epochs = 1',
-    )
-    arguments = command(
-        *bindings,
-        workdir=f'{tmp_path}/exp/resnet18/',
-        gin_config=['cifar10.gin'],
-    )
-    done = run_apart(*arguments, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    config = (tmp_path / 'exp/resnet18/config.gin').read_text()
-    assert 'label_smoothing = 0.2' in config
-    assert read(tmp_path / 'exp/resnet18/results.json')['steps'] == 4
 
 
 BINDINGS_OF_2022 = """
@@ -638,8 +615,8 @@ def test_bindings_of_the_2022_release_are_understood():
     assert [layer.stride_values for layer in layers] == [(3, 3), (2, 2), (3, 3)]
 
 
-@pytest.mark.parametrize('path', sorted(EXAMPLES.glob('*.gin')), ids=str)
-def test_every_packaged_gin_file_is_understood(path):
+@pytest.mark.parametrize('path', GIN_FILES, ids=lambda path: path.name)
+def test_every_gin_file_is_understood(path):
     settings.parse([str(path)], [])
     with contextlib.suppress(ValueError):  # It is bound in a grid alone.
         for bindings in gin.query_parameter('grid.variants').values():
