@@ -57,7 +57,8 @@ def save(folder):
     first.make_sizes_static()
     second.hold()
     sgd = keras.optimizers.SGD(0.1, momentum=0.9)
-    model.compile(sgd, 'mse', run_eagerly=True)
+    # JAX compiles each operation of an eager step, PyTorch none.
+    model.compile(sgd, 'mse', run_eagerly=BACKEND != 'jax')
     model.fit(images(), np.eye(2), verbose=0)
     folder.mkdir(parents=True, exist_ok=True)
     model.save(folder / f'{BACKEND}.keras')
@@ -172,26 +173,37 @@ import keras, numpy as np
 from keras import distribution
 if count > 1:
     distribution.initialize(','.join([sys.argv[3]] * count), count, process)
-from diffstride import DiffStride, resnet
-if count > 1 or len(jax.devices()) > 1:
-    distribution.set_distribution(
-        distribution.DataParallel(auto_shard_dataset=False))
-keras.utils.set_random_seed(0)
-model = resnet.Resnet([2, 2], '1, 2', 2, pooling_cls=DiffStride)
-model.build((None, 8, 8, 1))
-model.compile(keras.optimizers.SGD(0.1), 'mse')
-x = np.random.default_rng(0).normal(size=(2, 8, 8, 8, 1)).astype('float32')
-y = np.tile(np.eye(2, dtype='float32')[np.arange(8) % 2], (2, 1, 1))
-share = slice(process * 8 // count, (process + 1) * 8 // count)
-model.fit(
-    x[:, share].reshape(-1, 8, 8, 1), y[:, share].reshape(-1, 2),
-    batch_size=8 // count, shuffle=False, verbose=0)
-print(*np.concatenate([np.ravel(w) for w in model.get_weights()]))
+from diffstride import DiffStride
+
+def train():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([
+        keras.Input((8, 8, 1)), keras.layers.Conv2D(2, 3),
+        keras.layers.BatchNormalization(), DiffStride(2.0, 1.0),
+        keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(2)])
+    model.compile(keras.optimizers.SGD(0.1), 'mse')
+    x = np.random.default_rng(0).normal(size=(2, 8, 8, 8, 1)).astype('float32')
+    y = np.tile(np.eye(2, dtype='float32')[np.arange(8) % 2], (2, 1, 1))
+    share = slice(process * 8 // count, (process + 1) * 8 // count)
+    model.fit(
+        x[:, share].reshape(-1, 8, 8, 1), y[:, share].reshape(-1, 2),
+        batch_size=8 // count, shuffle=False, verbose=0)
+    print(*np.concatenate([np.ravel(w) for w in model.get_weights()]))
+
+if count == 1:
+    train()
+distribution.set_distribution(
+    distribution.DataParallel(auto_shard_dataset=False))
+train()
 """
 
 
-def trained(count, address='', devices=1):
-    """Returns the weights after two steps, for each of so many processes."""
+def trained(count, address=''):
+    """Returns the weights after two steps, as each training printed them.
+
+    One process trains on one device, then on two; two have a device each.
+    """
+    devices = 3 - count
     processes = [
         subprocess.Popen(
             [
@@ -213,7 +225,8 @@ def trained(count, address='', devices=1):
     texts = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * count
     # Gloo prints something first.
-    lines = [text.splitlines()[-1] for text in texts]
+    lines = [line for text in texts for line in text.splitlines()[-devices:]]
+    assert len(lines) == 2
     return [np.array(line.split(), 'float64') for line in lines]
 
 
@@ -223,8 +236,7 @@ def test_two_devices_and_two_processes_train_as_one():
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         address = f'127.0.0.1:{free.getsockname()[1]}'
-    (one,) = trained(1)
-    (by_devices,) = trained(1, devices=2)
+    one, by_devices = trained(1)
     by_processes = trained(2, address)
     for weights in (by_devices, *by_processes):
         np.testing.assert_allclose(weights, one, rtol=1e-4, atol=1e-6)

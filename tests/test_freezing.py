@@ -376,14 +376,6 @@ def any_size():
     )
 
 
-def small_resnet():
-    model = resnet.Resnet(
-        [8, 8, 8], '1, 2, 2', 10, num_layers=1, pooling_cls=DiffStride
-    )
-    model.build((None, 32, 32, 3))
-    return moved(model)
-
-
 def of_fft():
     return sequential(
         (16, 12, 2),
@@ -394,7 +386,6 @@ def of_fft():
     )
 
 
-TOLERANCES = {'mixed_float16': 2e-3, 'mixed_bfloat16': 2e-2}
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
@@ -405,13 +396,10 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
     [
         ('float32', of_fft),
         ('mixed_bfloat16', of_fft),
-        slow('float64', of_fft),
-        slow('mixed_float16', of_fft),
         slow('float32', mixed),
         slow('float32', first),
         slow('float32', any_size),
         slow('float32', subclass),
-        slow('float32', small_resnet),
     ],
 )
 def test_exports_compute_the_same_for_any_batch_size(
@@ -423,8 +411,9 @@ def test_exports_compute_the_same_for_any_batch_size(
     path = str(tmp_path / f'model{suffix}')
     freeze(model).export(path, format=kind, verbose=False)
     run = load(path)
+    tolerance = 1e-4 if policy == 'float32' else 2e-2
     sizes = {any_size: [(24, 20, 2), (13, 32, 2)], subclass: [(16, 16, 2)]}
     shapes = sizes.get(make) or [model.input_shape[1:]]
     for seed, (batch, shape) in enumerate(itertools.product((1, 3), shapes)):
         x = random(batch, *shape, seed=seed)
-        assert error_of(run(x), model(x)) < TOLERANCES.get(policy, 1e-4)
+        assert error_of(run(x), model(x)) < tolerance

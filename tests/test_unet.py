@@ -24,16 +24,18 @@ def data(count=8, size=16):
     return unet.draw(count, np.random.default_rng(0), size)
 
 
-def test_every_stride_is_trained_at_any_sizes():
+def test_every_stride_is_trained_at_any_sizes(capsys, without_tracing):
     model = tiny()
     pools = diffstride_layers(model)
     assert [pool.name for pool in pools] == ['pool_0', 'pool_1']
-    model.compile(
-        keras.optimizers.Adam(0.02),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        run_eagerly=True,
-    )
     images, classes = data()
+    history = unet.train(model, (images, classes), epochs=2, batch_size=8)
+    losses = history.history['loss']
+    assert losses[-1] < losses[0]
+    told = capsys.readouterr().out
+    for pool in pools:
+        assert told.count(f'stride/{pool.name}/width: ') == 2
+        assert told.count(f'size/{pool.name}/height: ') == 2
     for strides in [(1.3, 4.0), (5.5, 1.4)]:
         for pool in pools:
             pool.strides = strides
@@ -52,24 +54,6 @@ def test_a_saved_model_is_loaded(tmp_path):
     model.save(tmp_path / 'unet.keras')
     loaded = keras.models.load_model(tmp_path / 'unet.keras')
     assert np.array_equal(array(loaded(images)), array(model(images)))
-
-
-@pytest.mark.slow
-def test_training_as_the_example_does_follows_the_sizes(capsys):
-    model = tiny()
-    pools = diffstride_layers(model)
-    history = unet.train(model, data(), epochs=3, batch_size=4).history
-    assert history['loss'][-1] < history['loss'][0]
-    told = capsys.readouterr().out
-    for pool in pools:
-        assert told.count(f'stride/{pool.name}/width: ') == 3
-        assert told.count(f'size/{pool.name}/height: ') == 3
-    images, classes = data()
-    for strides in [(1.3, 4.0), (5.5, 1.4)]:
-        for pool in pools:
-            pool.strides = strides
-        model.fit(images, classes, batch_size=4, verbose=0)
-        assert model.predict(images, verbose=0).shape == (8, 16, 16, 3)
 
 
 @pytest.mark.parametrize(
