@@ -30,30 +30,30 @@ pooling.DiffStride.smoothness_factor = 1.0
 LINEAR = 'train.model_cls = @small_data.linear'
 
 
-def command(*bindings, workdir, gin_config=(), module='main'):
+def command(*bindings, workdir, gin_config=()):
     """Returns the arguments of a command after `python -m`."""
     return [
-        f'diffstride.examples.{module}',
+        'diffstride.examples.main',
         *(f'--gin_config={path}' for path in gin_config),
         f"--gin_bindings=train.workdir = '{workdir}'",
         *(f'--gin_bindings={binding}' for binding in bindings),
     ]
 
 
-def run_here(*bindings, default_job='train.train', workdir_flag=None, **kwargs):
+def run_here(*bindings, workdir_flag=None, **kwargs):
     """Runs a command within this process."""
     flag = [f'--workdir={workdir_flag}'] if workdir_flag else []
-    run_flags(command(*bindings, **kwargs) + flag, default_job)
+    run_flags(command(*bindings, **kwargs) + flag)
 
 
-def run_flags(arguments, default_job='train.train'):
+def run_flags(arguments):
     """Runs a command within this process; its first argument is its name."""
     gin.clear_config()
     with flagsaver.flagsaver():
         for name in ('gin_config', 'gin_bindings', 'workdir'):
             flags.FLAGS[name].unparse()
         flags.FLAGS(arguments)
-        main.main(['main'], default_job=default_job)
+        main.main(['main'])
 
 
 def prepared(*bindings, gin_config=()):

@@ -276,7 +276,7 @@ def test_bindings_without_effect_in_files_are_let_be(tmp_path, capsys):
     """Those of the user's own files are told."""
     path = tmp_path / 'own.gin'
     path.write_text(
-        "include 'diffstride/examples/cifar10_cpu.gin'\n"
+        "include 'diffstride/examples/cifar10.gin'\n"
         'import small_data\n'
         'train.load_data_fn = @small_data.images\n'
         'train.model_cls = @small_data.linear\n'

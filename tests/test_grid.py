@@ -15,6 +15,7 @@ from small_runs import SMALL, command, read, run_flags, run_here, start
 from diffstride.examples import grid, report
 
 GRID = """
+run.job = @grid.grid
 train.model_cls = @small_data.linear
 train.num_epochs = 1
 grid.seeds = [0, 1]
@@ -38,12 +39,7 @@ def config(tmp_path):
 @pytest.fixture
 def run(config, tmp_path, without_tracing):
     def run(*bindings):
-        run_here(
-            *bindings,
-            default_job='grid.grid',
-            workdir=tmp_path / 'out',
-            gin_config=[config],
-        )
+        run_here(*bindings, workdir=tmp_path / 'out', gin_config=[config])
 
     return run
 
@@ -216,7 +212,6 @@ def test_a_killed_grid_continues(config, tmp_path):
         "grid.strides = ['0', '2', '3']",
         "grid.variants = {'plain': []}",
         workdir=tmp_path / 'out',
-        module='grid',
         gin_config=[config],
     )
     with start(*arguments, stdout=subprocess.PIPE) as killed:

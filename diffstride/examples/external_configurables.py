@@ -20,9 +20,6 @@ import diffstride.callbacks
 import diffstride.resnet  # noqa: F401
 from diffstride.examples import grid, schedules, train  # noqa: F401
 
-# A decorator would register it twice where that module is the command.
-gin.external_configurable(grid.grid, module='grid')
-
 for _module in (
     keras.layers,
     keras.callbacks,

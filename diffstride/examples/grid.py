@@ -1,16 +1,16 @@
 r"""Trains every variant from every start with every seed.
 
-    python3 -m diffstride.examples.grid --gin_config=cifar10_grid.gin \
+    python3 -m diffstride.examples.main --gin_config=cifar10_grid.gin \
       --gin_bindings="train.workdir = '/tmp/exp/diffstride/grid'"
 
-Each run is one command of `main` with a workdir of its own. A run that is
-finished is not repeated, so the same command continues a grid that was stopped
-at any point. Several processes with the same command share the runs.
+A gin file asks for it by `run.job = @grid.grid`. Each run is one command with a
+workdir of its own. A run that is finished is not repeated, so the same command
+continues a grid that was stopped at any point. Several processes with the same
+command share the runs.
 """
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import pathlib
 import re
@@ -22,7 +22,6 @@ from typing import Annotated
 
 import filelock
 import gin
-from absl import app
 
 from diffstride.examples import checkpoints, report, rules, settings
 from diffstride.examples.checkpoints import Stop
@@ -68,6 +67,7 @@ Seeds = Annotated[
 ]
 
 
+@gin.configurable(module='grid')
 def grid(
     variants: Variants | None = None,
     strides: Texts | None = None,
@@ -227,9 +227,3 @@ class Grid:
         lines = text.strip().splitlines()
         line = lines[-1] if lines else f'it ended with {ended.returncode}'
         return line, ended.returncode == 0
-
-
-if __name__ == '__main__':
-    from diffstride.examples import main
-
-    app.run(functools.partial(main.main, default_job='grid.grid'))

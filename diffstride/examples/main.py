@@ -9,7 +9,6 @@ command continues a training that was stopped at any point.
 
 import re
 
-import gin
 from absl import app, flags, logging
 
 from diffstride.examples import (
@@ -31,11 +30,12 @@ _WORKDIR = flags.DEFINE_string(
 _OF_SETTINGS = (ImportError, OSError, RuntimeError, TypeError, ValueError)
 
 
-def main(argv: list[str], default_job: str = 'train.train') -> None:
+def main(argv: list[str]) -> None:
     """Prepares a job and runs it; an error is one line that says what is wrong.
 
-    A job is a function that gin knows. It checks all settings and makes all
-    objects, writes nothing, and returns an object whose `run` does the work.
+    A job is a function that gin knows, by default `train.train`. It checks all
+    settings and makes all objects, writes nothing, and returns an object whose
+    `run` does the work.
     """
     if len(argv) > 1:
         raise app.UsageError(f'Unknown arguments: {argv[1:]}')
@@ -44,7 +44,7 @@ def main(argv: list[str], default_job: str = 'train.train') -> None:
     ctrl_c = 'interrupted; the same command continues'
     with checkpoints.one_line_errors(interrupted=ctrl_c):
         try:
-            prepared = _prepared(default_job)
+            prepared = _prepared()
         except _OF_SETTINGS as error:
             line = checkpoints.first_line(error)
             where = re.search(r"In call to configurable '(\w+)'", str(error))
@@ -54,14 +54,14 @@ def main(argv: list[str], default_job: str = 'train.train') -> None:
         prepared.run()
 
 
-def _prepared(default_job):
+def _prepared():
     if _WORKDIR.value is not None:
         raise ValueError(
             '--workdir is now the setting train.workdir: '
             f'--gin_bindings="train.workdir = {_WORKDIR.value!r}"'
         )
     settings.parse(_CONFIG.value, _BINDINGS.value)
-    job = settings.run() or gin.get_configurable(default_job)
+    job = settings.run()
     if not callable(job):
         raise ValueError(
             f'run.job must be a function, such as @grid.grid. Received: {job!r}'

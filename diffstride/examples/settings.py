@@ -49,9 +49,9 @@ _CONTINUABLE = (
 
 
 @gin.configurable(module='main')
-def run(job: Callable | None = None) -> Callable | None:
-    """Returns the job that gin binds, such as `@grid.grid`, or None."""
-    return job
+def run(job: Callable | None = None) -> Callable:
+    """Returns the job that gin binds, such as `@grid.grid`, or a training."""
+    return job or gin.get_configurable('train.train')
 
 
 def parse(files: list[str], bindings: list[str]) -> None:
