@@ -11,7 +11,7 @@ from keras import tree
 
 from diffstride import backend, counting, models, validation
 from diffstride.budget import check_budget, strides_within
-from diffstride.macs import MacsOfStrides, known_input_shape
+from diffstride.macs import MacsOfStrides
 from diffstride.pooling import DiffStride, diffstride_layers, spatial_axes
 
 # The most that the logarithm of a stride moves while it is learned, and in one
@@ -98,7 +98,7 @@ class StrideLogger(keras.callbacks.Callback):
         for layer in layers:
             for axis, stride in zip(_AXES[layer.rank], layer.stride_values):
                 logs[f'stride/{layer.name}/{axis}'] = stride
-        shape = self.input_shape or known_input_shape(self.model)
+        shape = self.input_shape or counting.known_input_shape(self.model)
         if shape is None or None in tree.flatten(shape):
             return
         rows, calls = counting.measure(self.model, shape)

@@ -86,7 +86,9 @@ class Complexity:
         return '\n'.join('  '.join(row) for row in aligned)
 
 
-def complexity(model: keras.layers.Layer, input_shape: Any) -> Complexity:
+def complexity(
+    model: keras.layers.Layer, input_shape: Any = None
+) -> Complexity:
     """Counts what a model computes for one image at its present strides.
 
     The model is called once on zeros, in inference, and every layer within it,
@@ -114,14 +116,16 @@ def complexity(model: keras.layers.Layer, input_shape: Any) -> Complexity:
         model: A Keras model or layer, built or not.
         input_shape: The shape of its input without the batch axis, such as
             [height, width, channels]; for several inputs a list, tuple or dict
-            of shapes, in the structure that the model is called with.
+            of shapes, in the structure that the model is called with. None for
+            the input shape of the model.
 
     Returns:
         A `Complexity`.
 
     Raises:
         ValueError: If `model` is not a layer, if `input_shape` does not consist
-            of integers >= 1, or if the model does not take such an input.
+            of integers >= 1 or is None and not known, or if the model does not
+            take such an input.
 
     Example:
 
@@ -172,6 +176,14 @@ def measure(
         '`model` must be a Keras model or layer',
         model=model,
     )
+    if input_shape is None:
+        input_shape = known_input_shape(model)
+    validation.require(
+        input_shape is not None,
+        '`input_shape` must be given for a model that does not know its own; '
+        'one that is not built yet knows it after `model.build`',
+        input_shape=None,
+    )
     inputs = _zeros(input_shape, input_shape)
     _build(model, inputs)
     paths = _paths(model)
@@ -207,6 +219,16 @@ def measure(
     order = {layer: index for index, layer in enumerate(calls)}
     found = sorted(rows, key=lambda layer: order.get(layer, len(order)))
     return {layer: rows[layer] for layer in found}, calls
+
+
+def known_input_shape(model: keras.layers.Layer) -> Any:
+    """Returns the input shape without the batch axis, None if not known."""
+    if getattr(model, 'input_shape', None) is None:  # Subclasses have none.
+        return None
+    is_sequential = isinstance(model, keras.Sequential)
+    inputs = model.inputs[0] if is_sequential else model.input
+    shape = tree.map_structure(lambda x: tuple(x.shape[1:]), inputs)
+    return None if None in tree.flatten(shape) else shape
 
 
 # It holds the calls of each measurement under way; they may be nested.

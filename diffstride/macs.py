@@ -17,23 +17,12 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import tree
 
 from diffstride import counting, validation
 from diffstride.pooling import DiffStride, SpectralPooling, spatial_axes
 
 # The size of the smallest map that a DiffStride layer returns, without a ramp.
 _LEAST_SIZE = 2.0
-
-
-def known_input_shape(model: keras.layers.Layer) -> Any:
-    """Returns the input shape without the batch axis, None if not known."""
-    if getattr(model, 'input_shape', None) is None:  # Subclasses have none.
-        return None
-    is_sequential = isinstance(model, keras.Sequential)
-    inputs = model.inputs[0] if is_sequential else model.input
-    shape = tree.map_structure(lambda x: tuple(x.shape[1:]), inputs)
-    return None if None in tree.flatten(shape) else shape
 
 
 class MacsOfStrides:
@@ -77,14 +66,6 @@ class MacsOfStrides:
             layers,
             '`model` must have trainable DiffStride layers with cropping',
             model=model.name,
-        )
-        if input_shape is None:
-            input_shape = known_input_shape(model)
-        validation.require(
-            input_shape is not None,
-            '`input_shape` must be given for a model that does not know its '
-            'own; one that is not built yet knows it after `model.build`',
-            input_shape=None,
         )
         self._measure = functools.partial(counting.measure, model, input_shape)
         rows, calls = self._measure()

@@ -22,7 +22,7 @@ from diffstride import (
     set_budget,
 )
 from diffstride.budget import SizesNear, strides_within
-from diffstride.macs import MacsOfStrides, known_input_shape
+from diffstride.macs import MacsOfStrides
 
 SHAPE = (32, 24, 3)
 
@@ -96,13 +96,13 @@ def macs_of(model, shape=None):
 
 
 def total(model):
-    return complexity(model, known_input_shape(model)).macs
+    return complexity(model).macs
 
 
 def sizes_of(model):
     return [
         x.output_shape[:2]
-        for x in complexity(model, known_input_shape(model)).layers
+        for x in complexity(model).layers
         if x.class_name == 'DiffStride'
     ]
 

@@ -331,10 +331,21 @@ def test_an_unbuilt_model_is_built_for_any_batch_and_size():
 # Wrong arguments
 
 
-WRONG_SHAPES = [None, '32', (0, 3), (4.0, 3), (None, 3), (True, 3), [(4,), 3]]
+WRONG_SHAPES = ['32', (0, 3), (4.0, 3), (None, 3), (True, 3), [(4,), 3]]
 
 
 @pytest.mark.parametrize('shape', WRONG_SHAPES, ids=repr)
 def test_wrong_shapes_are_named(shape):
     with pytest.raises(ValueError, match=r'`input_shape` must be .*at least 1'):
         complexity(layers.Dense(3), shape)
+
+
+def test_a_model_that_knows_no_sizes_needs_a_shape():
+    known, unknown = (
+        sequential(shape, layers.Conv2D(2, 3))
+        for shape in ((8, 8, 1), (None, None, 1))
+    )
+    assert complexity(known) == complexity(known, (8, 8, 1))
+    for model in unknown, keras.Sequential([layers.Dense(3)]):
+        with pytest.raises(ValueError, match='`input_shape` must be given'):
+            complexity(model)
