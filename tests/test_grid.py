@@ -225,14 +225,11 @@ def test_a_killed_grid_continues(config, tmp_path):
     }
     assert finished
     # The run that was cut off may live on; none is done twice.
-    with (
-        start(*arguments, stdout=subprocess.PIPE) as one,
-        start(*arguments, stdout=subprocess.PIPE) as other,
-    ):
-        texts = [process.communicate()[0] for process in (one, other)]
-    assert one.returncode == other.returncode == 0
+    with start(*arguments, stdout=subprocess.PIPE) as continued:
+        text, _ = continued.communicate()
+    assert continued.returncode == 0
     assert len(folders(tmp_path)) == 3
     for path, time in finished.items():
         assert path.stat().st_mtime_ns == time
     table = (tmp_path / 'out' / 'table.md').read_text()
-    assert all(table in text for text in texts)
+    assert table in text
