@@ -19,7 +19,7 @@ FOLDER = pathlib.Path(__file__).parent
 RUNS = FOLDER.parents[1] / 'results' / 'spoken_digit' / 'runs.csv'
 # (variant, share of the epochs that learn strides): label, color.
 KINDS = {
-    ('FixedSpectralPooling', ''): ('twenty choices', 'C0'),
+    ('FixedSpectralPooling', ''): ('fixed choices', 'C0'),
     ('DiffStride', '0.25'): ('learned, from four starts', 'C3'),
 }
 
