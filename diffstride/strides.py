@@ -67,11 +67,12 @@ class StrideState:
         self.record = _Variable(zeros, 'stride_record', False, changed)
 
     def _check_limits(self, strides):
-        upper = math.inf if self.upper is None else self.upper
         rounding = 1e-6  # Strides may have gone through float32.
         validation.require(
-            min(strides) >= self.lower * (1 - rounding)
-            and max(strides) <= upper * (1 + rounding),
+            all(
+                abs(stride - clipped) <= rounding * clipped
+                for stride, clipped in zip(strides, self._per_axis(strides))
+            ),
             '`strides` must lie between `lower_limit_stride` and '
             '`upper_limit_stride`',
             strides=strides,
