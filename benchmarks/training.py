@@ -4,12 +4,13 @@
 
 A case is the batch size, the width (the filters of the first convolution, 64 in
 resnet18) and the size of the image. For each case it measures, in turns in one
-process: strided convolutions; FixedSpectralPooling; DiffStride (stride 2,
-R = 4, ramp 'outside'); the same by the textbook's FFTs; and free pooling, a
-slice of the sizes of DiffStride. The time that DiffStride takes beyond free
-pooling is the cost of pooling. The time that free pooling takes beyond strided
-convolutions is the cost of larger maps, as the MACs show. Two rows at the end
-of each case show mixed_bfloat16 and XLA (with static sizes).
+process: strided convolutions; max pooling; FixedSpectralPooling; DiffStride
+with the ramp 'straight_through', and with 'outside' (stride 2, R = 4); the
+latter by the textbook's FFTs; and free pooling, a slice of its sizes. The time
+that DiffStride takes beyond free pooling is the cost of pooling. The time that
+free pooling takes beyond strided convolutions is the cost of larger maps, as
+the MACs show. Two rows at the end of each case show 'outside' in mixed_bfloat16
+and with XLA (with static sizes).
 
 It writes benchmarks/results/training.json and .md. The case 32,64,32 takes
 about ten minutes at 3 rounds on two CPU cores.
@@ -43,7 +44,12 @@ from diffstride import (
 
 POOLINGS = {
     'strided convolution': (None, {}),
+    'max pooling': (keras.layers.MaxPooling2D, {}),
     'FixedSpectralPooling': (FixedSpectralPooling, {}),
+    'DiffStride, straight_through': (
+        functools.partial(DiffStride, ramp='straight_through'),
+        {},
+    ),
     'free pooling': (FreePooling, {}),
     'DiffStride': (DiffStride, {}),
     'textbook': (TextbookPooling, {}),
