@@ -1,15 +1,36 @@
-"""Helpers of the tests: numbers, models, gradients, and compilers."""
+"""Helpers of the tests: numbers, models, gradients, compilers, processes."""
+
+import os
+import pathlib
+import subprocess
+import sys
 
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
+from diffstride import (
+    DiffStride,
+    DiffStride1D,
+    DiffStride3D,
+    FixedSpectralPooling,
+    FixedSpectralPooling1D,
+    FixedSpectralPooling3D,
+)
+
 BACKEND = keras.backend.backend()
 # How models are compiled on TensorFlow whose graph is not what a test is about:
 # to trace it takes longer than a few steps.
 EAGER = BACKEND == 'tensorflow'
 FORMATS = ('channels_last', 'channels_first')
+# The layers of every rank.
+DIFFSTRIDES = {1: DiffStride1D, 2: DiffStride, 3: DiffStride3D}
+FIXED = {
+    1: FixedSpectralPooling1D,
+    2: FixedSpectralPooling,
+    3: FixedSpectralPooling3D,
+}
 
 
 # Numbers
@@ -218,3 +239,43 @@ def of_any_image(layer, channels=2):
         shape = [None, channels, *[None] * layer.rank]
     pool = of_unknown_sizes(layer, (shape, 'float32'))
     return lambda x: pool(ops.convert_to_tensor(x))
+
+
+# Processes
+
+
+def environment(**variables):
+    """Returns variables for a process that imports what this one can."""
+    paths = [str(pathlib.Path(__file__).parent), *sys.path]
+    return {**os.environ, 'PYTHONPATH': os.pathsep.join(paths), **variables}
+
+
+def run_apart(*arguments, **kwargs):
+    """Runs Python in a process of its own; returns how it ended.
+
+    Args:
+        *arguments: Those of the interpreter, such as '-c' and code.
+        **kwargs: Arguments of `subprocess.run`.
+    """
+    return subprocess.run(
+        [sys.executable, *arguments],
+        **{'env': environment(), **kwargs},
+        capture_output=True,
+        text=True,
+    )
+
+
+def output_of(*arguments, **kwargs):
+    """Returns what `run_apart` prints; it must end well."""
+    done = run_apart(*arguments, **kwargs)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def start(*arguments, **kwargs):
+    """Starts Python in a process of its own; see `run_apart`."""
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        **{'env': environment(), **kwargs},
+        text=True,
+    )

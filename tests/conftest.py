@@ -77,6 +77,12 @@ def config(tmp_path):
     return path
 
 
+@pytest.fixture(scope='session')
+def data_dir(tmp_path_factory):
+    """A folder in which TFDS keeps the datasets of tests."""
+    return tmp_path_factory.mktemp('tfds')
+
+
 @pytest.fixture
 def without_tracing(monkeypatch):
     """Lets models be fitted eagerly: a graph of a few steps takes longer."""

@@ -1,10 +1,6 @@
 """A small training for tests: its settings and its command."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import gin
 from absl import flags
@@ -77,33 +73,3 @@ def files(folder):
 
 def without_seconds(history):
     return [{k: v for k, v in row.items() if k != 'seconds'} for row in history]
-
-
-def environment(**variables):
-    return {
-        **os.environ,
-        'PYTHONPATH': os.pathsep.join(
-            [str(pathlib.Path(__file__).parent), *sys.path]
-        ),
-        **variables,
-    }
-
-
-def run_apart(*arguments, **kwargs):
-    """Runs a command in a process of its own; returns how it ended."""
-    return subprocess.run(
-        [sys.executable, '-m', *arguments],
-        **{'env': environment(), **kwargs},
-        capture_output=True,
-        text=True,
-    )
-
-
-def start(*arguments, **kwargs):
-    """Starts a command in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, '-m', *arguments],
-        env=environment(),
-        text=True,
-        **kwargs,
-    )

@@ -5,35 +5,31 @@ import os
 import pathlib
 import socket
 import subprocess
-import sys
 
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, array, image, only
+from backends import (
+    BACKEND,
+    array,
+    environment,
+    image,
+    only,
+    output_of,
+    sequential,
+    start,
+)
 
-import diffstride
 from diffstride import DiffStride, diffstride_layers, resnet
 
 NAMES = ('tensorflow', 'jax', 'torch')
 INSTALLED = [name for name in NAMES if importlib.util.find_spec(name)]
-ROOT = pathlib.Path(diffstride.__file__).parent.parent
 
 
 def on(backend, code, *arguments):
     """Returns what the code prints in a new process on this backend."""
-    done = subprocess.run(
-        [sys.executable, '-c', code, *map(str, arguments)],
-        env={
-            **os.environ,
-            'KERAS_BACKEND': backend,
-            'PYTHONPATH': os.pathsep.join([str(ROOT), *sys.path]),
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    env = environment(KERAS_BACKEND=backend)
+    return output_of('-c', code, *arguments, env=env)
 
 
 def images():
@@ -106,13 +102,11 @@ test_backends.save(folder)
 
 def test_single_batches_are_trained_on_tested_and_predicted():
     """On JAX variables have no values while these functions are traced."""
-    model = keras.Sequential(
-        [
-            keras.Input((12, 16, 3)),
-            DiffStride(2.0, ramp='inside'),
-            keras.layers.GlobalAveragePooling2D(),
-            keras.layers.Dense(2),
-        ]
+    model = sequential(
+        (12, 16, 3),
+        DiffStride(2.0, ramp='inside'),
+        keras.layers.GlobalAveragePooling2D(),
+        keras.layers.Dense(2),
     )
     model.compile('sgd', 'mse')
     x, y = images(), np.eye(2)
@@ -203,21 +197,13 @@ def trained(count, address=''):
     One process trains on one device, then on two; two have a device each.
     """
     devices = 3 - count
+    flags = f'--xla_force_host_platform_device_count={devices}'
     processes = [
-        subprocess.Popen(
-            [
-                *(sys.executable, '-W', 'ignore', '-c', DISTRIBUTED),
-                *(str(count), str(process), address),
-            ],
-            env={
-                **os.environ,
-                'XLA_FLAGS': (
-                    f'--xla_force_host_platform_device_count={devices}'
-                ),
-                'PYTHONPATH': os.pathsep.join([str(ROOT), *sys.path]),
-            },
+        start(
+            *('-W', 'ignore', '-c', DISTRIBUTED),
+            *(str(count), str(process), address),
+            env=environment(XLA_FLAGS=flags),
             stdout=subprocess.PIPE,
-            text=True,
         )
         for process in range(count)
     ]

@@ -69,14 +69,11 @@ def test_peak_of_live_bytes_is_measured(harness):
 @pytest.mark.parametrize(
     'script, arguments, rows',
     [
-        (
-            'pooling.py',
-            '--sizes 7 --dtypes bfloat16 --formats channels_last',
-            '| auto',
-        ),
+        ('pooling.py', '--sizes 7 --dtypes bfloat16 --formats channels_last',
+         '| auto'),
         ('training.py', '--cases 2,4,12', '| DiffStride, XLA |'),
     ],
-)
+)  # fmt: skip
 def test_commands_write_tables(
     harness, script, arguments, rows, monkeypatch, tmp_path
 ):

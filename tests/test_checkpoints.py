@@ -11,7 +11,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import zipfile
 
@@ -20,15 +19,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from small_runs import (
-    LINEAR,
-    command,
-    files,
-    read,
-    run_apart,
-    start,
-    without_seconds,
-)
+from backends import output_of, run_apart, start
+from small_runs import LINEAR, command, files, read, without_seconds
 
 from diffstride.examples import checkpoints
 from diffstride.examples.checkpoints import State, Stop
@@ -40,23 +32,17 @@ def newest(workdir):
     return checkpoints.epoch_folders(workdir)[0]
 
 
-def whole_files(workdir):
-    """Returns the number of files; each must be whole under its name."""
-    found = [
-        path
-        for path in workdir.rglob('*')
-        if not any(
-            part.startswith('unfinished')
-            for part in path.relative_to(workdir).parts
-        )
-    ]
-    for path in found:
+def check_files(workdir):
+    """Each file must be whole under its name."""
+    for path in workdir.rglob('*'):
+        parts = path.relative_to(workdir).parts
+        if any(part.startswith('unfinished') for part in parts):
+            continue
         if path.suffix == '.keras':
             with zipfile.ZipFile(path) as archive:
                 assert archive.testzip() is None
         if path.suffix == '.json':
             json.loads(path.read_text())
-    return len(found)
 
 
 # A kill at every single operation on files, without any training.
@@ -164,7 +150,7 @@ def test_a_kill_at_any_operation_loses_no_finished_epoch(
         except Killed:
             killed = True
         killer.fatal = 0
-        whole_files(workdir)
+        check_files(workdir)
 
         model = model_after(0)
         restored = checkpoints.restore(model, workdir, STEPS).history
@@ -175,7 +161,7 @@ def test_a_kill_at_any_operation_loses_no_finished_epoch(
         if len(restored) < epoch:
             save(workdir, restored, [x - 0.15 for x in accuracies])
             check_best(workdir, restored)
-        whole_files(workdir)
+        check_files(workdir)
         folders = checkpoints.epoch_folders(workdir)
         kept = [epoch, epoch - 1] if epoch > 1 else [1]
         assert [folder.name for folder in folders] == [
@@ -203,18 +189,12 @@ def check_best(workdir, history):
     'rows, best, result',
     [
         ([{}, {}], None, 2),  # There are no validation data.
-        (
-            [
-                {'val_accuracy': 0.9, 'strides_held': 0},  # Beyond the budget.
-                {'val_accuracy': 0.5, 'strides_held': 1},
-                {'val_accuracy': 0.7, 'strides_held': 1},
-                {'val_accuracy': 0.6, 'strides_held': 1},
-            ],
-            3,
-            3,
-        ),
+        ([{'val_accuracy': 0.9, 'strides_held': 0},  # Beyond the budget.
+          {'val_accuracy': 0.5, 'strides_held': 1},
+          {'val_accuracy': 0.7, 'strides_held': 1},
+          {'val_accuracy': 0.6, 'strides_held': 1}], 3, 3),
     ],
-)
+)  # fmt: skip
 def test_only_validated_epochs_within_the_budget_are_the_best(
     tmp_path, rows, best, result
 ):
@@ -320,10 +300,8 @@ def test_a_folder_is_locked_until_its_process_ends(tmp_path):
         '    print("held", flush=True)\n'
         '    time.sleep(600)\n'
     )
-    with subprocess.Popen(
-        [sys.executable, '-c', holder, str(tmp_path / 'lock')],
-        stdout=subprocess.PIPE,
-        text=True,
+    with start(
+        '-c', holder, tmp_path / 'lock', stdout=subprocess.PIPE
     ) as process:
         assert process.stdout.readline() == 'held\n'
         assert checkpoints.is_locked(tmp_path)
@@ -401,7 +379,7 @@ def test_a_training_killed_at_random_moments_ends_as_an_uninterrupted_one(
     for _ in range(4):
         target = epochs_of(killed) + moments.randint(0, 1)
         with start(
-            *arguments(config, killed, ENDLESS, DETERMINISTIC),
+            *('-m', *arguments(config, killed, ENDLESS, DETERMINISTIC)),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         ) as process:
@@ -412,14 +390,13 @@ def test_a_training_killed_at_random_moments_ends_as_an_uninterrupted_one(
             time.sleep(moments.uniform(0, 0.5))
             assert process.poll() is None
             process.kill()
-        whole_files(killed)
+        check_files(killed)
         epochs_at_kills.append(epochs_of(killed))
     assert len(set(epochs_at_kills)) > 1, epochs_at_kills
     results = []
     for workdir in (whole, killed):
         end = epochs_at_kills[-1] + 1
-        done = run_apart(*arguments(config, workdir, end, DETERMINISTIC))
-        assert done.returncode == 0, done.stderr
+        output_of('-m', *arguments(config, workdir, end, DETERMINISTIC))
         results.append(read(workdir / 'results.json'))
         results[-1]['history'] = without_seconds(results[-1]['history'])
     for key in ('history', 'epochs', 'steps', 'test_loss', 'epoch'):
@@ -433,7 +410,7 @@ def test_a_full_disk_ends_the_training_with_its_checkpoint_whole(config, run):
     before = files(workdir / 'checkpoints')
     limit = len(before[newest(workdir) / 'model.keras']) // 2
     done = run_apart(
-        *arguments(config, workdir, 2),
+        *('-m', *arguments(config, workdir, 2)),
         preexec_fn=lambda: resource.setrlimit(
             resource.RLIMIT_FSIZE, (limit, limit)
         ),
@@ -456,7 +433,7 @@ def test_ctrl_c_ends_with_one_line_and_the_same_command_continues(
     for _ in range(2):
         before = epochs_of(workdir)
         with start(
-            *arguments(config, workdir, ENDLESS),
+            *('-m', *arguments(config, workdir, ENDLESS)),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             # A shell lets what it runs in the background ignore SIGINT.

@@ -9,7 +9,8 @@ import gin
 import keras
 import pytest
 from absl import app
-from small_runs import LINEAR, command, files, prepared, run_apart, run_here
+from backends import run_apart
+from small_runs import LINEAR, command, files, prepared, run_here
 
 from diffstride.examples import audio, data, grid, main, train
 
@@ -154,69 +155,61 @@ WRONG_SETTINGS = [
     ('--gin_bindings="train.workdir = ', 'train.train.workdir = None'),
     ('in Resnet', 'train.load_data_fn = @resnet.Resnet'),
     ('batch_norm', 'train.model_cls = @resnet.batch_norm'),
-    (
-        '`optimizer_cls` must return an instance of Optimizer',
-        'train.optimizer_cls = @keras.losses.Poisson',
-    ),
-    (
-        '`loss_cls` must return an instance of Loss',
-        'train.loss_cls = @keras.optimizers.SGD',
-    ),
-    (
-        '`loss_cls` must return a loss of one-hot labels',
-        'train.loss_cls = @keras.losses.SparseCategoricalCrossentropy',
-    ),
-    (
-        '`callbacks` must be a list of Keras callbacks',
-        'train.callbacks = [@callbacks.EarlyStopping]',
-    ),
+    ('`optimizer_cls` must return an instance of Optimizer',
+     'train.optimizer_cls = @keras.losses.Poisson'),
+    ('`loss_cls` must return an instance of Loss',
+     'train.loss_cls = @keras.optimizers.SGD'),
+    ('`loss_cls` must return a loss of one-hot labels',
+     'train.loss_cls = @keras.losses.SparseCategoricalCrossentropy'),
+    ('`callbacks` must be a list of Keras callbacks',
+     'train.callbacks = [@callbacks.EarlyStopping]'),
     ('`macs` must be', BUDGET, 'callbacks.StrideBudget.macs = -1'),
     ('must be at least ', BUDGET, 'callbacks.StrideBudget.macs = 1'),
-    (
-        '`learn` must leave an epoch',
-        BUDGET,
-        'callbacks.StrideBudget.share = 0.9',
-        'callbacks.StrideBudget.learn = 0.6',
-    ),
-    (
-        '`strides_from` must be the workdir of a finished training',
-        "train.strides_from = '/nowhere'",
-    ),
+    ('`learn` must leave an epoch', BUDGET,
+     'callbacks.StrideBudget.share = 0.9',
+     'callbacks.StrideBudget.learn = 0.6'),
+    ('`strides_from` must be the workdir of a finished training',
+     "train.strides_from = '/nowhere'"),
     ('run.job must be a function', 'run.job = 3'),
     ('run.job must return an object', 'run.job = @resnet.batch_norm'),
-    (
-        "set resnet.Resnet.output_activation = 'softmax'",
-        'resnet.Resnet.output_activation = None',
-    ),
-    ('`filters` must be', 'resnet.Resnet.filters = [2, 0]'),
-    ('`strides` must be', "resnet.Resnet.strides = '1, 0'"),
-    ('`pooling_cls` must be', "resnet.Resnet.pooling_cls = 'x'"),
+    ("set resnet.Resnet.output_activation = 'softmax'",
+     'resnet.Resnet.output_activation = None'),
     ('(in Resnet)', "resnet.Resnet.weight_decay = 'x'"),
-    ('nonsense', 'resnet.Resnet.nonsense = 1'),
-    ("a parameter named 'nonsense'", 'batch_norm.nonsense = 1'),
     ('nonsense', 'pooling.DiffStride.nonsense = 3'),
     ('`ramp` must be one of', "pooling.DiffStride.ramp = 'x'"),
-    (
-        'must differ in `name` to be logged',
-        'resnet.Resnet.filters = [2, 2, 2]',
-        "resnet.Resnet.strides = '1, 2, 2'",
-        "pooling.DiffStride.name = 'pool'",
-    ),
-    (
-        '`name` must be an existing folder',
-        FOLDER,
-        "data.load_datasets.name = '/nowhere'",
-    ),
-    (
-        '`warmup_epochs` must be at least 0 and below the 2 epochs',
-        WARMUP,
-        'schedules.warmup_cosine.peak = 0.1',
-        'schedules.warmup_cosine.warmup_epochs = 2',
-    ),
-]
+    ('must differ in `name` to be logged',
+     'resnet.Resnet.filters = [2, 2, 2]', "resnet.Resnet.strides = '1, 2, 2'",
+     "pooling.DiffStride.name = 'pool'"),
+    ('`name` must be an existing folder', FOLDER,
+     "data.load_datasets.name = '/nowhere'"),
+    ('`warmup_epochs` must be at least 0 and below the 2 epochs', WARMUP,
+     'schedules.warmup_cosine.peak = 0.1',
+     'schedules.warmup_cosine.warmup_epochs = 2'),
+]  # fmt: skip
+# Bindings that reach nothing.
+WITHOUT_EFFECT = [
+    ('resnet.Resnet.strides has no effect, since strides is set by what calls '
+     'resnet.Resnet: did you mean resnet.resnet18.strides?',
+     'train.model_cls = @resnet.resnet18', 'resnet.resnet18.width = 1',
+     "resnet.Resnet.strides = '1, 1, 2, 2, 2'"),
+    ('pooling.DiffStride.strides has no effect, since strides is set by what '
+     'calls pooling.DiffStride: did you mean resnet.Resnet.strides',
+     'pooling.DiffStride.strides = 3'),
+    ('resnet.resnet56.weight_decay has no effect, since resnet.resnet56 is not '
+     'used in this job: did you mean resnet.Resnet.weight_decay?',
+     'resnet.resnet56.weight_decay = 0.1'),
+    ('did you mean resnet.Resnet.pooling_cls?',
+     'resnet.ResidualLayer.pooling_cls = None'),
+    ('WIDTH has no effect', 'WIDTH = 3'),
+    ('grid.seeds has no effect', 'grid.seeds = [1]'),
+    ('inner/resnet.Resnet.weight_decay has no effect',
+     'inner/resnet.Resnet.weight_decay = 0.1'),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize('row', WRONG_SETTINGS, ids=lambda row: row[-1])
+@pytest.mark.parametrize(
+    'row', WRONG_SETTINGS + WITHOUT_EFFECT, ids=lambda row: row[-1]
+)
 def test_a_wrong_setting_is_one_line(error_of, row):
     holds, *bindings = row
     assert holds in error_of(*bindings)
@@ -229,47 +222,6 @@ def test_errors_of_code_keep_their_traceback(run):
 
     with pytest.raises(KeyError, match='fault'):
         run(model=['train.model_cls = @broken.model'])
-
-
-# Bindings that reach nothing.
-
-
-# A part of the line, and then the bindings.
-WITHOUT_EFFECT = [
-    (
-        'resnet.Resnet.strides has no effect, since strides is set by what '
-        'calls resnet.Resnet: did you mean resnet.resnet18.strides?',
-        'train.model_cls = @resnet.resnet18',
-        'resnet.resnet18.width = 1',
-        "resnet.Resnet.strides = '1, 1, 2, 2, 2'",
-    ),
-    (
-        'pooling.DiffStride.strides has no effect, since strides is set by '
-        'what calls pooling.DiffStride: did you mean resnet.Resnet.strides',
-        'pooling.DiffStride.strides = 3',
-    ),
-    (
-        'resnet.resnet56.weight_decay has no effect, since resnet.resnet56 '
-        'is not used in this job: did you mean resnet.Resnet.weight_decay?',
-        'resnet.resnet56.weight_decay = 0.1',
-    ),
-    (
-        'did you mean resnet.Resnet.pooling_cls?',
-        'resnet.ResidualLayer.pooling_cls = None',
-    ),
-    ('WIDTH has no effect', 'WIDTH = 3'),
-    ('grid.seeds has no effect', 'grid.seeds = [1]'),
-    (
-        'inner/resnet.Resnet.weight_decay has no effect',
-        'inner/resnet.Resnet.weight_decay = 0.1',
-    ),
-]
-
-
-@pytest.mark.parametrize('row', WITHOUT_EFFECT, ids=lambda row: row[-1])
-def test_a_binding_without_effect_is_named(error_of, row):
-    holds, *bindings = row
-    assert holds in error_of(*bindings)
 
 
 def test_bindings_without_effect_in_files_are_let_be(tmp_path, capsys):
@@ -369,21 +321,12 @@ def test_a_workdir_where_the_kernel_lets_nobody_write(error_of, path):
     assert f'train.workdir cannot be written: {path} (' in message
 
 
-def test_the_workdir_of_another_model_stays_as_it_is(error_of, tmp_path):
-    folder = tmp_path / 'run' / 'checkpoints' / 'epoch_0001'
-    folder.mkdir(parents=True)
-    (tmp_path / 'run' / 'lock').touch()
-    (folder / 'model.keras').write_bytes(b'PK')
-    assert 'epoch_0001 cannot be continued' in error_of(LINEAR)
-
-
 # In a process of its own.
 
 
 def test_the_process_ends_with_code_1_and_the_line(tmp_path):
-    done = run_apart(
-        *command('train.num_epochs = 0', workdir='run'), cwd=tmp_path
-    )
+    arguments = command('train.num_epochs = 0', workdir='run')
+    done = run_apart('-m', *arguments, cwd=tmp_path)
     assert done.returncode == 1
     *others, last = done.stderr.splitlines()
     assert last.startswith('error: `num_epochs` must be')

@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from absl.testing import flagsaver
+from backends import sequential
 from PIL import Image
 from runtimes import RUNTIMES, exports_to_onnx
 
@@ -28,13 +29,11 @@ pytestmark = exports_to_onnx
 
 def color_model(activation='softmax', mean=MEAN, scale=SCALE):
     """A network of standardized images whose logits are mean colors / 20."""
-    model = keras.Sequential(
-        [
-            keras.Input(SHAPE),
-            DiffStride((2.0, 1.5), norm='forward'),
-            keras.layers.GlobalAveragePooling2D(),
-            keras.layers.Dense(3, activation=activation, dtype='float32'),
-        ]
+    model = sequential(
+        SHAPE,
+        DiffStride((2.0, 1.5), norm='forward'),
+        keras.layers.GlobalAveragePooling2D(),
+        keras.layers.Dense(3, activation=activation, dtype='float32'),
     )
     weights = np.diag(np.broadcast_to(scale, 3)) / 20
     bias = np.broadcast_to(mean, 3) / 20

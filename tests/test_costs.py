@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from backends import EAGER, array, gradients
+from backends import EAGER, array, gradients, sequential
 from keras import layers, ops
 
 from diffstride import DiffStride, diffstride_layers
@@ -13,15 +13,13 @@ STRIDES = [(1.5, 2.0), (2.0, 3.0), (2.5, 1.25)]
 
 
 def network(weight=0.2):
-    return keras.Sequential(
-        [
-            keras.Input((16, 12, 3)),
-            DiffStride(STRIDES[0], 1.0),
-            keras.Sequential([layers.ReLU(), DiffStride(STRIDES[1], 1.0)]),
-            DiffStride(STRIDES[2], 1.0),
-            layers.GlobalAveragePooling2D(),
-            ActivationCost(weight),
-        ]
+    return sequential(
+        (16, 12, 3),
+        DiffStride(STRIDES[0], 1.0),
+        keras.Sequential([layers.ReLU(), DiffStride(STRIDES[1], 1.0)]),
+        DiffStride(STRIDES[2], 1.0),
+        layers.GlobalAveragePooling2D(),
+        ActivationCost(weight),
     )
 
 

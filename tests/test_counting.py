@@ -1,7 +1,6 @@
 """MACs, shapes and parameters against counts by hand."""
 
 import contextlib
-import dataclasses
 
 import keras
 import numpy as np
@@ -259,7 +258,7 @@ def test_a_layer_that_is_traced_is_unknown():
     assert complexity(Mapped(), (6, 4)).is_lower_bound
 
 
-def test_the_table_is_aligned_and_the_result_immutable():
+def test_the_table_is_aligned():
     conv = layers.Conv2D(8, 3, padding='same', name='conv')
     pool = DiffStride(strides=2.0, name='pool')
     result = complexity(keras.Sequential([conv, pool]), (32, 32, 3))
@@ -269,8 +268,6 @@ def test_the_table_is_aligned_and_the_result_immutable():
         'pool   DiffStride  24x24x8           5        4,608  344,064',
         'total                              229       12,800  565,248',
     ]
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        result.parameters = 0
 
 
 # The model is left as it was

@@ -5,7 +5,6 @@ import itertools
 import threading
 
 import filelock
-import gin
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -89,11 +88,6 @@ class TinyUnlabelled(_LocalBuilder):
 
     def _features(self):
         return {'image': tfds.features.Image(shape=(HEIGHT, WIDTH, 3))}
-
-
-@pytest.fixture(scope='session')
-def data_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp('tfds')
 
 
 @pytest.fixture(scope='session')
@@ -328,20 +322,6 @@ def test_one_process_prepares_a_dataset_and_others_wait(tmp_path):
         assert [x.name for x in tmp_path.iterdir()] == ['tiny_noise.lock']
     loading.join()
     assert (tmp_path / 'tiny_noise').exists()
-
-
-def test_gin_binds_every_parameter(load):
-    with gin.unlock_config():
-        gin.parse_config("""
-            data.load_datasets.image_size = (4, 4)
-            data.load_datasets.mixup_alpha = 1.0
-        """)
-    try:
-        datasets = load.__wrapped__()  # No other test has loaded it.
-    finally:
-        gin.clear_config()
-    assert datasets.image_shape == (4, 4, 3)
-    assert take(datasets.train(), 1)[1].max() < 1
 
 
 # Errors.

@@ -10,17 +10,11 @@ SCRIPTS = {path.stem: path for path in sorted(FOLDER.glob('*.py'))}
 COMMITTED = {path.name for path in FOLDER.glob('*.*') if path.suffix != '.py'}
 
 
-@pytest.fixture(scope='module')
-def drawn(tmp_path_factory):
-    """The names of the files that all commands together draw."""
-    folder = tmp_path_factory.mktemp('figures')
-    for path in SCRIPTS.values():
-        runpy.run_path(str(path))['main'](folder)
-    return {path.name for path in folder.iterdir()}
-
-
 @pytest.mark.slow
-def test_commands_draw_the_committed_figures(drawn):
+def test_commands_draw_the_committed_figures(tmp_path):
+    for path in SCRIPTS.values():
+        runpy.run_path(str(path))['main'](tmp_path)
+    drawn = {path.name for path in tmp_path.iterdir()}
     assert drawn == COMMITTED
     assert len(drawn) >= len(SCRIPTS) > 0
 

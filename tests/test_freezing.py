@@ -85,9 +85,6 @@ def functional():
     return moved(keras.Model(inputs, [a + b, ops.mean(c, axis=(1, 2)), d]))
 
 
-every_model = pytest.mark.parametrize('make', [network, functional, subclass])
-
-
 def state_of(model):
     return (
         [(v.path, v.trainable, array(v).tolist()) for v in model.variables],
@@ -96,7 +93,7 @@ def state_of(model):
     )
 
 
-@every_model
+@pytest.mark.parametrize('make', [network, functional, subclass])
 def test_computes_the_same_function_and_leaves_the_model_alone(make, tmp_path):
     model, x = make(), random(3, 16, 16, 2)
     model.compile('adam', 'mse')
@@ -205,23 +202,6 @@ def test_gradients_of_inputs_and_other_weights_are_the_same(make):
         assert error_of(a, b) < 1e-5
 
 
-def test_strides_stay_when_the_copy_is_trained_on():
-    model = network()
-    frozen = freeze(model)
-    assert len(frozen.trainable_variables) == len(model.trainable_variables) - 2
-    frozen.trainable = False
-    frozen.trainable = True
-    before = [layer.stride_values for layer in diffstride_layers(frozen)]
-    frozen.compile('sgd', 'mse', run_eagerly=True)
-    assert not model.compiled
-    x = random(4, 16, 16, 2)
-    y = np.zeros((4, *frozen.output_shape[1:]))
-    first, *_, last = frozen.fit(x, y, epochs=4, verbose=0).history['loss']
-    assert last < first
-    after = [layer.stride_values for layer in diffstride_layers(frozen)]
-    assert before == after
-
-
 @pytest.mark.parametrize('state', ['make_sizes_static', 'hold', 'release'])
 @pytest.mark.parametrize('strides', [(1.2, 3.0), (0.2, 7.0)])
 def test_the_strides_in_use_are_frozen(state, strides):
@@ -308,12 +288,6 @@ def test_a_layer_that_insists_on_a_dtype_is_named():
         freeze(model)
     x = random(2, 8, 8, 1)
     assert error_of(freeze(model, dtype=None)(x), model(x)) < 1e-6
-
-
-def test_frozen_models_compile_with_xla():
-    model, x = network(), random(2, 16, 16, 2)
-    call = tf.function(freeze(model), jit_compile=True)
-    assert error_of(call(x), model(x)) < 1e-5
 
 
 class NotSaved(keras.Model):

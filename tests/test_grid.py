@@ -10,7 +10,8 @@ import types
 
 import filelock
 import pytest
-from small_runs import SMALL, command, read, run_flags, run_here, start
+from backends import start
+from small_runs import SMALL, command, read, run_flags
 
 from diffstride.examples import grid, report
 
@@ -37,14 +38,6 @@ def config(tmp_path):
 
 
 @pytest.fixture
-def run(config, tmp_path, without_tracing):
-    def run(*bindings):
-        run_here(*bindings, workdir=tmp_path / 'out', gin_config=[config])
-
-    return run
-
-
-@pytest.fixture
 def commands(monkeypatch):
     """Runs the commands of a grid within this process; lists them."""
     started = []
@@ -65,7 +58,7 @@ def commands(monkeypatch):
 
 def folders(tmp_path):
     return sorted(
-        path.parent.name for path in tmp_path.glob('out/*/results.json')
+        path.parent.name for path in tmp_path.glob('run/*/results.json')
     )
 
 
@@ -77,7 +70,7 @@ def test_a_grid_is_a_list_of_commands_that_continues(
     two = only, 'grid.seeds = [0]'
     run(*one)
     assert folders(tmp_path) == ['plain-2-seed-0']
-    results = read(tmp_path / 'out' / 'plain-2-seed-0' / 'results.json')
+    results = read(tmp_path / 'run' / 'plain-2-seed-0' / 'results.json')
     assert results['variant'] == 'plain' and results['strides'] == '2'
     capsys.readouterr()
     # Finished runs are not repeated, and new ones are added.
@@ -86,19 +79,19 @@ def test_a_grid_is_a_list_of_commands_that_continues(
     text = capsys.readouterr().out
     assert 'plain-0-seed-0 (1 of 2 are done)' in text
     assert 'Test accuracy' in text
-    table = (tmp_path / 'out' / 'table.md').read_text()
+    table = (tmp_path / 'run' / 'table.md').read_text()
     assert table in text and table.count('| plain |') == 2
-    with open(tmp_path / 'out' / 'runs.csv') as file:
+    with open(tmp_path / 'run' / 'runs.csv') as file:
         rows = list(csv.DictReader(file))
     assert [row['run'] for row in rows] == ['plain-0-seed-0', 'plain-2-seed-0']
     assert float(rows[1]['test_accuracy']) == results['test_accuracy']
-    assert (tmp_path / 'out' / 'accuracy_macs.png').exists()
+    assert (tmp_path / 'run' / 'accuracy_macs.png').exists()
     run(*two)
     assert len(commands) == 2
     # More epochs continue every run; other settings are refused.
     run(*one, 'train.num_epochs = 2')
     assert len(commands) == 3
-    history = tmp_path / 'out' / 'plain-2-seed-0' / 'results.json'
+    history = tmp_path / 'run' / 'plain-2-seed-0' / 'results.json'
     assert len(read(history)['history']) == 2
     with pytest.raises(SystemExit, match='is a grid of other settings'):
         run(only, 'keras.optimizers.SGD.learning_rate = 0.1')
@@ -130,7 +123,7 @@ def test_runs_that_fail_are_told_and_the_others_are_made(
 
 def test_processes_share_the_runs(run, commands, tmp_path, monkeypatch):
     """A run that another process has is left to it."""
-    busy = tmp_path / 'out' / 'plain-0-seed-0'
+    busy = tmp_path / 'run' / 'plain-0-seed-0'
     busy.mkdir(parents=True)
     lock = filelock.FileLock(busy / 'lock')
     lock.acquire()
@@ -163,7 +156,7 @@ def test_wrong_settings(run, tmp_path, binding, message):
     with pytest.raises(SystemExit) as error:
         run(binding)
     assert message in error.value.code
-    assert not (tmp_path / 'out').exists()
+    assert not (tmp_path / 'run').exists()
 
 
 def results_of(variant, strides, seed, accuracy, macs, learned):
@@ -211,25 +204,25 @@ def test_a_killed_grid_continues(config, tmp_path):
         'grid.seeds = [0]',
         "grid.strides = ['0', '2', '3']",
         "grid.variants = {'plain': []}",
-        workdir=tmp_path / 'out',
+        workdir=tmp_path / 'run',
         gin_config=[config],
     )
-    with start(*arguments, stdout=subprocess.PIPE) as killed:
+    with start('-m', *arguments, stdout=subprocess.PIPE) as killed:
         for line in killed.stdout:
             if line.startswith('plain-2-seed-0'):
                 break
         killed.send_signal(signal.SIGKILL)
     finished = {
         path: path.stat().st_mtime_ns
-        for path in tmp_path.glob('out/*/command.txt')
+        for path in tmp_path.glob('run/*/command.txt')
     }
     assert finished
     # The run that was cut off may live on; none is done twice.
-    with start(*arguments, stdout=subprocess.PIPE) as continued:
+    with start('-m', *arguments, stdout=subprocess.PIPE) as continued:
         text, _ = continued.communicate()
     assert continued.returncode == 0
     assert len(folders(tmp_path)) == 3
     for path, time in finished.items():
         assert path.stat().st_mtime_ns == time
-    table = (tmp_path / 'out' / 'table.md').read_text()
+    table = (tmp_path / 'run' / 'table.md').read_text()
     assert table in text

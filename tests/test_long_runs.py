@@ -7,6 +7,7 @@ import resource
 import keras
 import numpy as np
 import pytest
+from backends import sequential
 from keras import ops
 
 from diffstride import DiffStride
@@ -51,15 +52,13 @@ def test_1000_steps_through_many_sizes_take_no_more_memory(monkeypatch):
         'call',
         lambda self, inputs: calls.append(self) or call(self, inputs),
     )
-    model = keras.Sequential(
-        [
-            keras.Input((24, 24, 2)),
-            DiffStride(2.0, 2.0, ramp='inside'),
-            keras.layers.Conv2D(4, 3, padding='same', activation='relu'),
-            DiffStride(2.0, 2.0, method='fft'),
-            keras.layers.GlobalAveragePooling2D(),
-            keras.layers.Dense(2),
-        ]
+    model = sequential(
+        (24, 24, 2),
+        DiffStride(2.0, 2.0, ramp='inside'),
+        keras.layers.Conv2D(4, 3, padding='same', activation='relu'),
+        DiffStride(2.0, 2.0, method='fft'),
+        keras.layers.GlobalAveragePooling2D(),
+        keras.layers.Dense(2),
     )
     model.compile(keras.optimizers.SGD(1e-3), 'mse')
     x = np.random.default_rng(0).normal(size=(4, 24, 24, 2))

@@ -5,7 +5,6 @@ import doctest
 import importlib
 import inspect
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -17,7 +16,15 @@ import zipfile
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, array, error_of, image, sequential
+from backends import (
+    BACKEND,
+    array,
+    environment,
+    error_of,
+    image,
+    output_of,
+    sequential,
+)
 from keras import layers
 
 import diffstride
@@ -33,18 +40,9 @@ WITH_EXAMPLES = (
 
 
 def test_import_needs_no_datasets_and_no_example():
-    names = subprocess.run(
-        [sys.executable, '-c', 'import sys, diffstride; print(*sys.modules)'],
-        env={
-            **os.environ,
-            'PYTHONPATH': str(PACKAGE.parent),
-            'KERAS_BACKEND': BACKEND,
-        },
-        cwd='/',
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.split()
+    code = 'import sys, diffstride; print(*sys.modules)'
+    env = environment(KERAS_BACKEND=BACKEND)
+    names = output_of('-c', code, env=env, cwd='/').split()
     assert 'diffstride.pooling' in names
     for unwanted in ('tensorflow_datasets', 'diffstride.examples'):
         assert unwanted not in names
@@ -112,11 +110,8 @@ def test_library_modules_import_no_backend_at_once():
         assert imported <= allowed, name
 
 
-def test_public_names_exist():
-    assert len(set(diffstride.__all__)) == len(diffstride.__all__)
-    for name in diffstride.__all__:
-        assert getattr(diffstride, name) is not None
-    assert len([int(part) for part in diffstride.__version__.split('.')]) == 3
+def test_the_version_is_three_integers():
+    assert re.fullmatch(r'\d+\.\d+\.\d+', diffstride.__version__)
 
 
 def comments(path):
@@ -277,17 +272,6 @@ def test_models_are_saved_without_code_and_load_in_safe_mode(name, tmp_path):
     assert '__lambda__' not in config and 'Lambda' not in config
     loaded = keras.models.load_model(path, safe_mode=True)
     assert error_of(loaded(x), array(model(x))) <= 1e-6
-
-
-def test_a_lambda_beside_a_pooling_layer_is_refused(tmp_path):
-    model = sequential(
-        SHAPE,
-        pooling.DiffStride(2.0),
-        layers.Lambda(lambda x: x, output_shape=(None, None, 2)),
-    )
-    model.save(tmp_path / 'model.keras')
-    with pytest.raises(ValueError, match='arbitrary code execution'):
-        keras.models.load_model(tmp_path / 'model.keras')
 
 
 LAMBDA = {

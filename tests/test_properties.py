@@ -2,12 +2,11 @@
 
 import numpy as np
 import reference
-from backends import FORMATS, array, dtype_of
+from backends import DIFFSTRIDES, FIXED, FORMATS, array, dtype_of, image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 
-from diffstride import pooling
 from diffstride.ramps import RAMPS
 from diffstride.resampling import METHODS, NORMS
 
@@ -15,11 +14,6 @@ from diffstride.resampling import METHODS, NORMS
 settings.register_profile('properties', deadline=None, derandomize=True)
 settings.load_profile('properties')
 
-CLASSES = {
-    1: (pooling.DiffStride1D, pooling.FixedSpectralPooling1D),
-    2: (pooling.DiffStride, pooling.FixedSpectralPooling),
-    3: (pooling.DiffStride3D, pooling.FixedSpectralPooling3D),
-}
 LARGEST = {1: 70, 2: 70, 3: 12}  # The largest sizes, so that inputs are small.
 TOLERANCES = {'float32': 1e-5, 'float16': 3e-3, 'bfloat16': 3e-2}
 
@@ -51,7 +45,7 @@ def diffstride_arguments(draw, rank):
 def cases(draw):
     """A layer of any rank and an input that it must take."""
     rank = draw(st.sampled_from([1, 2, 2, 3]))
-    learned, fixed = CLASSES[rank]
+    learned, fixed = DIFFSTRIDES[rank], FIXED[rank]
     cls = draw(st.sampled_from([learned, learned, fixed]))
     arguments = (
         draw(diffstride_arguments(rank))
@@ -68,10 +62,7 @@ def cases(draw):
     )
     size = st.integers(1, LARGEST[rank])
     sizes = draw(st.lists(size, min_size=rank, max_size=rank))
-    channels = draw(st.integers(1, 5))
-    is_last = data_format == 'channels_last'
-    shape = (*sizes, channels) if is_last else (channels, *sizes)
-    x = np.random.default_rng(0).normal(size=(2, *shape))
+    x = image(sizes, data_format, channels=draw(st.integers(1, 5)))
     return layer, ops.convert_to_tensor(x, layer.compute_dtype)
 
 

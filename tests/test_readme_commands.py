@@ -4,14 +4,12 @@ import json
 import pathlib
 import re
 import shlex
-import subprocess
-import sys
 
 import numpy as np
 import onnxruntime
 import pytest
+from backends import output_of
 from PIL import Image
-from small_runs import environment
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = ('blue', 'green', 'red')
@@ -58,15 +56,7 @@ def run(tmp_path):
         if 'main' in command:
             bindings = SMALL.strip().splitlines()
             arguments += [f'--gin_bindings={x}' for x in bindings]
-        ended = subprocess.run(
-            [sys.executable, *arguments[1:]],
-            env=environment(),
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
-        assert ended.returncode == 0, ended.stderr
-        return ended.stdout
+        return output_of(*arguments[1:], cwd=tmp_path)
 
     return run
 

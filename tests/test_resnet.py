@@ -368,11 +368,6 @@ def test_a_change_of_channels_without_projection_is_refused():
         layer(random(1, 8, 8, 4))
 
 
-def test_an_unknown_keyword_is_refused():
-    with pytest.raises((TypeError, ValueError), match='pooling'):
-        small_resnet(pooling=DiffStride)
-
-
 # Serialization
 
 
@@ -468,26 +463,3 @@ def test_a_class_in_the_call_gets_the_bindings_of_gin():
     for make in (pooling_layer, small_resnet):
         (*_, pool) = layers_of(make(pooling_cls=DiffStride), DiffStride)
         assert pool.smoothness_factor == 2.0
-
-
-def test_an_argument_in_the_call_wins_over_gin():
-    gin.parse_config("""
-        resnet.resnet18.strides = '1, 1, 3, 2, 3'
-        resnet.ResidualLayer.weight_decay = 0.25
-        batch_norm.epsilon = 0.5
-    """)
-    model = resnet.resnet18(
-        [1, 1, 2, 2, 2],
-        width=2,
-        num_output_classes=2,
-        pooling_cls=DiffStride,
-        weight_decay=0.5,
-    )
-    pools = layers_of(model, DiffStride)
-    assert [pool.stride_values[0] for pool in pools] == [2, 2, 2]
-    for layer in layers_of(model, layers.Conv2D):
-        assert float(layer.kernel_regularizer.l2) == 0.5
-    (layer,) = resnet.ResnetBlock(4, num_layers=1).layers
-    assert layer.weight_decay == 0.25
-    layer = resnet.ResidualLayer(4, batch_norm_args={'epsilon': 0.25})
-    assert layer.norms[0].epsilon == 0.25

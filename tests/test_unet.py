@@ -46,16 +46,6 @@ def test_every_stride_is_trained_at_any_sizes(capsys, without_tracing):
         assert model(images).shape == (8, 16, 16, 3)
 
 
-def test_a_saved_model_is_loaded(tmp_path):
-    model = tiny()
-    images, _ = data()
-    for weight in model.trainable_weights:
-        weight.assign_add(0.1 * np.random.random(weight.shape))
-    model.save(tmp_path / 'unet.keras')
-    loaded = keras.models.load_model(tmp_path / 'unet.keras')
-    assert np.array_equal(array(loaded(images)), array(model(images)))
-
-
 @pytest.mark.parametrize(
     'pooling_cls',
     [FixedSpectralPooling, DiffStride, keras.layers.MaxPooling2D],
