@@ -183,6 +183,13 @@ class StrideBudget(StrideLogger):
         share: The budget as a share of the MACs at the initial strides.
         learn: How long strides are learned: a share of the epochs of `fit` as
             a float above 0 and at most 1, or a number of epochs as an int.
+        spread: The standard deviation of noise that is added to the logarithms
+            of the strides for each step, at first; it falls to 0 at the end of
+            learning. With noise the network sees frequencies on both sides of
+            its band edges, so learning leaves poor strides, but the weights fit
+            less well. Use it, with about 0.8, to search strides, and train new
+            weights at those it finds. 0 for none. The noise depends on epoch
+            and step alone. XLA, whose sizes are constants, excludes it.
         input_shape: See `StrideLogger`.
         log_dir: See `StrideLogger`.
 
@@ -201,6 +208,7 @@ class StrideBudget(StrideLogger):
         macs: float | None = None,
         share: float | None = None,
         learn: float | int = 0.5,
+        spread: float = 0.0,
         input_shape: Any = None,
         log_dir: str | os.PathLike | None = None,
     ):
@@ -216,6 +224,7 @@ class StrideBudget(StrideLogger):
         self.macs = macs
         self.share = share
         self.learn = learn
+        self.spread = validation.finite('spread', spread, least=0)
         self._macs_of: MacsOfStrides | None = None
 
     def on_train_begin(self, logs: dict | None = None) -> None:
@@ -223,6 +232,12 @@ class StrideBudget(StrideLogger):
             diffstride_layers(self.model),
             '`model` must have DiffStride layers',
             model=self.model.name,
+        )
+        validation.require(
+            not (self.spread and self.model.jit_compile),
+            '`spread` must be 0 in a model that XLA compiles, whose sizes are '
+            'constants: compile it with jit_compile=False',
+            spread=self.spread,
         )
         self._macs_of = None  # It is set while strides are learned.
         self._budget = 0.0
@@ -253,7 +268,7 @@ class StrideBudget(StrideLogger):
             strides = self._macs_of.strides()
             strides = self._macs_of.project(strides, self._budget)
             self._macs_of.assign(strides)
-        self._strides = self._macs_of.strides()
+        self._strides = self._drawn = self._macs_of.strides()
         # Votes end with an epoch: an interrupted training goes on alike.
         self._last_step, self._votes = None, np.zeros(len(self._strides))
         if self.model.jit_compile:
@@ -266,6 +281,15 @@ class StrideBudget(StrideLogger):
             return math.ceil(self.learn * self.params['epochs'])
         return self.learn
 
+    def on_train_batch_begin(
+        self, batch: int, logs: dict | None = None
+    ) -> None:
+        if self._macs_of is None or not self.spread:
+            return
+        draws = np.random.default_rng([self._epochs_begun, batch])
+        spread = self.spread * (1 - self._done(batch))
+        self._drawn = self._move(spread * draws.normal(size=len(self._strides)))
+
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         if self._macs_of is None:
             return
@@ -273,16 +297,23 @@ class StrideBudget(StrideLogger):
         models.sync(self.model)
         # They are not held, so the weights alone tell them.
         weights = [layer.strides for layer in self._macs_of.layers]
-        step = _values_of(weights) - self._strides
-        if not np.any(step):  # The optimizer gathers gradients.
-            return
-        self._votes += (1 - _MEMORY) * (self._vote(step) - self._votes)
-        moved = self._macs_of.along(
-            self._strides, self._length(batch) * self._votes
-        )
+        step = _values_of(weights) - self._drawn
+        if np.any(step):
+            self._votes += (1 - _MEMORY) * (self._vote(step) - self._votes)
+            self._strides = self._move(self._length(batch) * self._votes)
+        elif self.spread:  # The optimizer gathers gradients.
+            self._macs_of.assign(self._strides)
+        self._drawn = self._strides
+
+    def _move(self, step):
+        """Assigns and returns strides on the budget, a step from those learned.
+
+        The step is one of logarithms, [n].
+        """
+        moved = self._macs_of.along(self._strides, step)
         moved = self._macs_of.project(moved, self._budget).astype('float32')
         self._macs_of.assign(moved)
-        self._strides = moved.astype(float)
+        return moved.astype(float)
 
     def _vote(self, step):
         """Returns where one batch would move the logarithms of strides, [n].
@@ -309,9 +340,16 @@ class StrideBudget(StrideLogger):
         gradient = step - momentum * before
         if squares is not None:
             gradient *= np.sqrt(squares)
-        vote = self._macs_of.tangent(self._strides, self._strides * gradient)
+        vote = self._macs_of.tangent(self._drawn, self._drawn * gradient)
         longest = np.max(np.abs(vote))
         return vote / longest if 0 < longest < math.inf else 0 * self._strides
+
+    def _done(self, batch):
+        """Returns the share of learning that is over after a batch."""
+        if self._steps is None:  # The first epoch counts them.
+            return 0.0
+        done = self._steps * (self._epochs_begun - 1) + batch + 1
+        return min(1.0, done / (self._steps * self._epochs_of_learning))
 
     def _length(self, batch):
         """Returns how far the logarithm of a stride moves at most in a step.
@@ -319,11 +357,8 @@ class StrideBudget(StrideLogger):
         It rises slowly from 0, since at first the weights tell little about
         strides, and falls to 0 at the end of learning.
         """
-        if self._steps is None:  # The first epoch counts them.
-            return 0.0
-        total = self._steps * self._epochs_of_learning
-        done = self._steps * (self._epochs_begun - 1) + batch + 1
-        done = min(1.0, done / total)
+        done = self._done(batch)
+        total = (self._steps or 1) * self._epochs_of_learning
         # The integral of x^2 (1 - x)^2 from 0 to 1 is 1 / 30.
         length = 30 * _LONGEST_WAY / total * done**2 * (1 - done) ** 2
         return min(length, _LONGEST_STEP)

@@ -197,7 +197,7 @@ def quadratic(inputs, strides):
     return ops.sum(ops.multiply(distance, SCALE)) / 2
 
 
-def quadratic_model(strides, optimizer):
+def quadratic_model(strides, optimizer, function=quadratic, **compiled):
     kwargs = {'ramp': 'straight_through', 'method': 'matmul'}
     pools = [DiffStride(s, 1.0, **kwargs) for s in strides]
     model = sequential(
@@ -205,9 +205,9 @@ def quadratic_model(strides, optimizer):
         *pools,
         layers.Conv2D(CHANNELS, 3, padding='same', trainable=False),
         layers.GlobalAveragePooling2D(),
-        AddedLoss(quadratic, pools),
+        AddedLoss(function, pools),
     )
-    model.compile(optimizer, lambda y, p: 0 * ops.sum(p, -1))
+    model.compile(optimizer, lambda y, p: 0 * ops.sum(p, -1), **compiled)
     return model
 
 
@@ -237,7 +237,7 @@ STARTS = [
 ]
 
 
-def rest(model, start, steps):
+def rest(model, start, steps, spread=0.0):
     """Returns where strides come to rest in a training from a start."""
     for layer, strides in zip(diffstride_layers(model), start):
         layer.release()
@@ -249,7 +249,7 @@ def rest(model, start, steps):
         learned.append(np.ravel(strides_of(model)))
 
     last = keras.callbacks.LambdaCallback(on_epoch_end=note)
-    budget = StrideBudget(macs=2e4, learn=1.0)
+    budget = StrideBudget(macs=2e4, learn=1.0, spread=spread)
     model.fit(x, y, batch_size=1, verbose=0, callbacks=[budget, last])
     assert all(x.state.held for x in diffstride_layers(model))
     assert 1.9e4 < complexity(model, (32, 32, 1)).macs <= 2e4
@@ -268,6 +268,26 @@ def test_steps_of_adam_come_to_rest_at_the_same_strides():
     rate = keras.optimizers.schedules.CosineDecay(0.05, 150)
     model = quadratic_model(STARTS[0], keras.optimizers.Adam(rate))
     assert_best(rest(model, STARTS[0], 150), atol=5e-2)
+
+
+@pytest.mark.skipif(BACKEND == 'jax', reason='Its sizes are constants')
+def test_strides_that_are_drawn_leave_a_poor_start():
+    def with_a_dip_at_the_start(inputs, strides):
+        """The gradient inside the dip leads back to its middle."""
+        distance = ops.log(ops.divide(strides, np.float32(STARTS[0])))
+        depth = ops.exp(-10 * ops.sum(ops.square(distance)))
+        return quadratic(inputs, strides) - 4 * depth
+
+    model = quadratic_model(
+        STARTS[0],
+        keras.optimizers.SGD(0.1),
+        with_a_dip_at_the_start,
+        run_eagerly=EAGER,
+    )
+    best = rest(model, STARTS[2], 80)
+    stuck, found = (rest(model, STARTS[0], 80, x) for x in (0.0, 0.8))
+    np.testing.assert_allclose(stuck, np.ravel(STARTS[0]), rtol=0.3)
+    np.testing.assert_allclose(found, best, rtol=0.2)
 
 
 def way(optimizer, slopes):
@@ -381,8 +401,11 @@ def test_weights_restored_from_the_first_phase_are_held_within_the_budget():
     assert 0.8 * budget < complexity(model, (16, 12, 3)).macs <= budget
 
 
-def test_a_training_that_was_interrupted_goes_on_alike(tmp_path):
+@pytest.mark.parametrize('spread', [0.0, 0.5])
+def test_a_training_that_was_interrupted_goes_on_alike(spread, tmp_path):
     """From the end of each epoch: while strides are learned, and held."""
+    if spread and BACKEND == 'jax':
+        pytest.skip('Its sizes are constants')
 
     def fit(model, first):
         path = os.path.join(tmp_path, '{epoch}.keras')
@@ -394,7 +417,7 @@ def test_a_training_that_was_interrupted_goes_on_alike(tmp_path):
             shuffle=False,
             verbose=0,
             callbacks=[
-                StrideBudget(share=0.6),
+                StrideBudget(share=0.6, spread=spread),
                 keras.callbacks.ModelCheckpoint(path),
             ],
         )
@@ -434,11 +457,23 @@ def test_mobilenet_within_a_budget():
         (StrideBudget, {'macs': -1}, '`macs` must be a finite number, above 0'),
         (StrideBudget, {'macs': 1e6, 'learn': 0}, '`learn` must be a share'),
         (StrideBudget, {'macs': 1e6, 'learn': 1.5}, '`learn` must be a share'),
+        (StrideBudget, {'macs': 1e6, 'spread': -1}, '`spread` must be'),
     ],
 )
 def test_wrong_arguments(cls, kwargs, message):
     with pytest.raises(ValueError, match=message):
         cls(**kwargs)
+
+
+@pytest.mark.skipif(BACKEND == 'torch', reason='It compiles no layer')
+def test_draws_are_refused_where_sizes_are_constants():
+    model = small_model(ramp='inside')
+    for layer in diffstride_layers(model):
+        layer.make_sizes_static()
+    model.compile('sgd', 'mse', jit_compile=True)
+    with pytest.raises(ValueError, match='`spread` must be 0 in a model that'):
+        callbacks = [StrideBudget(share=0.6, spread=0.5)]
+        model.fit(*data(), verbose=0, callbacks=callbacks)
 
 
 def test_a_budget_of_a_model_without_strides_is_refused():
