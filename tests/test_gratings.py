@@ -10,11 +10,6 @@ N, CLASSES = gratings.SIZE, gratings.CLASSES
 
 
 @pytest.fixture(scope='module')
-def data_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp('gratings')
-
-
-@pytest.fixture(scope='module')
 def splits(data_dir):
     """Returns (pixels around 0, labels) of both splits."""
     splits = tfds.as_numpy(
