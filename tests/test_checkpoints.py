@@ -273,6 +273,26 @@ def test_a_file_that_cannot_be_finished_leaves_the_one_before(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_ctrl_c_in_a_checkpoint_takes_effect_after_it(tmp_path, monkeypatch):
+    """Keras and h5py ignore a KeyboardInterrupt at some moments of saving."""
+    whole_save = keras.Model.save
+
+    def interrupted(model, path):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except BaseException:
+            pass
+        whole_save(model, path)
+
+    monkeypatch.setattr(keras.Model, 'save', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, [], UP)
+    assert epochs_of(tmp_path) == 1
+    check_files(tmp_path)
+    with pytest.raises(KeyboardInterrupt):  # The handler is the one before.
+        signal.raise_signal(signal.SIGINT)
+
+
 def test_no_nan_is_written(tmp_path):
     path = tmp_path / 'x.json'
     content = {'a': [float('nan'), np.float32('inf'), np.arange(2)], 3: True}

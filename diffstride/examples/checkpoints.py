@@ -20,8 +20,10 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -259,10 +261,10 @@ def save(
     """Writes the checkpoint of an epoch, the last one of the state.
 
     Within the context `averaged`, the model holds its averaged weights; None
-    if weights are not averaged.
+    if weights are not averaged. Ctrl-C takes effect at the end.
     """
     path = workdir / 'checkpoints' / f'epoch_{len(state.history):04}'
-    with unfinished(path) as folder:
+    with _later_interrupts(), unfinished(path) as folder:
         folder.mkdir()
         if averaged is not None:
             model.save(folder / 'training.keras')
@@ -270,6 +272,25 @@ def save(
             model.save(folder / 'model.keras')
         write(folder / 'state.json', dataclasses.asdict(state))
     _tidy(workdir, state.history)
+
+
+@contextlib.contextmanager
+def _later_interrupts():
+    """Lets Ctrl-C take effect at the end: within, Keras and h5py ignore some.
+
+    Python allows this in the main thread alone.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received = []
+    before = signal.signal(signal.SIGINT, lambda *_: received.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if received:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _tidy(workdir, history):
