@@ -77,7 +77,7 @@ def test_a_run_leaves_all_its_outputs(trained):
     assert results['epoch'] == 1 + accuracies.index(max(accuracies))
     assert results['versions']['keras'] == keras.__version__
     assert '32 images of 2 classes\n' in output
-    assert '4 steps per epoch, 8 in 2 epochs; learning rate 0.05' in output
+    assert f'Epochs 1 to 2, of 4 steps, in {workdir}\n' in output
     assert re.search(r'Test accuracy of epoch \d: [\d.]+%, [\d.]+ MMAC', output)
     code = (  # The text of the settings parses on its own.
         'import sys, gin; gin.parse_config(open(sys.argv[1]).read());'

@@ -140,13 +140,7 @@ def load_datasets(
         return images, labels
 
     if normalization == 'dataset':
-        mean_and_scale = folders.cached(
-            f'statistics of {source.name} {pieces["train"]} '
-            f'{splits["train"].shape}',
-            source.files(pieces['train']),
-            splits['train'].count,
-            lambda: statistics(splits['train']),
-        )
+        mean_and_scale = statistics(splits['train'])
     else:
         scale = 255.0 if normalization == 'unit' else 1.0
         mean_and_scale = np.outer([0, scale], np.ones(splits['train'].shape[2]))
@@ -167,7 +161,7 @@ def _reader(source, pieces, image_size, channels):
     """Returns a function from (record, label) to (image, label)."""
     everything = [piece for parts in pieces.values() for piece in parts]
     own_sizes, own_channels, dtype = source.kind(everything)
-    sizes = {tuple(image_size)} if image_size else set(own_sizes)
+    sizes = {tuple(image_size)} if image_size else own_sizes
     if len(sizes) > 1:
         (a, b), (c, d), *_ = sorted(sizes)
         raise ValueError(
@@ -335,7 +329,7 @@ def _load(source, pieces, read, cache):
     """Returns the examples of a split, in memory or on disk."""
     examples = on_disk(source, pieces, read)
     # TFDS gives the label -1 to all examples of a split without labels.
-    if any(label < 0 for _, label in examples.ordered.take(1)):
+    if any(label < 0 for _, label in source.records(pieces).take(1)):
         raise ValueError(f'the split {pieces[0][0]!r} has no labels')
     spec, _ = examples.ordered.element_spec
     if cache == 'auto':
@@ -343,20 +337,13 @@ def _load(source, pieces, read, cache):
         cache = size < CACHE_BYTES
     if not cache:
         return examples
-
-    def read_all():
-        batch = examples.ordered.batch(examples.count)
-        return next(batch.as_numpy_iterator())
-
-    if not source.knows_labels:
-        return in_memory(*read_all())
-    images = folders.cached(
-        f'pixels of {source.name} {pieces} {spec}',
-        source.files(pieces),
-        examples.count,
-        lambda: read_all()[0],
-    )
-    return in_memory(images, examples.read_labels())
+    batch = examples.ordered.batch(examples.count)
+    try:
+        return in_memory(*next(batch.as_numpy_iterator()))
+    except tf.errors.OpError:
+        if isinstance(source, folders.ImageFolder):
+            source.check_images(pieces)  # It names the file.
+        raise
 
 
 def statistics(examples: Examples) -> np.ndarray:

@@ -12,8 +12,8 @@ import hashlib
 import io
 import os
 import pathlib
-import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from typing import IO
 
 import numpy as np
 import PIL.Image
@@ -29,9 +29,6 @@ SUFFIXES = set(
 # than Pillow: PNG, JPEG, GIF and BMP.
 _MAGIC = [b'\x89P', b'\xff\xd8', b'GI', b'BM']
 _SYSTEM_FOLDERS = {'__MACOSX', '$RECYCLE.BIN', '@eaDir', 'lost+found'}
-
-# Results for fewer examples take less than seconds, and are not stored.
-CACHED_EXAMPLES = 1_000
 
 AUTOTUNE = tf.data.AUTOTUNE
 
@@ -99,10 +96,6 @@ class ImageFolder:
         ]
         return tuple(np.concatenate(arrays) for arrays in zip(*parts))
 
-    def files(self, pieces: Sequence[Piece]) -> list[str]:
-        """Returns the paths of the files that hold these pieces."""
-        return self._select(pieces)[0].tolist()
-
     def records(self, pieces: Sequence[Piece]) -> tf.data.Dataset:
         """Returns a dataset of (record, label), always in one order."""
         return tf.data.Dataset.from_tensor_slices(self._select(pieces))
@@ -111,17 +104,46 @@ class ImageFolder:
         """Returns the contents of the image file of a record."""
         return tf.io.read_file(record)
 
-    def kind(
-        self, pieces: Sequence[Piece]
-    ) -> tuple[Iterable[tuple], int, tf.DType]:
+    def kind(self, pieces: Sequence[Piece]) -> tuple[set[tuple], int, tf.DType]:
         """Returns (height, width) of images, their channels and dtype."""
-        paths = self.files(pieces)
-        kinds = cached(
-            f'kinds of {self.name}', paths, len(paths), lambda: _measure(paths)
-        )
-        channels = 3 if (kinds[:, 2] > 2).any() else 1
-        dtype = tf.uint16 if (kinds[:, 3] == 16).any() else tf.uint8
-        return map(tuple, kinds[:, :2].tolist()), channels, dtype
+        paths, _ = self._select(pieces)
+        return kind_of(paths.tolist())
+
+    def check_images(self, pieces: Sequence[Piece]) -> None:
+        """Raises a ValueError that names the first broken image, if any is."""
+        for path in self._select(pieces)[0]:
+            try:
+                decode_image(tf.io.read_file(path), 0)
+            except (tf.errors.OpError, OSError) as error:
+                raise ValueError(f'cannot decode the image {path}') from error
+
+
+def kind_of(
+    images: Iterable[str | IO[bytes]],
+) -> tuple[set[tuple], int, tf.DType]:
+    """Returns the sizes of image files, their channels and dtype.
+
+    It reads their headers alone.
+
+    Raises:
+        ValueError: If some are no images. The message names them.
+    """
+    sizes, has_colors, is_deep, broken = set(), False, False, []
+    for file in images:
+        try:
+            with PIL.Image.open(file) as image:
+                sizes.add(image.size[::-1])
+                is_grey = image.mode[:1] in ('1', 'L', 'I')
+                has_colors |= not is_grey
+                # The mode of a file of 3 x 16 bits is 'RGB'.
+                layout = str(image.tile[0][3]) if image.tile else ''
+                is_deep |= image.mode[0] == 'I' or ';16' in layout
+        except OSError:
+            broken.append(str(file))
+    if broken:
+        raise ValueError(f'cannot decode the image {enumeration(broken)}')
+    dtype = tf.uint16 if is_deep else tf.uint8
+    return sizes, 3 if has_colors else 1, dtype
 
 
 def _walk(root):
@@ -267,63 +289,3 @@ def _grey(image):
     weights = tf.constant([0.299, 0.587, 0.114])
     grey = tf.tensordot(tf.cast(image, tf.float32), weights, 1)
     return tf.cast(tf.round(grey), image.dtype)[..., None]
-
-
-def _measure(paths):
-    """Returns height, width, channels and needed bits of images, int32 [n, 4].
-
-    Raises:
-        ValueError: If some cannot be decoded. The message names them.
-    """
-
-    def kind(index, path):
-        image = decode_image(tf.io.read_file(path), 0, tf.uint16)
-        is_deep = tf.reduce_any(tf.cast(image, tf.int32) % 257 != 0)
-        bits = tf.where(is_deep, 16, 8)
-        return index, tf.concat([tf.shape(image), [bits]], 0)
-
-    kinds = np.zeros((len(paths), 4), np.int32)
-    images = tf.data.Dataset.from_tensor_slices(paths).enumerate()
-    images = images.map(kind, AUTOTUNE).ignore_errors()
-    for index, values in images.as_numpy_iterator():
-        kinds[index] = values
-    broken = [path for path, (height, *_) in zip(paths, kinds) if not height]
-    if broken:
-        raise ValueError(f'cannot decode the image {enumeration(broken)}')
-    return kinds
-
-
-def cached(
-    key: str, files: Sequence[str], count: int, make: Callable[[], np.ndarray]
-) -> np.ndarray:
-    """Returns the array that `make` returns, and keeps it for the next start.
-
-    It is kept under the name `key` in $XDG_CACHE_HOME/diffstride, or
-    ~/.cache/diffstride, until one of the files that it is made of changes. It
-    is not kept if there are few examples.
-    """
-    if count < CACHED_EXAMPLES:
-        return make()
-    try:
-        stats = [(x.st_size, x.st_mtime_ns) for x in map(os.stat, files)]
-    except OSError:  # The files are not on a local disk.
-        return make()
-    home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-    path = pathlib.Path(home, 'diffstride', f'{_digest(key).hex()}.npz')
-    fingerprint = _digest(repr([key, *zip(files, stats)])).hex()
-    try:
-        with path.open('rb') as kept, np.load(kept) as stored:
-            if stored['fingerprint'] == fingerprint:
-                return stored['array']
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # There is none yet, or only a part of it.
-    array = make()
-    part = path.with_suffix(f'.{os.getpid()}.part')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open('wb') as new:
-            np.savez(new, fingerprint=fingerprint, array=array)
-        part.replace(path)
-    except OSError:  # A full or read-only disk is no reason to stop.
-        part.unlink(missing_ok=True)
-    return array

@@ -3,17 +3,14 @@
 import contextlib
 import difflib
 import functools
+import io
 import itertools
 import math
 import operator
 import os
-import pathlib
 import re
-import socket
 import textwrap
-import urllib.parse
-import urllib.request
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import filelock
 import numpy as np
@@ -97,9 +94,6 @@ class TfdsImages(TfdsSource):
     def __init__(self, name: str, data_dir: str | os.PathLike | None):
         super().__init__(name, data_dir, tfds.features.Image)
 
-    def files(self, pieces: Sequence[Piece]) -> list[str]:
-        return sorted(map(str, self._builder.data_path.iterdir()))
-
     def records(self, pieces: Sequence[Piece]) -> tf.data.Dataset:
         decoders = {self.input: tfds.decode.SkipDecoding()}
         return self.examples(pieces, decoders).map(
@@ -109,18 +103,14 @@ class TfdsImages(TfdsSource):
     def contents(self, record: tf.Tensor) -> tf.Tensor:
         return record
 
-    def kind(
-        self, pieces: Sequence[Piece]
-    ) -> tuple[Iterable[tuple], int, tf.DType]:
+    def kind(self, pieces: Sequence[Piece]) -> tuple[set[tuple], int, tf.DType]:
         feature = self.features[self.input]
         *size, channels = feature.shape
-        sizes: Iterable[tuple] = [tuple(size)]
-        if None in size:  # They are read one after the other, when needed.
-            shapes = self.records(pieces).map(
-                lambda image, _: tf.shape(folders.decode_image(image, 0))[:2],
-                folders.AUTOTUNE,
-            )
-            sizes = (tuple(x.tolist()) for x in shapes.as_numpy_iterator())
+        sizes = {tuple(size)}
+        if None in size:
+            records = self.records(pieces).as_numpy_iterator()
+            images = (io.BytesIO(image) for image, _ in records)
+            sizes, *_ = folders.kind_of(images)
         return sizes, channels or 3, tf.as_dtype(feature.np_dtype)
 
 
@@ -149,7 +139,6 @@ def _prepared(builder, name, data_dir):
     root, lock = str(builder.data_dir_root), contextlib.nullcontext()
     try:
         print(f'Preparing {name} in {builder.data_dir}', flush=True)
-        _check_network(builder)
         if '://' not in root:
             os.makedirs(root, exist_ok=True)
             lock = filelock.FileLock(os.path.join(root, f'{builder.name}.lock'))
@@ -166,31 +155,6 @@ def _prepared(builder, name, data_dir):
             'the network'
         ) from error
     return builder
-
-
-def _check_network(builder):
-    """Raises a ConnectionError if no host of the dataset can be found.
-
-    TFDS itself goes on trying for minutes. Files that were downloaded before,
-    with an INFO beside them, need no network, and a proxy finds hosts itself.
-    """
-    downloads = pathlib.Path(builder.data_dir_root, 'downloads')
-    if (
-        builder.MANUAL_DOWNLOAD_INSTRUCTIONS
-        or urllib.request.getproxies()
-        or any(downloads.glob('**/*.INFO'))
-    ):
-        return
-    urls = map(urllib.parse.urlsplit, builder.url_infos or ())
-    reason = None
-    for host in {url.hostname for url in urls} - {None}:
-        try:
-            socket.getaddrinfo(host, None)
-            return
-        except OSError as error:
-            reason = f'{host}: {error.strerror}'
-    if reason:
-        raise ConnectionError(reason)
 
 
 def _supervised_keys(builder, kind):

@@ -386,8 +386,9 @@ class Training:
         )
         (self.workdir / 'results.json').unlink(missing_ok=True)
         print(
-            f'{datasets.summary}\n{self._plan()}\n'
-            f'Epochs {done + 1} to {self.num_epochs} in {self.workdir}',
+            f'{datasets.summary}\n'
+            f'Epochs {done + 1} to {self.num_epochs}, of '
+            f'{self.steps_per_epoch:,} steps, in {self.workdir}',
             flush=True,
         )
         averages = []
@@ -413,22 +414,6 @@ class Training:
                 ),
                 UpdateSizes(),
             ],
-        )
-
-    def _plan(self):
-        optimizer = self.model.optimizer
-        total = self.num_epochs * self.steps_per_epoch
-        done, rates = int(optimizer.iterations), {}
-        for share in (i / 6 for i in range(7)):
-            optimizer.iterations.assign(round(total * share))
-            rates[self.num_epochs * share] = float(optimizer.learning_rate)
-        optimizer.iterations.assign(done)
-        if len(set(rates.values())) == 1:
-            rates = {0: rates[0]}
-        rates = ', '.join(f'{x:.3g} at epoch {k:.3g}' for k, x in rates.items())
-        return (
-            f'{self.steps_per_epoch:,} steps per epoch, {total:,} in '
-            f'{self.num_epochs} epochs; learning rate {rates}'
         )
 
     def _results(self, state):
