@@ -31,6 +31,8 @@ def on_page_markdown(markdown, page, config, files):
     outside = '|'.join((*FOLDERS, *ROOT_PAGES))
     if page.file.src_uri in ROOT_PAGES:
         return markdown.replace('](docs/', '](')
+    if page.file.src_uri.startswith(FOLDERS):
+        return markdown.replace('](../../docs/', '](../../')
     return re.sub(rf'\]\(\.\./(?=({outside}))', '](', markdown)
 
 
