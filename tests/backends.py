@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from diffstride import (
-    DiffStride,
-    DiffStride1D,
-    DiffStride3D,
+from diffstride import DiffStride, DiffStride1D, DiffStride3D
+from diffstride.pooling import (
     FixedSpectralPooling,
     FixedSpectralPooling1D,
     FixedSpectralPooling3D,
@@ -31,9 +29,6 @@ FIXED = {
     2: FixedSpectralPooling,
     3: FixedSpectralPooling3D,
 }
-
-
-# Numbers
 
 
 def random(*shape, seed=0):
@@ -77,9 +72,6 @@ def sequential(shape, *layers, **kwargs):
     return keras.Sequential([keras.Input(shape), *layers], **kwargs)
 
 
-# Cases
-
-
 def only(backend, reason):
     """Marks a test that is about one backend."""
     return pytest.mark.skipif(
@@ -93,13 +85,21 @@ def skip_unless_there_is(dtype):
         pytest.skip('JAX has float64 only if told so before it starts')
 
 
+def refusals(*cases):
+    """Returns a test that calls are refused, each with a message."""
+
+    @pytest.mark.parametrize('call, message', cases)
+    def test(call, message):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+    return test
+
+
 def some(cases):
     """Returns a few of the cases on JAX, which compiles for each shape."""
     cases = list(cases)
     return cases[:: len(cases) // 4 + 1] if BACKEND == 'jax' else cases
-
-
-# Gradients
 
 
 def gradients(function, tensors=(), variables=()):
@@ -139,42 +139,10 @@ def gradients(function, tensors=(), variables=()):
     return list(found)
 
 
-def jacobian(function, x):
-    """Returns the derivative of a vector in a scalar, [count]."""
-    if BACKEND == 'jax':
-        import jax
-
-        return array(jax.jit(jax.jacrev(function))(x))
-    parts = [
-        gradients(lambda x, i=i: function(x)[i], [x])[0]
-        for i in range(len(function(x)))
-    ]
-    return np.array([float(array(part)) for part in parts])
-
-
-def assert_gradient_is_adjoint(function, expected, x, compiler=None):
-    """Checks the gradient of a linear function, along some direction.
-
-    Args:
-        function: A linear function of a tensor.
-        expected: The same function of an array, by the reference.
-        x: An input of both, float32.
-        compiler: One of `COMPILERS`; None for the usual one.
-    """
-    weights, direction = random(*expected(x).shape, seed=1), random(*x.shape)
-
-    def gradient_of(x, weights):
-        return gradients(lambda x: ops.sum(weights * function(x)), [x])[0]
-
-    compiler = COMPILERS[compiler or USUAL]
-    gradient = compiler(gradient_of)(ops.array(x), ops.array(weights))
-    along = np.sum(weights * expected(direction))
-    scale = np.linalg.norm(weights) * np.linalg.norm(direction)
-    assert gradient.shape == x.shape
-    assert abs(np.sum(array(gradient) * direction) - along) <= 1e-6 * scale
-
-
-# Compilers
+def central_differences(function, x, step=1e-6):
+    """Returns the slopes of a scalar function of a vector."""
+    slopes = [function(x + d) - function(x - d) for d in step * np.eye(len(x))]
+    return np.array(slopes) / (2 * step)
 
 
 def traced(function):
@@ -239,9 +207,6 @@ def of_any_image(layer, channels=2):
         shape = [None, channels, *[None] * layer.rank]
     pool = of_unknown_sizes(layer, (shape, 'float32'))
     return lambda x: pool(ops.convert_to_tensor(x))
-
-
-# Processes
 
 
 def environment(**variables):

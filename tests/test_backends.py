@@ -13,6 +13,7 @@ from backends import (
     BACKEND,
     array,
     environment,
+    error_of,
     image,
     only,
     output_of,
@@ -24,12 +25,6 @@ from diffstride import DiffStride, diffstride_layers, resnet
 
 NAMES = ('tensorflow', 'jax', 'torch')
 INSTALLED = [name for name in NAMES if importlib.util.find_spec(name)]
-
-
-def on(backend, code, *arguments):
-    """Returns what the code prints in a new process on this backend."""
-    env = environment(KERAS_BACKEND=backend)
-    return output_of('-c', code, *arguments, env=env)
 
 
 def images():
@@ -44,9 +39,7 @@ def save(folder):
         '2, 1.5, 2',
         2,
         num_layers=1,
-        pooling_cls=lambda **kwargs: DiffStride(
-            smoothness_factor=1.0, **kwargs
-        ),
+        pooling_cls=lambda **kwargs: DiffStride(smoothness_factor=1, **kwargs),
     )
     model.build((None, 12, 16, 3))
     first, second, third = diffstride_layers(model)
@@ -79,10 +72,8 @@ def check(folder, backend):
     )
     states = [(x.state.has_static_sizes, x.state.held) for x in layers]
     assert states == [(True, False), (True, True), (False, False)]
-    actual = array(model(images(), training=False))
-    np.testing.assert_allclose(
-        actual, expected['outputs'], rtol=1e-4, atol=1e-5
-    )
+    outputs = model(images(), training=False)
+    assert error_of(outputs, expected['outputs']) <= 2e-5
     if not has_optimizer:
         return
     # It goes on from the optimizer's state.
@@ -129,31 +120,12 @@ def test_saved_models_are_the_same_on_every_backend(tmp_path):
     folder = pathlib.Path(shared) if shared else tmp_path
     save(folder)
     for other in [x for x in INSTALLED if x != BACKEND]:
-        on(other, CODE, folder, BACKEND)
+        env = environment(KERAS_BACKEND=other)
+        output_of('-c', CODE, folder, BACKEND, env=env)
     found = sorted(path.stem for path in folder.glob('*.npz'))
     assert set(INSTALLED) <= set(found)
     for backend in found:
         check(folder, backend)
-
-
-@pytest.mark.parametrize(
-    'backend', [x for x in INSTALLED if x != 'tensorflow'] or [None]
-)
-def test_other_backends_do_not_import_tensorflow(backend):
-    """Importing and calling a layer does not, where it is installed."""
-    if backend is None:
-        pytest.skip('TensorFlow alone is installed')
-    code = """
-import sys, diffstride, keras, numpy as np
-found = 'tensorflow' in sys.modules
-model = keras.Sequential([
-    keras.Input((8, 8, 1)), diffstride.DiffStride(2.0),
-    keras.layers.GlobalAveragePooling2D()])
-diffstride.complexity(model, (8, 8, 1))
-model(np.zeros((2, 8, 8, 1)))
-print(keras.backend.backend(), found, 'tensorflow' in sys.modules)
-"""
-    assert on(backend, code).split() == [backend, 'False', 'False']
 
 
 DISTRIBUTED = """

@@ -6,18 +6,21 @@ import os
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, EAGER, array, only, sequential
+from backends import (
+    BACKEND,
+    EAGER,
+    central_differences,
+    error_of,
+    only,
+    random,
+    refusals,
+    sequential,
+)
 from keras import layers, ops
 
-from diffstride import (
-    DiffStride,
-    DiffStride1D,
-    DiffStride3D,
-    complexity,
-    diffstride_layers,
-    replace_strides,
-)
+from diffstride import complexity, diffstride_layers, replace_strides
 from diffstride.callbacks import StrideBudget, StrideLogger, UpdateSizes
+from diffstride.pooling import DiffStride, DiffStride1D, DiffStride3D
 
 
 def small_model(**kwargs):
@@ -30,19 +33,12 @@ def small_model(**kwargs):
         layers.GlobalAveragePooling2D(),
         layers.Dense(3),
     )
-    model.compile(
-        keras.optimizers.SGD(0.3, momentum=0.9), 'mse', run_eagerly=EAGER
-    )
+    model.compile(keras.optimizers.SGD(0.3, 0.9), 'mse', run_eagerly=EAGER)
     return model
 
 
-def data(count=8):
-    rng = np.random.default_rng(0)
-    return rng.normal(size=(count, 16, 12, 3)), rng.normal(size=(count, 3))
-
-
-def strides_of(model):
-    return [layer.stride_values for layer in diffstride_layers(model)]
+def data():
+    return random(8, 16, 12, 3), random(8, 3)
 
 
 def test_stride_logger_logs_each_stride_and_size_and_the_macs(tmp_path):
@@ -112,18 +108,13 @@ class Subclassed(keras.Model):
         return self.pool(x)
 
 
-@pytest.mark.parametrize(
-    'make',
-    [
-        Subclassed,
-        lambda: sequential((None, None, 1), DiffStride(2.0, name='pool')),
-    ],
-)
-def test_stride_logger_without_known_sizes_logs_strides_alone(make):
-    model, x = make(), np.ones((2, 8, 8, 1))
-    model.compile('sgd', lambda y, p: ops.sum(p, axis=(1, 2, 3)))
-    logs = model.fit(x, x, verbose=0, callbacks=[StrideLogger()]).history
-    assert set(logs) == {'loss', 'stride/pool/height', 'stride/pool/width'}
+def test_stride_logger_without_known_sizes_logs_strides_alone():
+    unsized = sequential((None, None, 1), DiffStride(2.0, name='pool'))
+    for model in (Subclassed(), unsized):
+        x = np.ones((2, 8, 8, 1))
+        model.compile('sgd', lambda y, p: ops.sum(p, axis=(1, 2, 3)))
+        logs = model.fit(x, x, verbose=0, callbacks=[StrideLogger()]).history
+        assert set(logs) == {'loss', 'stride/pool/height', 'stride/pool/width'}
 
 
 def test_masks_are_images_for_tensorboard(tmp_path):
@@ -165,13 +156,8 @@ def test_sizes_of_a_compiled_model_follow_by_epochs():
     model.fit(x, y, epochs=2, verbose=0, callbacks=[by_epoch, UpdateSizes()])
     # An epoch has the sizes of 1 and 3. The last ones stay.
     assert [*sizes, pool.output_size(16)] == [16, 6, 6]
-    x = np.random.default_rng(0).normal(size=x.shape).astype('float32')
-    np.testing.assert_allclose(
-        model.predict(x, verbose=0), array(model(x)), rtol=1e-4, atol=1e-5
-    )
-
-
-# StrideBudget
+    x = random(*x.shape)
+    assert error_of(model.predict(x, verbose=0), model(x)) <= 1e-5
 
 
 TARGET = np.float32([[1.2, 2.0], [1.5, 1.1]])
@@ -220,38 +206,32 @@ def smooth_macs(a, b, c, d):
 
 def assert_best(strides, atol):
     """Checks that no exchange of MACs lowers the loss: Lagrange's condition."""
-    slopes = [
-        (smooth_macs(*(strides + x)) - smooth_macs(*(strides - x))) / 2e-6
-        for x in 1e-6 * np.eye(4)
-    ]
-    slopes = np.array(slopes) / np.linalg.norm(slopes)
+    slopes = central_differences(lambda x: smooth_macs(*x), strides)
+    slopes /= np.linalg.norm(slopes)
     pull = SCALE.ravel() * (strides - TARGET.ravel())
     np.testing.assert_allclose(pull, slopes * (pull @ slopes), atol=atol)
     assert smooth_macs(*strides) == pytest.approx(2e4, rel=1e-4)
 
 
-STARTS = [
-    ((4.0, 1.0), (2.0, 2.0)),
-    ((1.0, 1.0), (1.0, 1.0)),
-    ((5.0, 5.0), (5.0, 5.0)),
-]
+STARTS = [((4, 1), (2, 2)), ((1, 1), (1, 1)), ((5, 5), (5, 5))]
 
 
 def rest(model, start, steps, spread=0.0):
     """Returns where strides come to rest in a training from a start."""
-    for layer, strides in zip(diffstride_layers(model), start):
+    pools = diffstride_layers(model)
+    for layer, strides in zip(pools, start):
         layer.release()
         layer.strides = strides
     x, y = np.zeros((steps, 32, 32, 1)), np.zeros((steps, CHANNELS))
     learned = []
 
     def note(epoch, logs):
-        learned.append(np.ravel(strides_of(model)))
+        learned.append(np.ravel([x.stride_values for x in pools]))
 
     last = keras.callbacks.LambdaCallback(on_epoch_end=note)
     budget = StrideBudget(macs=2e4, learn=1.0, spread=spread)
     model.fit(x, y, batch_size=1, verbose=0, callbacks=[budget, last])
-    assert all(x.state.held for x in diffstride_layers(model))
+    assert all(x.state.held for x in pools)
     assert 1.9e4 < complexity(model, (32, 32, 1)).macs <= 2e4
     return learned[-1]
 
@@ -261,10 +241,7 @@ def test_learned_strides_are_the_best_ones_of_the_budget():
     found = [rest(model, start, 120) for start in STARTS]
     np.testing.assert_allclose(found, [found[0]] * len(found), atol=1e-2)
     assert_best(found[0], atol=3e-2)
-
-
-def test_steps_of_adam_come_to_rest_at_the_same_strides():
-    """They are not along the gradient, so neither is the way back."""
+    # Steps of Adam are not along the gradient, so neither is the way back.
     rate = keras.optimizers.schedules.CosineDecay(0.05, 150)
     model = quadratic_model(STARTS[0], keras.optimizers.Adam(rate))
     assert_best(rest(model, STARTS[0], 150), atol=5e-2)
@@ -272,50 +249,18 @@ def test_steps_of_adam_come_to_rest_at_the_same_strides():
 
 @pytest.mark.skipif(BACKEND == 'jax', reason='Its sizes are constants')
 def test_strides_that_are_drawn_leave_a_poor_start():
-    def with_a_dip_at_the_start(inputs, strides):
-        """The gradient inside the dip leads back to its middle."""
+    def with_a_dip(inputs, strides):
+        """The gradient inside the dip leads back to its middle, the start."""
         distance = ops.log(ops.divide(strides, np.float32(STARTS[0])))
         depth = ops.exp(-10 * ops.sum(ops.square(distance)))
         return quadratic(inputs, strides) - 4 * depth
 
-    model = quadratic_model(
-        STARTS[0],
-        keras.optimizers.SGD(0.1),
-        with_a_dip_at_the_start,
-        run_eagerly=EAGER,
-    )
+    sgd = keras.optimizers.SGD(0.1)
+    model = quadratic_model(STARTS[0], sgd, with_a_dip, run_eagerly=EAGER)
     best = rest(model, STARTS[2], 80)
     stuck, found = (rest(model, STARTS[0], 80, x) for x in (0.0, 0.8))
     np.testing.assert_allclose(stuck, np.ravel(STARTS[0]), rtol=0.3)
     np.testing.assert_allclose(found, best, rtol=0.2)
-
-
-def way(optimizer, slopes):
-    """Returns how far strides move apart, in logarithms, by three slopes."""
-    pool = DiffStride(2.0, 1.0, ramp='straight_through', method='matmul')
-    convs = [
-        layers.Conv2D(
-            4, 3, padding='same', kernel_initializer='ones', trainable=False
-        )
-        for _ in range(2)
-    ]
-
-    def loss(inputs, strides):
-        return ops.mean(inputs) * strides[0, 0]
-
-    slope = AddedLoss(loss, [pool])
-    model = sequential((32, 32, 1), convs[0], pool, slope, convs[1])
-    model.compile(optimizer, lambda y, p: 0 * ops.sum(p, (1, 2, 3)))
-    model.fit(
-        np.ones((42, 32, 32, 1)) * np.reshape(slopes * 14, [-1, 1, 1, 1]),
-        np.zeros(42),
-        batch_size=1,
-        shuffle=False,
-        verbose=0,
-        callbacks=[StrideBudget(share=1.0, learn=1.0)],
-    )
-    # The start is square, and the gradient is along the height alone.
-    return np.log(pool.stride_values[1] / pool.stride_values[0])
 
 
 @pytest.mark.parametrize(
@@ -331,8 +276,25 @@ def way(optimizer, slopes):
     ids=['momentum', 'nesterov', 'rmsprop', 'adam'],
 )
 def test_each_batch_has_one_vote_on_the_strides(optimizer):
-    # Two votes against one, however large the one is; all agreed lead to 2.6.
-    assert 1.2 < way(optimizer(), [1, 1, -100]) < 1.6
+    """Two votes against one, however large the one is."""
+    pool = DiffStride(2.0, 1.0, ramp='straight_through', method='matmul')
+    ones = {'kernel_initializer': 'ones', 'trainable': False}
+    first, last = (layers.Conv2D(4, 3, padding='same', **ones) for _ in 'ab')
+    slope = AddedLoss(lambda x, strides: ops.mean(x) * strides[0, 0], [pool])
+    model = sequential((32, 32, 1), first, pool, slope, last)
+    model.compile(optimizer(), lambda y, p: 0 * ops.sum(p, (1, 2, 3)))
+    model.fit(
+        np.ones((42, 32, 32, 1)) * np.reshape([1, 1, -100] * 14, (-1, 1, 1, 1)),
+        np.zeros(42),
+        batch_size=1,
+        shuffle=False,
+        verbose=0,
+        callbacks=[StrideBudget(share=1.0, learn=1.0)],
+    )
+    # The start is square, and the gradient is along the height alone. Were all
+    # agreed, the width would be e^2.6 times the height.
+    height, width = pool.stride_values
+    assert 1.2 < np.log(width / height) < 1.6
 
 
 @only('tensorflow', 'the number of batches of other data is known')
@@ -382,10 +344,8 @@ def test_strides_are_learned_then_held_within_the_budget(jit, capsys):
     text = capsys.readouterr().out
     assert text.count('Strides are held at first [') == 1
     assert f'{macs:,} of {budget:,.0f} MACs' in text
-    x = data()[0].astype('float32')
-    np.testing.assert_allclose(
-        model.predict(x, verbose=0), array(model(x)), rtol=1e-4, atol=1e-5
-    )
+    x, _ = data()
+    assert error_of(model.predict(x, verbose=0), model(x)) <= 1e-5
 
 
 def test_weights_restored_from_the_first_phase_are_held_within_the_budget():
@@ -435,34 +395,26 @@ def test_a_training_that_was_interrupted_goes_on_alike(spread, tmp_path):
 @pytest.mark.skipif(BACKEND == 'jax', reason='JAX compiles for a minute')
 def test_mobilenet_within_a_budget():
     shape = (32, 32, 3)  # The last maps have one pixel.
-    net = keras.applications.MobileNetV2(
-        shape, alpha=0.35, weights=None, classes=2
-    )
+    net = keras.applications.MobileNetV2(shape, 0.35, weights=None, classes=2)
     model = replace_strides(net, smoothness_factor=1.0)
     before = complexity(model, shape).macs
     model.compile('adam', 'sparse_categorical_crossentropy', run_eagerly=EAGER)
-    x = np.random.default_rng(0).normal(size=(2, *shape)).astype('float32')
+    x = random(2, *shape)
     budget = StrideBudget(share=0.65)
     model.fit(x, np.array([0, 1]), verbose=0, callbacks=[budget])
     macs = complexity(model, shape).macs
     assert 0.6 * before < macs <= 0.65 * before
 
 
-@pytest.mark.parametrize(
-    'cls, kwargs, message',
-    [
-        (StrideLogger, {'input_shape': (32.5, 32)}, '`input_shape` must be'),
-        (StrideLogger, {'log_dir': 3}, '`log_dir` must be the path'),
-        (StrideBudget, {}, 'Either `macs` or `share` must be given'),
-        (StrideBudget, {'macs': -1}, '`macs` must be a finite number, above 0'),
-        (StrideBudget, {'macs': 1e6, 'learn': 0}, '`learn` must be a share'),
-        (StrideBudget, {'macs': 1e6, 'learn': 1.5}, '`learn` must be a share'),
-        (StrideBudget, {'macs': 1e6, 'spread': -1}, '`spread` must be'),
-    ],
+test_wrong_arguments = refusals(
+    (lambda: StrideLogger(input_shape=(32.5, 32)), '`input_shape` must be'),
+    (lambda: StrideLogger(log_dir=3), '`log_dir` must be the path'),
+    (lambda: StrideBudget(), 'Either `macs` or `share` must be given'),
+    (lambda: StrideBudget(-1), '`macs` must be a finite number, above 0'),
+    (lambda: StrideBudget(1e6, learn=0), '`learn` must be a share'),
+    (lambda: StrideBudget(1e6, learn=1.5), '`learn` must be a share'),
+    (lambda: StrideBudget(1e6, spread=-1), '`spread` must be'),
 )
-def test_wrong_arguments(cls, kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        cls(**kwargs)
 
 
 @pytest.mark.skipif(BACKEND == 'torch', reason='It compiles no layer')

@@ -13,13 +13,10 @@ from PIL import Image
 from runtimes import RUNTIMES, exports_to_onnx
 
 from diffstride import DiffStride
-from diffstride.examples import (
-    checkpoints,
-    classifier,
-    evaluate,
-    export,
-    predict,
-)
+from diffstride.examples import checkpoints, classifier
+from diffstride.examples.evaluate import evaluate
+from diffstride.examples.export import export
+from diffstride.examples.predict import predict
 
 NAMES = ('red', 'green', 'blue')
 SHAPE = (12, 16, 3)
@@ -79,27 +76,16 @@ def workdir(tmp_path_factory):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """A folder of 4 red, 3 green and 2 blue images; a blue one looks red."""
-    folder = tmp_path / 'pictures'
-    for name, channels in (
-        ('red', [0] * 4),
-        ('green', [1] * 3),
-        ('blue', [2, 0]),
-    ):
-        write_pictures(folder / name, channels)
-    return folder
-
-
-@pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
     """Runs a command in a folder that stays empty: its output or its error."""
     here = tmp_path / 'here'
     here.mkdir()
     monkeypatch.chdir(here)
 
-    def run(command, *arguments, fails=False):
-        monkeypatch.setattr(sys, 'argv', ['command', *map(str, arguments)])
+    def run(command, workdir, *arguments, fails=False):
+        flags = [f'--workdir={workdir}'] if workdir else []
+        arguments = ['command', *flags, *map(str, arguments)]
+        monkeypatch.setattr(sys, 'argv', arguments)
         with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
             classifier.run_command(command)
         assert not list(here.iterdir())
@@ -113,18 +99,13 @@ def run(monkeypatch, tmp_path, capsys):
     return run
 
 
-def read_csv(path):
-    with path.open(newline='') as file:
-        return list(csv.reader(file))
-
-
 @pytest.mark.parametrize(
     'name, file',
     [('litert', 'model.tflite'), ('tf_saved_model', 'saved_model')],
 )
 def test_other_formats_contain_the_preprocessing(workdir, run, name, file):
     (workdir / 'export/saved_model').mkdir(parents=True, exist_ok=True)
-    run(export.export, f'--workdir={workdir}', f'--format={name}')
+    run(export, workdir, f'--format={name}')
     pixels = np.stack([picture(i, i) for i in range(3)]).astype('float32')
     probabilities = RUNTIMES[name][1](str(workdir / 'export' / file))(pixels)
     np.testing.assert_allclose(probabilities, reference(pixels), atol=1e-5)
@@ -136,7 +117,7 @@ def test_bfloat16_is_exported_as_float32_with_class_names(tmp_path, run):
     keras.config.set_dtype_policy('float32')
     workdir = make_workdir(tmp_path / 'run', model)
     output = tmp_path / 'exported'
-    text = run(export.export, f'--workdir={workdir}', f'--output={output}')
+    text = run(export, workdir, f'--output={output}')
     files = sorted(path.name for path in output.iterdir())
     assert files == ['labels.txt', 'model.onnx']
     assert f'Wrote {output / "model.onnx"}' in text
@@ -155,7 +136,7 @@ def test_predict_says_the_likely_classes(workdir, run, tmp_path):
     paths = tmp_path / 'a.png', tmp_path / 'b.png'
     for image, path in zip(images, paths):
         Image.fromarray(image).save(path)
-    text = run(predict.predict, f'--workdir={workdir}', '--top=2', *paths)
+    text = run(predict, workdir, '--top=2', *paths)
     lines = [line for line in text.splitlines() if '.png' in line]
     for path, line, expected in zip(
         paths, lines, reference(np.stack(images)), strict=True
@@ -170,86 +151,59 @@ def test_predict_says_the_likely_classes(workdir, run, tmp_path):
 def test_predict_resizes_and_makes_logits_probabilities(tmp_path, run):
     workdir = make_workdir(tmp_path / 'run', color_model(activation=None))
     pixels = picture(1, size=(36, 32))
-    Image.fromarray(pixels).save(tmp_path / 'large.png')
-    run(
-        predict.predict,
-        f'--workdir={workdir}',
-        f'--output={tmp_path / "out"}',
-        tmp_path / 'large.png',
-    )
-    header, row = read_csv(tmp_path / 'out/predictions.csv')
+    path, output = tmp_path / 'large.png', tmp_path / 'out'
+    Image.fromarray(pixels).save(path)
+    run(predict, workdir, f'--output={output}', path)
+    lines = (output / 'predictions.csv').read_text().splitlines()
+    header, row = csv.reader(lines)
     assert header == ['file', *NAMES]
-    assert row[0] == str(tmp_path / 'large.png')
+    assert row[0] == str(path)
     # Resizing keeps mean colors, to the rounding of pixels.
-    np.testing.assert_allclose(
-        np.array(row[1:], float), reference(pixels[None])[0], atol=0.02
-    )
+    (expected,) = reference(pixels[None])
+    np.testing.assert_allclose(np.float64(row[1:]), expected, atol=0.02)
 
 
-CONFUSION = [
-    ['class', *NAMES],
-    ['red', '4', '0', '0'],
-    ['green', '0', '3', '0'],
-    ['blue', '1', '0', '1'],
-]
-
-
-def check_evaluation(text, output):
-    assert '9 images, accuracy 88.9%' in text
-    assert '| blue | 2 | 50.0% | 100.0% | red |' in text
-    assert '| red | 4 | 100.0% | 80.0% | - |' in text
-    assert read_csv(output / 'confusion.csv') == CONFUSION
-    assert read_csv(output / 'classes.csv') == [
-        ['class', 'images', 'recall', 'precision'],
-        ['red', '4', '1.0', '0.8'],
-        ['green', '3', '1.0', '1.0'],
-        ['blue', '2', '0.5', '1.0'],
-    ]
-    assert f'Wrote {output / "confusion.png"}' in text
-    with Image.open(output / 'confusion.png') as image:
-        assert image.format == 'PNG'
-
-
-def test_evaluate_on_a_folder(workdir, pictures, run, tmp_path):
-    output = tmp_path / 'out'
-    text = run(
-        evaluate.evaluate,
-        f'--workdir={workdir}',
-        f'--folder={pictures}',
-        f'--output={output}',
-    )
-    check_evaluation(text, output)
-
-
-def test_evaluate_on_a_split_of_the_training(pictures, run, tmp_path):
-    for name, channel in zip(NAMES, range(3)):
-        write_pictures(tmp_path / 'data/train' / name, [channel])
-    pictures.rename(tmp_path / 'data/unseen')
+def test_evaluate_on_a_folder_and_a_split(workdir, run, tmp_path):
+    """Of 4 red, 3 green and 2 blue images, a blue one looks red."""
+    data, out = tmp_path / 'data', tmp_path / 'out'
+    for name, channels in zip(NAMES, ([0] * 4, [1] * 3, [2, 0])):
+        write_pictures(data / 'unseen' / name, channels)
+        write_pictures(data / 'train' / name, [NAMES.index(name)])
+    first = run(evaluate, workdir, f'--folder={data}/unseen', f'--output={out}')
     settings = f"""
 import diffstride.examples.data
 data.load_datasets:
-  name = '{tmp_path / 'data'}'
+  name = '{data}'
   test_split = 'train'
   batch_size = 2
   normalization = None
 """
     model = color_model(mean=0, scale=1)
     workdir = make_workdir(tmp_path / 'run', model, 0, 1, settings)
-    text = run(evaluate.evaluate, f'--workdir={workdir}', '--split=unseen')
-    check_evaluation(text, workdir / 'evaluation')
-    text = run(evaluate.evaluate, f'--workdir={workdir}')
-    assert '3 images, accuracy 100.0%' in text
+    second = run(evaluate, workdir, '--split=unseen')
+    for text, output in (first, out), (second, workdir / 'evaluation'):
+        assert '9 images, accuracy 88.9%' in text
+        assert '| blue | 2 | 50.0% | 100.0% | red |' in text
+        assert '| red | 4 | 100.0% | 80.0% | - |' in text
+        confusion = (output / 'confusion.csv').read_text().split()
+        rows = ['red,4,0,0', 'green,0,3,0', 'blue,1,0,1']
+        assert confusion == ['class,red,green,blue', *rows]
+        classes = (output / 'classes.csv').read_text().split()
+        rows = ['red,4,1.0,0.8', 'green,3,1.0,1.0', 'blue,2,0.5,1.0']
+        assert classes == ['class,images,recall,precision', *rows]
+        assert f'Wrote {output / "confusion.png"}' in text
+        with Image.open(output / 'confusion.png') as image:
+            assert image.format == 'PNG'
+    assert '3 images, accuracy 100.0%' in run(evaluate, workdir)
 
 
-@pytest.mark.parametrize(
-    'command', [evaluate.evaluate, predict.predict, export.export]
-)
+@pytest.mark.parametrize('command', [evaluate, predict, export])
 def test_workdir_without_a_training_ends_in_one_line(command, tmp_path, run):
-    pictures = ['cat.jpg'] if command is predict.predict else []
-    code = run(command, *pictures, fails=True)
+    pictures = ['cat.jpg'] if command is predict else []
+    code = run(command, None, *pictures, fails=True)
     assert code == 'error: --workdir must be the folder of a finished training'
     none = tmp_path / 'none'
-    assert str(none) in run(command, f'--workdir={none}', *pictures, fails=True)
+    assert str(none) in run(command, none, *pictures, fails=True)
     assert not none.exists()
 
 
@@ -258,13 +212,12 @@ def test_wrong_arguments_end_in_one_line(workdir, run, tmp_path):
     write_pictures(tmp_path / 'others/cat', [0])
     (tmp_path / 'empty').mkdir()
     for command, arguments, message in (
-        (predict.predict, [], 'Name the pictures after the flags'),
-        (predict.predict, [tmp_path / 'text.jpg'], 'text.jpg cannot be read'),
-        (predict.predict, [tmp_path / 'none.jpg'], 'none.jpg cannot be read'),
-        (evaluate.evaluate, ['x'], "Unknown arguments: ['x']"),
-        (evaluate.evaluate, [f'--folder={tmp_path}/others'], "['cat']"),
-        (evaluate.evaluate, [f'--folder={tmp_path}/empty'], 'must hold images'),
-        (export.export, ['x'], "Unknown arguments: ['x']"),
+        (predict, [], 'Name the pictures after the flags'),
+        (predict, [tmp_path / 'text.jpg'], 'text.jpg cannot be read'),
+        (predict, [tmp_path / 'none.jpg'], 'none.jpg cannot be read'),
+        (evaluate, ['x'], "Unknown arguments: ['x']"),
+        (evaluate, [f'--folder={tmp_path}/others'], "['cat']"),
+        (evaluate, [f'--folder={tmp_path}/empty'], 'must hold images'),
+        (export, ['x'], "Unknown arguments: ['x']"),
     ):
-        code = run(command, f'--workdir={workdir}', *arguments, fails=True)
-        assert message in code
+        assert message in run(command, workdir, *arguments, fails=True)

@@ -12,12 +12,10 @@ N, CLASSES = gratings.SIZE, gratings.CLASSES
 @pytest.fixture(scope='module')
 def splits(data_dir):
     """Returns (pixels around 0, labels) of both splits."""
-    splits = tfds.as_numpy(
-        tfds.load('gratings', data_dir=data_dir, batch_size=-1)
-    )
+    splits = tfds.load('gratings', data_dir=data_dir, batch_size=-1)
     return {
         name: (split['image'][..., 0] / 255 - 0.5, split['label'])
-        for name, split in splits.items()
+        for name, split in tfds.as_numpy(splits).items()
     }
 
 
@@ -81,9 +79,8 @@ def matched(images, frequencies):
         spectrum = np.zeros_like(rows)
         for frequency, phase in zip(gratings.FREQUENCIES, phases):
             if frequency in frequencies:
-                spectrum[:, frequency] = rows[:, frequency] * np.exp(
-                    -1j * phase
-                )
+                turned = rows[:, frequency] * np.exp(-1j * phase)
+                spectrum[:, frequency] = turned
         scores.append(np.fft.irfft(spectrum, n=8 * N).max(-1))
     return np.argmax(scores, 0)
 
@@ -94,9 +91,7 @@ def test_phases_tell_the_class_and_a_stride_of_three_loses_them(splits):
     assert kept == [3, 4, 5]
     assert np.mean(matched(images, gratings.FREQUENCIES) == labels) > 0.99
     assert np.mean(matched(images, kept) == labels) < 0.9
-
-
-def test_linear_readout_does_not_suffice(splits):
+    # A linear readout does not suffice.
     (train, labels), (test, expected) = (
         (images.reshape(-1, N * N), labels)
         for images, labels in (splits['train'], splits['test'])

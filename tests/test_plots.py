@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from backends import array
+from backends import array, random, refusals
 
 from diffstride import DiffStride, FixedSpectralPooling, plots, resnet
 
@@ -53,7 +53,7 @@ def test_pooled(channels_first):
     if channels_first:
         pool = DiffStride(2.0, 1.0, data_format='channels_first')
         model = keras.Sequential([keras.layers.Permute((3, 1, 2)), pool])
-    image = np.random.normal(size=(16, 12, 3)).astype('float32')
+    image = random(16, 12, 3)
     before = array(model(image[None]))
     figure = plots.pooled(model, image)
     shapes = [axes.images[0].get_array().shape for axes in figure.axes]
@@ -62,25 +62,17 @@ def test_pooled(channels_first):
 
 
 START = {'stride/a/height': [2.0]}
-
-
-@pytest.mark.parametrize(
-    'draw, arguments, message',
-    [
-        (plots.accuracy_macs, [{}], '`points` must have at least one'),
-        (plots.accuracy_macs, [{'a': []}], '`points` must have at least'),
-        (plots.strides, [{'loss': [1.0]}], '`history` must have strides'),
-        (plots.strides, [START, {'a': []}], '`initial` must have as many'),
-        (plots.strides, [START, {'b': [2.0]}], '`initial` must have as many'),
-        (plots.response, [FixedSpectralPooling(2.0), 8],
-         '`layer` must be a DiffStride'),
-        (plots.response, [DiffStride(2.0), 0], '`size` must be an int'),
-        (plots.response, [DiffStride(2.0), 8, 2], '`index` must be one'),
-        (plots.pooled,
-         [keras.Sequential([keras.layers.ReLU()]), np.zeros((8, 8, 1))],
-         '`model` must have spectral pooling layers'),
-    ],
+RELU = keras.Sequential([keras.layers.ReLU()])
+test_wrong_arguments = refusals(
+    (lambda: plots.accuracy_macs({}), '`points` must have at least one'),
+    (lambda: plots.accuracy_macs({'a': []}), '`points` must have at least'),
+    (lambda: plots.strides({'loss': [1.0]}), '`history` must have strides'),
+    (lambda: plots.strides(START, {'a': []}), '`initial` must have as many'),
+    (lambda: plots.strides(START, {'b': [2.0]}), '`initial` must have as many'),
+    (lambda: plots.response(FixedSpectralPooling(2.0), 8),
+     '`layer` must be a DiffStride'),
+    (lambda: plots.response(DiffStride(2.0), 0), '`size` must be an int'),
+    (lambda: plots.response(DiffStride(2.0), 8, 2), '`index` must be one'),
+    (lambda: plots.pooled(RELU, np.zeros((8, 8, 1))),
+     '`model` must have spectral pooling layers'),
 )  # fmt: skip
-def test_wrong_arguments(draw, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        draw(*arguments)

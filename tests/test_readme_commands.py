@@ -39,9 +39,10 @@ def picture(name, seed, size=(32, 32)):
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-@pytest.fixture
-def run(tmp_path):
-    """Runs a command of the README in a folder with pictures: its output."""
+@pytest.mark.slow
+def test_from_a_training_to_the_class_of_a_jpeg_without_this_package(
+    tmp_path, monkeypatch, capsys
+):
     for split, count in (('train', 24), ('test', 4)):
         for i, name in enumerate(NAMES):
             folder = tmp_path / 'pictures' / split / name
@@ -58,13 +59,6 @@ def run(tmp_path):
             arguments += [f'--gin_bindings={x}' for x in bindings]
         return output_of(*arguments[1:], cwd=tmp_path)
 
-    return run
-
-
-@pytest.mark.slow
-def test_from_a_training_to_the_class_of_a_jpeg_without_this_package(
-    run, tmp_path, monkeypatch, capsys
-):
     workdir = str(tmp_path / 'run')
     commands = [
         command.replace('/tmp/cifar10', workdir)

@@ -1,6 +1,5 @@
 """The resampling operator, against the reference and by its formula."""
 
-import itertools
 import time
 
 import numpy as np
@@ -8,10 +7,8 @@ import pytest
 import reference
 from backends import (
     BACKEND,
-    COMPILERS,
-    USUAL,
     array,
-    dtype_of,
+    central_differences,
     error_of,
     gradients,
     image,
@@ -19,51 +16,18 @@ from backends import (
     of_unknown_sizes,
     only,
     random,
-    skip_unless_there_is,
-    some,
 )
 from keras import ops
 
 from diffstride import DiffStride1D, FixedSpectralPooling1D, resampling
-from diffstride.resampling import METHODS, NORMS, Response
-
-SIZES = (1, 2, 3, 4, 5, 8, 9, 16, 31, 32)
-every_method = pytest.mark.parametrize('method', METHODS[1:])
+from diffstride.resampling import METHODS, Response
 
 
-def resample(x, axis, size, weights=None, norm='forward', method='auto'):
+def resample(x, axis, size, weights=None, method='auto'):
     """Resamples one tensor."""
     response = None if weights is None else Response(weights)
-    return resampling.resample([x], axis, size, norm, method, response)[0]
-
-
-def weights_for(size, output_size, seed):
-    """Returns weights up to the band of both sizes."""
-    return 0.1 + np.abs(random(min(size, output_size) // 2 + 1, seed=seed))
-
-
-# Values
-
-
-@pytest.mark.parametrize('has_weights', [False, True])
-@pytest.mark.parametrize('norm', NORMS)
-@every_method
-def test_values_agree_with_reference_down_and_up(method, norm, has_weights):
-    pairs = itertools.product(SIZES, SIZES)
-    for i, (size, output_size) in some(enumerate(pairs)):
-        axis = i % 4
-        x = random(*(size if a == axis else 2 for a in range(4)), seed=i)
-        weights = weights_for(size, output_size, i) if has_weights else None
-
-        def resampled(x, weights, axis=axis, size=output_size):
-            return resample(x, axis, size, weights, norm, method)
-
-        if has_weights:
-            y = COMPILERS[USUAL](resampled)(*map(ops.array, (x, weights)))
-        else:
-            y = resampled(ops.array(x), None)
-        expected = reference.resample(x, axis, output_size, weights, norm)
-        assert error_of(y, expected) <= 2e-6, (size, output_size)
+    (y,) = resampling.resample([x], axis, size, 'forward', method, response)
+    return y
 
 
 @pytest.mark.parametrize(
@@ -79,27 +43,8 @@ def test_long_axes_are_accurate(method, size, output_size):
     assert error_of(y, expected) <= 1e-5
 
 
-@pytest.mark.parametrize(
-    'dtype, tolerance',
-    [('float16', 3e-3), ('bfloat16', 2e-2), ('float64', 1e-13)],
-)
-@every_method
-def test_the_dtype_is_that_of_the_input(method, dtype, tolerance):
-    skip_unless_there_is(dtype)
-    x = ops.cast(random(2, 33), dtype)
-    for output_size in (12, 40):
-        y = resample(x, 1, output_size, method=method)
-        assert dtype_of(y) == dtype
-        expected = reference.resample(array(x), 1, output_size)
-        assert error_of(y, expected) <= tolerance
-    assert np.array_equal(array(resample(x, 1, 33, method=method)), array(x))
-
-
-# Gradients
-
-
 @pytest.mark.parametrize('size', [7, 40])
-@every_method
+@pytest.mark.parametrize('method', METHODS[1:])
 def test_gradient_of_a_gradient_is_the_central_difference(method, size):
     """The input is kept for the gradient, or on long axes its spectrum."""
     x = random(2, size, 3)
@@ -128,15 +73,8 @@ def test_gradient_of_a_gradient_is_the_central_difference(method, size):
 
     varying = ops.take(weights, frequencies)
     (actual,) = gradients(penalty, [varying])
-    steps = 1e-6 * np.eye(len(varying))
-    expected = [
-        (expected_penalty(step) - expected_penalty(-step)) / 2e-6
-        for step in steps
-    ]
+    expected = central_differences(expected_penalty, np.zeros(len(varying)))
     assert error_of(actual, expected) <= 1e-4
-
-
-# The choice of the method
 
 
 @pytest.mark.parametrize(
@@ -151,9 +89,7 @@ def test_gradient_of_a_gradient_is_the_central_difference(method, size):
         ((2, 1024, 1024, 8), 1, 264, 'matmul'),
     ],
 )
-def test_the_method_follows_the_model_of_time(
-    monkeypatch, shape, axis, output_size, method
-):
+def test_the_fastest_method(monkeypatch, shape, axis, output_size, method):
     """Only the chosen one is made."""
     for name, other in [('_products', 'matmul'), ('_filters', 'fft')]:
 
@@ -206,9 +142,8 @@ def test_gradients_are_right_whichever_method_a_graph_chooses():
         )
         return gradients(loss, [x], [layer.strides]) + of_penalty
 
-    all_gradients = of_unknown_sizes(
-        all_gradients, *[([None, None, 2], 'float32')] * 2
-    )
+    spec = [None, None, 2], 'float32'
+    all_gradients = of_unknown_sizes(all_gradients, spec, spec)
     for length in LENGTHS:
         x = image((length,))
         matrix = reference.diffstride(np.eye(length)[None], (2.2,))[0]

@@ -7,16 +7,18 @@ import gin
 import keras
 import numpy as np
 import pytest
-from backends import array, dtype_of, error_of, random, skip_unless_there_is
+from backends import (
+    array,
+    dtype_of,
+    error_of,
+    random,
+    refusals,
+    skip_unless_there_is,
+)
 from keras import layers, ops
 
-from diffstride import (
-    DiffStride,
-    FixedSpectralPooling,
-    SpatialPooling,
-    models,
-    resnet,
-)
+from diffstride import models, resnet
+from diffstride.pooling import DiffStride, FixedSpectralPooling, SpatialPooling
 
 # The example registers classes that gin files may name in this way.
 AVERAGE_OF_GIN = gin.external_configurable(
@@ -30,21 +32,14 @@ def max_pooling(strides, data_format):
     )
 
 
-POOLINGS = {
-    'DiffStride': DiffStride,
-    'FixedSpectralPooling': FixedSpectralPooling,
-    'SpatialPooling': SpatialPooling,
-    'None': None,
-    'MaxPooling2D': layers.MaxPooling2D,
-    'AveragePooling2D': layers.AveragePooling2D,
-    'AveragePooling2D of gin': AVERAGE_OF_GIN,
-    'function': max_pooling,
-    'partial': functools.partial(DiffStride, smoothness_factor=1.5),
-}
 every_pooling = pytest.mark.parametrize(
-    'pooling_cls', POOLINGS.values(), ids=POOLINGS
+    'pooling_cls',
+    [
+        *(DiffStride, FixedSpectralPooling, SpatialPooling, None),
+        *(layers.MaxPooling2D, layers.AveragePooling2D, AVERAGE_OF_GIN),
+        *(max_pooling, functools.partial(DiffStride, smoothness_factor=1.5)),
+    ],
 )
-every_order = pytest.mark.parametrize('pool_after', resnet.POOL_AFTER)
 
 
 def small_resnet(strides='1, 1, 2', filters=(4, 4, 6), classes=3, **kwargs):
@@ -70,9 +65,6 @@ def randomize(model):
     for weight in model.weights:
         if 'record' not in weight.path:
             weight.assign_add(0.1 + 0.3 * random.random(weight.shape))
-
-
-# Shapes and sizes
 
 
 @every_pooling
@@ -153,9 +145,6 @@ def test_strides_are_a_string_or_a_list_or_pairs(strides):
     assert resnet.parse_strides(strides) == [(1, 1), (2, 2), (3, 1.5)]
 
 
-# Architecture
-
-
 @pytest.mark.parametrize(
     'width, classes, pooling_cls, strides, count',
     [
@@ -222,7 +211,7 @@ def convolved(x, layer, strides=1):
     return ops.conv(x, layer.kernel, strides, padding='same')
 
 
-@every_order
+@pytest.mark.parametrize('pool_after', resnet.POOL_AFTER)
 @pytest.mark.parametrize('project', [False, True])
 @pytest.mark.parametrize(
     'pooling_cls', [None, DiffStride, FixedSpectralPooling, SpatialPooling]
@@ -278,25 +267,19 @@ def test_dtype_of_a_layer_is_that_of_its_convolutions(dtype):
         assert inner.compute_dtype == layer.compute_dtype
 
 
-# Keywords of the 2022 release
-
-
-def test_id_only_blocks_do_not_project():
+def test_blocks_project_as_they_are_told():
     for id_only, expected in [((), [True, True]), ([0], [False, True])]:
         model = small_resnet(id_only=id_only, num_layers=2)
         actual = [layer.project for layer in residual_layers(model)]
         assert actual == [expected[0], False, expected[1], False]
-
-
-@pytest.mark.parametrize('project', [False, True])
-def test_project_first_tells_whether_a_block_projects_and_strides(project):
-    strides = 1 if project else (2, 4)
-    block = resnet.ResnetBlock(
-        7, strides, num_layers=3, project_first=project, kernel_size=5
-    )
-    assert [x.project for x in block.layers] == [project, False, False]
-    assert [x.kernel_size for x in block.layers] == [5] * 3
-    assert tuple(block(random(1, 8, 8, 7)).shape) == (1, 8, 8, 7)
+    for project in (False, True):
+        strides = 1 if project else (2, 4)
+        block = resnet.ResnetBlock(
+            7, strides, num_layers=3, project_first=project, kernel_size=5
+        )
+        assert [x.project for x in block.layers] == [project, False, False]
+        assert [x.kernel_size for x in block.layers] == [5] * 3
+        assert tuple(block(random(1, 8, 8, 7)).shape) == (1, 8, 8, 7)
 
 
 def test_weight_decay_penalizes_kernels_and_the_last_bias():
@@ -322,53 +305,34 @@ def test_stride_cost_is_that_of_the_paper(pooling_cls, cost):
     assert float(sum(model.losses)) == pytest.approx(cost, rel=1e-5)
 
 
-# Errors
-
-
-@pytest.mark.parametrize(
-    'make, kwargs, message',
-    [
-        (small_resnet, {'strides': '1, 1'},
-         r'`strides` must be as many as `filters`, 3\. Rec.*strides=.*1\.0'),
-        (small_resnet, {'strides': '1.5, 1, 1'}, '`strides`.*integers.*=.1.5'),
-        (small_resnet, {'strides': '1, 2, 2', 'id_only': [0]},
-         r'`strides` must be 1 in the blocks of `id_only`.*=\[0\]'),
-        (small_resnet, {'id_only': [2]}, r'`id_only` must be .*=\[2\]'),
-        (small_resnet, {'filters': [4], 'strides': '1', 'id_only': [0]},
-         r'`id_only` must be .*=\[0\]'),
-        (small_resnet, {'filters': (4, 0, 6)}, '`filters` must be a list'),
-        (resnet.ResidualLayer, {'filters': 4, 'strides': (1, 2)},
-         r'`strides` must be 1 .*project=False\. Received: strides=\(1, 2\)'),
-        (small_resnet, {'strides': '1 1 2'}, "`strides`.*such as.*'1 1 2'"),
-        (small_resnet, {'strides': '__import__("os").getcwd()'}, 'such as'),
-        (small_resnet, {'strides': None}, '`strides`.*such as.*=None'),
-        (small_resnet, {'strides': '1, 1, 0.5'}, '`strides`.*at least 1'),
-        (small_resnet, {'num_layers': 0}, '`num_layers` .*=0'),
-        (resnet.resnet18, {'width': 0.5}, '`width` .*=0.5'),
-        (small_resnet, {'weight_decay': -1}, '`weight_decay` .*=-1'),
-        (small_resnet, {'pool_after': 'norm'}, "`pool_after` must.*='norm'"),
-        (small_resnet, {'stride_cost': -1}, '`stride_cost` .*=-1'),
-        (small_resnet, {'pooling_cls': lambda **unused: 'pool'},
-         "`pooling_cls` must return a layer.*='pool'"),
-        (small_resnet, {'pooling_cls': 3}, '`pooling_cls` must be .*=3'),
-        (resnet.ResidualLayer, {'filters': 4, 'project': 'no'},
-         "`project` .*='no'"),
-        (resnet.ResidualLayer, {'filters': 4, 'pool_after': 3},
-         '`pool_after` .*=3'),
-    ],
+test_wrong_arguments_are_refused = refusals(
+    (lambda: small_resnet('1, 1'),
+     r'`strides` must be as many as `filters`, 3\. Rec.*strides=.*1\.0'),
+    (lambda: small_resnet('1.5, 1, 1'), '`strides`.*integers.*=.1.5'),
+    (lambda: small_resnet('1, 2, 2', id_only=[0]),
+     r'`strides` must be 1 in the blocks of `id_only`.*=\[0\]'),
+    (lambda: small_resnet(id_only=[2]), r'`id_only` must be .*=\[2\]'),
+    (lambda: small_resnet('1', [4], id_only=[0]), r'`id_only` must .*=\[0\]'),
+    (lambda: small_resnet(filters=(4, 0, 6)), '`filters` must be a list'),
+    (lambda: resnet.ResidualLayer(4, strides=(1, 2)),
+     r'`strides` must be 1 .*project=False\. Received: strides=\(1, 2\)'),
+    (lambda: small_resnet('1 1 2'), "`strides`.*such as.*'1 1 2'"),
+    (lambda: small_resnet('__import__("os").getcwd()'), 'such as'),
+    (lambda: small_resnet(None), '`strides`.*such as.*=None'),
+    (lambda: small_resnet('1, 1, 0.5'), '`strides`.*at least 1'),
+    (lambda: small_resnet(num_layers=0), '`num_layers` .*=0'),
+    (lambda: resnet.resnet18(width=0.5), '`width` .*=0.5'),
+    (lambda: small_resnet(weight_decay=-1), '`weight_decay` .*=-1'),
+    (lambda: small_resnet(pool_after='norm'), "`pool_after` must.*='norm'"),
+    (lambda: small_resnet(stride_cost=-1), '`stride_cost` .*=-1'),
+    (lambda: small_resnet(pooling_cls=lambda **unused: 'pool'),
+     "`pooling_cls` must return a layer.*='pool'"),
+    (lambda: small_resnet(pooling_cls=3), '`pooling_cls` must be .*=3'),
+    (lambda: resnet.ResidualLayer(4, project='no'), "`project` .*='no'"),
+    (lambda: resnet.ResidualLayer(4, pool_after=3), '`pool_after` .*=3'),
+    (lambda: resnet.ResidualLayer(5)(random(1, 8, 8, 4)),
+     '`filters`.*4.*filters=5'),
 )  # fmt: skip
-def test_wrong_arguments_are_refused(make, kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        make(**kwargs)
-
-
-def test_a_change_of_channels_without_projection_is_refused():
-    layer = resnet.ResidualLayer(5)
-    with pytest.raises(ValueError, match=r'`filters`.*4.*filters=5'):
-        layer(random(1, 8, 8, 4))
-
-
-# Serialization
 
 
 @every_pooling
@@ -398,9 +362,7 @@ def test_layer_config_round_trips_through_json(pooling_cls):
 
 
 @pytest.mark.parametrize('pooling_cls', [DiffStride, max_pooling])
-def test_saved_and_cloned_networks_are_the_same_whatever_gin_says(
-    pooling_cls, tmp_path
-):
+def test_copies_are_the_same_whatever_gin_says(pooling_cls, tmp_path):
     keras.config.set_dtype_policy('mixed_bfloat16')
     model = small_resnet('2, 1, (2, 3)', pooling_cls=pooling_cls, num_layers=1)
     x = random(2, 24, 17, 3)
@@ -424,9 +386,6 @@ def test_saved_and_cloned_networks_are_the_same_whatever_gin_says(
             assert layer.compute_dtype == 'bfloat16'
         for pool in layers_of(copy, DiffStride):
             assert pool.strides.dtype == 'float32'
-
-
-# Gin
 
 
 def test_bindings_of_gin_reach_the_whole_network():
@@ -456,10 +415,7 @@ def test_bindings_of_gin_reach_the_whole_network():
     assert {layer.pool_after for layer in residual} == {'activation'}
     assert model.layers[-1].units == 7
     assert model.layers[-1].activation is keras.activations.softmax
-
-
-def test_a_class_in_the_call_gets_the_bindings_of_gin():
-    gin.parse_config('pooling.DiffStride.smoothness_factor = 2.0')
+    # A class in the call gets the bindings, too.
     for make in (pooling_layer, small_resnet):
         (*_, pool) = layers_of(make(pooling_cls=DiffStride), DiffStride)
         assert pool.smoothness_factor == 2.0

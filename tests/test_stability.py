@@ -21,9 +21,8 @@ def meter(pool, optimizer='sgd', shape=(16, 12, 2)):
 
 
 def fit(model, x, **kwargs):
-    return model.fit(
-        x, np.ones((len(x), 2)), batch_size=len(x), verbose=0, **kwargs
-    )
+    y = np.ones((len(x), 2))
+    return model.fit(x, y, batch_size=len(x), verbose=0, **kwargs)
 
 
 @pytest.mark.parametrize(
