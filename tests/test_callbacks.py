@@ -251,7 +251,7 @@ def rest(model, start, steps, spread=0.0):
     last = keras.callbacks.LambdaCallback(on_epoch_end=note)
     budget = StrideBudget(macs=2e4, learn=1.0, spread=spread)
     model.fit(x, y, batch_size=1, verbose=0, callbacks=[budget, last])
-    assert all(x.state.held for x in diffstride_layers(model))
+    assert all(x.held for x in diffstride_layers(model))
     assert 1.9e4 < complexity(model, (32, 32, 1)).macs <= 2e4
     return learned[-1]
 
@@ -397,7 +397,7 @@ def test_weights_restored_from_the_first_phase_are_held_within_the_budget():
     callbacks = [early, StrideBudget(share=0.6, learn=2)]
     model.fit(*data(), epochs=9, verbose=0, callbacks=callbacks)
     assert early.best_epoch == 0
-    assert all(layer.state.held for layer in diffstride_layers(model))
+    assert all(layer.held for layer in diffstride_layers(model))
     assert 0.8 * budget < complexity(model, (16, 12, 3)).macs <= budget
 
 

@@ -155,7 +155,7 @@ def test_the_method_follows_the_model_of_time(
     monkeypatch, shape, axis, output_size, method
 ):
     """Only the chosen one is made."""
-    for name, other in [('_products', 'matmul'), ('_filters', 'fft')]:
+    for name, other in [('_by_matrix', 'matmul'), ('_by_fft', 'fft')]:
 
         def made(*arguments, other=other):
             raise LookupError(other)
