@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 
-def sizes_must_be_constant() -> bool:
+def is_compiled_by_xla() -> bool:
     """Tells whether XLA will compile the function that is being traced."""
     if keras.backend.backend() == 'tensorflow':
         import tensorflow as tf
@@ -69,7 +69,7 @@ def known_values(variable: keras.Variable) -> tuple[float, ...] | None:
     """Returns the values of a variable, or None where they are not known.
 
     They are not known while TensorFlow traces a graph or JAX compiles. They
-    are known while JAX only differentiates.
+    are known while JAX only differentiates. `fit` on JAX takes them away.
     """
     value = variable.value
     if keras.backend.backend() == 'jax':
@@ -77,7 +77,7 @@ def known_values(variable: keras.Variable) -> tuple[float, ...] | None:
 
         if isinstance(value, jax.core.Tracer):
             value = jax.lax.stop_gradient(value)
-        if isinstance(value, jax.core.Tracer):
+        if isinstance(value, jax.core.Tracer) or value.is_deleted():
             return None
         return tuple(np.asarray(value).reshape(variable.shape).tolist())
     if is_symbolic():

@@ -109,8 +109,8 @@ def strides_within(
         macs = function.count(found)
         if best_macs < macs <= budget:
             best_macs, best = macs, found
-        predicted = function.total(function.integer_sizes(found)[1])
-        if abs(macs - predicted) < 0.5:
+        predicted = function.integer_macs(found)
+        if macs == predicted:
             break
         # Other layers that shorten maps made the prediction inexact.
         corrected = budget * predicted / macs
@@ -126,10 +126,11 @@ def strides_within(
 
 def _fit(function, strides, target):
     near = SizesNear(function, strides)
-    if near.macs(near.preferred) <= target:
+    macs = function.integer_macs(near.preferred)
+    if macs <= target:
         grown = _grow(near, near.preferred, target)
         # Sizes that are far below the budget had better grow together.
-        if near.macs(grown) == near.macs(near.preferred):
+        if function.integer_macs(grown) == macs:
             return grown
     projected = function.project(near.preferred, target)
     shrunk = _shrink(SizesNear(function, projected), target)
@@ -138,11 +139,13 @@ def _fit(function, strides, target):
 
 def _grow(near, found, target):
     """Returns strides after single maps have grown while the budget allows."""
+    function = near.function
     while True:
-        sizes = near.function.integer_sizes(found)[1]
+        sizes = function.integer_sizes(found)[1]
+        macs = function.integer_macs(found)
         for _, larger in sorted(near.larger(sizes)):
             grown = near.strides_for(larger)
-            if near.macs(found) < near.macs(grown) <= target:
+            if macs < function.integer_macs(grown) <= target:
                 found = grown
                 break
         else:
@@ -164,7 +167,7 @@ def _shrink(near, target):
         lost = distance(smaller) - distance(sizes)
         return lost / saved if saved > 0 else math.inf
 
-    while near.macs(found) > target:
+    while function.integer_macs(found) > target:
         smaller = [*near.smaller(sizes)]
         if not smaller:
             break  # All maps have their least sizes.
@@ -186,11 +189,6 @@ class SizesNear:
     def __init__(self, function: MacsOfStrides, preferred: np.ndarray):
         self.function = function
         self.preferred = np.asarray(preferred, float)
-
-    def macs(self, strides: np.ndarray) -> int:
-        """Returns the MACs at the integer sizes of strides."""
-        sizes = self.function.integer_sizes(strides)[1]
-        return round(self.function.total(sizes))
 
     def _least_stride(self, axis, before, size):
         """Returns the least stride at which an axis has at most a size."""

@@ -271,7 +271,7 @@ class StrideBudget(StrideLogger):
         self._strides = self._drawn = self._macs_of.strides()
         # Votes end with an epoch: an interrupted training goes on alike.
         self._last_step, self._votes = None, np.zeros(len(self._strides))
-        if self.model.jit_compile:
+        if self.model.jit_compile:  # Else every new size is compiled.
             for layer in self._macs_of.layers:
                 layer.make_sizes_static()
 
@@ -421,5 +421,5 @@ def _learned_layers(model: keras.Model) -> list[DiffStride]:
     return [
         layer
         for layer in diffstride_layers(model)
-        if layer.trainable and layer.cropping and not layer.state.held
+        if layer.trainable and layer.cropping and not layer.held
     ]

@@ -230,12 +230,13 @@ class MacsOfStrides:
             initial = [
                 stride
                 for layer in self.layers
-                for stride in layer.initial_strides[: layer.strides.shape[0]]
+                for stride in layer.get_config()['strides'][
+                    : layer.strides.shape[0]
+                ]
             ]
             share = 1.0 if share is None else share
             macs = round(share * self.count(np.array(initial)), 6)
-        # The MACs of integer sizes are an integer but for rounding.
-        least = round(self.total(self.integer_sizes(self.upper)[1]))
+        least = self.integer_macs(self.upper)
         validation.require(
             macs >= least,
             f'The budget must be at least {least:,} MACs for one image, those '
@@ -312,6 +313,10 @@ class MacsOfStrides:
         """Returns the MACs at some sizes of all axes after pooling."""
         ratios = np.divide(after, self._after)
         return float(self._coefficients @ _products(self._slopes, ratios))
+
+    def integer_macs(self, strides: np.ndarray) -> int:
+        """Returns the MACs at the integer sizes of strides."""
+        return round(self.total(self.integer_sizes(strides)[1]))
 
     def project(self, strides: np.ndarray, budget: float) -> np.ndarray:
         """Moves strides to where the smooth MACs are the budget.

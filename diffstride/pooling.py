@@ -2,12 +2,14 @@
 
 A call has two steps for each spatial axis. The layer plans the output size and
 the weights of the frequencies, and `resampling.resample` computes the output.
-The plan of a stride comes from a `Ramp` or, for a fixed stride, a `Brickwall`.
-A learned stride gets its gradient through `Ramp.learned_response`. A
-`StrideState` keeps the learned strides in weights of the layer.
+In `DiffStride`, `_strides_for_sizes_in_call` decides on the strides that set
+sizes, a `Ramp` computes sizes and weights from them, and a learned stride gets
+its gradient through `Ramp.learned_response`. A `StrideState` keeps the strides
+in two weights of the layer, with which they are saved and restored.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,8 +19,8 @@ import numpy as np
 from keras import ops, tree
 
 from diffstride import backend, models, resampling, validation
-from diffstride.ramps import RAMPS, Brickwall, Ramp, with_finite_gradient
-from diffstride.resampling import known
+from diffstride.ramps import RAMPS, Ramp, with_finite_gradient
+from diffstride.resampling import TOLERANCE, known, minimum, real
 from diffstride.strides import StrideState
 
 
@@ -66,10 +68,6 @@ class SpectralPooling(SpectralResampling):
 
     It resamples every spatial axis of a tensor, or of a list of tensors of
     equal spatial sizes and dtype, for which all tables are made once.
-
-    Attributes:
-        initial_strides: The strides that the layer was made with, as floats,
-            one per spatial axis.
     """
 
     cropping = True
@@ -83,14 +81,14 @@ class SpectralPooling(SpectralResampling):
         **kwargs: Any,
     ):
         super().__init__(data_format, method, norm, **kwargs)
-        self.initial_strides = validation.standardize_strides(
+        self._initial_strides = validation.standardize_strides(
             strides, self.rank
         )
 
     @property
     def stride_values(self) -> tuple[float, ...]:
         """The strides in use, as numbers, one per spatial axis."""
-        return self.initial_strides
+        return self._initial_strides
 
     def output_size(
         self, size: int, index: int = 0, stride: float | None = None
@@ -116,7 +114,7 @@ class SpectralPooling(SpectralResampling):
         """Returns the output size; size and stride may be tensors."""
         raise NotImplementedError
 
-    def _weights(self, size, index):
+    def _forward_weights(self, size, index):
         """Returns the forward weights of the frequencies that are kept."""
         raise NotImplementedError
 
@@ -153,7 +151,7 @@ class SpectralPooling(SpectralResampling):
         return self.output_size(size, index)
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), 'strides': self.initial_strides}
+        return {**super().get_config(), 'strides': self._initial_strides}
 
     def mask(self, sizes: Sequence[int]) -> np.ndarray:
         """Returns the weight that the layer gives to each frequency now.
@@ -170,7 +168,7 @@ class SpectralPooling(SpectralResampling):
         for index, size in enumerate(sizes):
             response = np.zeros(size // 2 + 1, 'float32')
             kept = min(size, self.output_size(size, index)) // 2 + 1
-            response[:kept] = self._weights(size, index)
+            response[:kept] = self._forward_weights(size, index)
             frequencies = np.abs(np.arange(size) - size // 2)
             mask = mask[..., None] * response[frequencies]
         return mask
@@ -239,8 +237,9 @@ class DiffStride(SpectralPooling):
         strides: The learned strides, a float32 variable under every dtype
             policy, [rank], or [1] with `shared_stride`. Assigning numbers to
             the attribute sets its values.
-        state: The `StrideState`, which knows whether strides are `held` and
-            whether the layer `has_static_sizes`.
+        held: Whether learning is over.
+        state: The `StrideState`, which knows whether the layer
+            `has_static_sizes`, and the strides in use as a `tensor()`.
 
     Example:
 
@@ -293,17 +292,17 @@ class DiffStride(SpectralPooling):
             'removes nothing else',
             cropping=cropping,
         )
-        self._check_shared(self.initial_strides)
+        self._check_shared(self._initial_strides)
         lower, upper = self.lower_limit_stride or 1.0, self.upper_limit_stride
         self._ramp = Ramp(ramp, self.smoothness_factor, lower, upper)
-        self._trace: _Trace | None = None
+        self._compiled: _Constants | None = None
         with keras.name_scope(self.name):
             self.state = StrideState(
-                self.initial_strides[: 1 if shared_stride else None],
+                self._initial_strides[: 1 if shared_stride else None],
                 self.rank,
                 lower,
                 upper,
-                self._state_changed,
+                self._recompile_if_stale,
             )
         if self.strides_regularizer is not None:
             # It sees the strides in use: held ones cost, and get no gradient.
@@ -313,7 +312,7 @@ class DiffStride(SpectralPooling):
         # Keras tracks the variables among the attributes of a layer.
         self._weight, self._record = self.state.weight, self.state.record
         self._weight.trainable = trainable
-        self._state_changed()
+        self._recompile_if_stale()
 
     def _check_shared(self, strides):
         validation.require(
@@ -359,6 +358,11 @@ class DiffStride(SpectralPooling):
         self.state.release()
 
     @property
+    def held(self) -> bool:
+        """Whether learning is over, by `hold()`."""
+        return self.state.held
+
+    @property
     def _strides_for_sizes(self):
         return self.state.strides_for_sizes
 
@@ -370,7 +374,7 @@ class DiffStride(SpectralPooling):
 
     def call(self, inputs: Any) -> Any:
         outputs = super().call(inputs)
-        if self.trainable and self.state.held:
+        if self.trainable and self.held:
             # Keras warns if a trainable variable gets no gradient.
             return tree.map_structure(
                 lambda x: _with_zero_gradient(x, self.state.weight), outputs
@@ -378,21 +382,19 @@ class DiffStride(SpectralPooling):
         return outputs
 
     def _plan(self):
-        state, ramp = self.state, self._ramp
-        record = backend.known_values(state.record)
-        is_traced = record is None
-        held = state.held_strides_in(record or state.record.numbers())
+        ramp, held = self._ramp, self.state.held_strides
+        is_traced = backend.known_values(self.state.record) is None
         if is_traced:
-            self._trace = self._trace or _Trace(held)
+            self._compiled = self._compiled or _Constants(held)
         if held is None:
-            strides = with_finite_gradient(state.tensor())
-        size_strides = held or self._size_strides()
+            strides = with_finite_gradient(self.state.tensor())
+        size_strides = held or self._strides_for_sizes_in_call(is_traced)
 
         def plan(index, size):
             edge = ramp.band_edge(size, (held or strides)[index])
             output_size = self._output_size(size, size_strides[index])
             if is_traced and known(output_size):
-                self._trace.sizes[index, size] = output_size
+                self._compiled.sizes[index, size] = output_size
             response = (
                 ramp.forward_response(output_size, edge)
                 if held
@@ -402,40 +404,40 @@ class DiffStride(SpectralPooling):
 
         return plan
 
-    def _size_strides(self):
-        """Returns the strides for sizes, as numbers where they are known."""
-        values = self.state.known_strides_for_sizes()
-        if values is not None:
-            return values
-        if not backend.sizes_must_be_constant():
+    def _strides_for_sizes_in_call(self, is_traced):
+        """Returns the strides for sizes: numbers, or a tensor in a TF graph.
+
+        XLA compiles the numbers that are stored now as constants.
+        """
+        if is_traced and not backend.is_compiled_by_xla():
             return self.state.strides_for_sizes_tensor()
         validation.require(
-            self.supports_jit,
+            self.supports_jit or not is_traced,
             f'Sizes of layer "{self.name}" must be static for XLA on '
             'TensorFlow: call make_sizes_static() on it before',
             has_static_sizes=False,
         )
         return self.state.strides_for_sizes
 
-    def _state_changed(self):
-        """Updates `supports_jit`; recompiles models whose constants changed."""
+    def _recompile_if_stale(self):
+        """Recompiles models with constants that the state no longer has."""
         is_static = self.state.has_static_sizes
         self.supports_jit = (
             keras.backend.backend() != 'tensorflow'
             or not self.cropping
             or is_static
         )
-        if self._trace is None:
+        if self._compiled is None:
             return
         held = self.state.held_strides
         sizes = {
             (index, size): self.output_size(size, index)
-            for index, size in self._trace.sizes
+            for index, size in self._compiled.sizes
         }
         # XLA must not go on with sizes that are no longer static.
         is_stale = bool(sizes) and not self.supports_jit
-        if is_stale or self._trace != _Trace(held, sizes):
-            self._trace = None
+        if is_stale or self._compiled != _Constants(held, sizes):
+            self._compiled = None
             models.recompile_models_with(self)
 
     def _symbolic_size(self, size, index):
@@ -443,7 +445,7 @@ class DiffStride(SpectralPooling):
             return None
         return self.output_size(size, index)
 
-    def _weights(self, size, index):
+    def _forward_weights(self, size, index):
         edge = self._ramp.band_edge(size, self.stride_values[index])
         output_size = self.output_size(size, index)
         return self._ramp.constant_response(output_size, edge)
@@ -463,6 +465,7 @@ class DiffStride(SpectralPooling):
         }
         state = self.state.get_config()
         # Models must know static sizes before their weights are loaded.
+        # So a clone keeps static and held strides, and starts others anew.
         return config if state is None else {**config, 'state': state}
 
     @classmethod
@@ -475,7 +478,7 @@ class DiffStride(SpectralPooling):
 
 
 @dataclasses.dataclass
-class _Trace:
+class _Constants:
     """The constants that traced functions took from a layer.
 
     They are the strides if these were held, and the output sizes by spatial
@@ -575,15 +578,21 @@ class FixedSpectralPooling(SpectralPooling):
         **kwargs: Any,
     ):
         super().__init__(strides, data_format, method, norm, **kwargs)
-        self.strides = self.initial_strides
+        self.strides = self._initial_strides
 
     def _output_size(self, size, stride):
-        return Brickwall.output_size(size, stride)
+        if stride == 1:
+            return size
+        half = real(size) / (2 * stride) * (1 + TOLERANCE)
+        if known(size):
+            return min(size, max(2, 2 * math.floor(half)))
+        half = ops.cast(ops.floor(half), 'int32')
+        return minimum(size, ops.maximum(2, 2 * half))
 
     def _plan(self):
         return lambda index, size: (self.output_size(size, index), None)
 
-    def _weights(self, size, index):
+    def _forward_weights(self, size, index):
         return 1.0
 
 

@@ -1,8 +1,8 @@
-"""Responses of pooling layers, and the output sizes that they need.
+"""The response of `DiffStride`, and the output size that it needs.
 
 A stride S keeps the frequencies up to the band edge b = N / (2 S) of an axis of
 N samples. `Ramp` lets the weight of a frequency fall to 0 around that edge, so
-that the stride gets a gradient. `Brickwall` keeps or drops each frequency.
+that the stride gets a gradient.
 
 A size is an integer where it is known and an int32 scalar tensor elsewhere. A
 stride is a number or a float32 scalar tensor.
@@ -164,26 +164,6 @@ def _constant_response(ramp, output_size, edge):
         response[0] = 1.0
     response.flags.writeable = False  # All callers share the array.
     return response
-
-
-class Brickwall:
-    """The response of spectral pooling with fixed strides: 1 up to the edge.
-
-    Reference:
-        Rippel et al., "Spectral representations for convolutional neural
-        networks", NeurIPS 2015, arXiv:1506.03767, Algorithm 1.
-    """
-
-    @staticmethod
-    def output_size(size: Any, stride: float) -> Any:
-        """Returns N at stride 1, else N / S down to an even number, >= 2."""
-        if stride == 1:
-            return size
-        half = real(size) / (2 * stride) * (1 + TOLERANCE)
-        if known(size):
-            return min(size, max(2, 2 * math.floor(half)))
-        half = ops.cast(ops.floor(half), 'int32')
-        return ops.minimum(size, ops.maximum(2, 2 * half))
 
 
 def _step(x, tolerance):

@@ -119,7 +119,7 @@ def _operators(method, *arguments):
         *arguments: The sizes, weights, norm and dtype of the tables.
     """
     if isinstance(method, str):
-        make = _products if method == 'matmul' else _filters
+        make = _by_matrix if method == 'matmul' else _by_fft
         return make(*arguments)
 
     # The tables are made within the branches: a matrix grows with the square of
@@ -127,8 +127,8 @@ def _operators(method, *arguments):
     def chosen(index, inputs, axis):
         return ops.cond(
             method,
-            lambda: _products(*arguments)[index](inputs, axis),
-            lambda: _filters(*arguments)[index](inputs, axis),
+            lambda: _by_matrix(*arguments)[index](inputs, axis),
+            lambda: _by_fft(*arguments)[index](inputs, axis),
         )
 
     return functools.partial(chosen, 0), functools.partial(chosen, 1)
@@ -222,7 +222,7 @@ def _outer(a, b, axis):
     return ops.sum(backend.matmul(a, ops.transpose(b, (0, 2, 1))), axis=0)
 
 
-def _products(size, output_size, weights, norm, dtype):
+def _by_matrix(size, output_size, weights, norm, dtype):
     """Returns the product with the matrix, and with its transpose."""
     matrix = resampling_matrix(size, output_size, weights, norm, dtype)
     return (
@@ -252,7 +252,7 @@ def _multiply(inputs, axis, matrix):
     return ops.reshape(outputs, new_shape)
 
 
-def _filters(size, output_size, response, norm, dtype):
+def _by_fft(size, output_size, weights, norm, dtype):
     """Returns the filter by FFT from N to M samples, and its adjoint."""
     frequencies, xp = _frequencies(size, output_size)
     scales = _scales(frequencies, size, output_size, norm)
@@ -260,21 +260,21 @@ def _filters(size, output_size, response, norm, dtype):
     def filter_to(length):
         single = (frequencies == 0) | (2 * frequencies == length)
         # The inverse FFT counts pairs twice and divides by the length.
-        weights = scales * real(xp.where(single, 1.0, 0.5)) * real(length)
-        if response is not None:
-            weights = _cast(weights, dtype) * _cast(response, dtype)
+        factors = scales * real(xp.where(single, 1.0, 0.5)) * real(length)
+        if weights is not None:
+            factors = _cast(factors, dtype) * _cast(weights, dtype)
         return backend.partial(
-            _filter, output_size=length, weights=weights, dtype=dtype
+            _filter, output_size=length, factors=factors, dtype=dtype
         )
 
     return filter_to(output_size), filter_to(size)
 
 
-def _filter(inputs, axis, output_size, weights, dtype):
-    """Weights the first frequencies of an axis, which gets a new length."""
-    weights = _cast(weights, dtype)
+def _filter(inputs, axis, output_size, factors, dtype):
+    """Scales the first frequencies of an axis, which gets a new length."""
+    factors = _cast(factors, dtype)
     x = ops.cast(ops.moveaxis(inputs, axis, -1), dtype)
-    y = ops.moveaxis(backend.filter_spectrum(x, weights, output_size), -1, axis)
+    y = ops.moveaxis(backend.filter_spectrum(x, factors, output_size), -1, axis)
     # The FFT loses the static shape, which this restores.
     shape = ops.shape(inputs)
     y = ops.reshape(y, (*shape[:axis], output_size, *shape[axis + 1 :]))
@@ -284,37 +284,37 @@ def _filter(inputs, axis, output_size, weights, dtype):
 def resampling_matrix(
     size: Any,
     output_size: Any,
-    response: Any = None,
+    weights: Any = None,
     norm: str = 'forward',
     dtype: str = 'float32',
 ) -> Any:
     """Returns A, [output_size, size], a NumPy array if all values are known."""
     if known(size, output_size) and (
-        response is None or isinstance(response, np.ndarray)
+        weights is None or isinstance(weights, np.ndarray)
     ):
-        weights = None if response is None else tuple(response.tolist())
+        weights = None if weights is None else tuple(weights.tolist())
         return _constant_matrix(size, output_size, norm, weights)
     frequencies, _ = _frequencies(size, output_size)
-    weights = _cast(_scales(frequencies, size, output_size, norm), dtype)
-    if response is not None:
-        weights = weights * ops.cast(response, dtype)
+    factors = _cast(_scales(frequencies, size, output_size, norm), dtype)
+    if weights is not None:
+        factors = factors * ops.cast(weights, dtype)
     synthesis, analysis = (
         _cast(_basis(frequencies, length), dtype)
         for length in (output_size, size)
     )
-    weights = ops.concatenate([weights, weights])
-    return backend.matmul(ops.transpose(synthesis) * weights, analysis)
+    factors = ops.concatenate([factors, factors])
+    return backend.matmul(ops.transpose(synthesis) * factors, analysis)
 
 
 @functools.lru_cache(maxsize=64)
-def _constant_matrix(size, output_size, norm, response):
+def _constant_matrix(size, output_size, norm, weights):
     frequencies, _ = _frequencies(size, output_size)
-    weights = _scales(frequencies, size, output_size, norm)
-    if response is not None:
-        weights = weights * np.array(response)
-    weights = np.tile(weights, 2)
+    factors = _scales(frequencies, size, output_size, norm)
+    if weights is not None:
+        factors = factors * np.array(weights)
+    factors = np.tile(factors, 2)
     synthesis = _basis(frequencies, output_size).T
-    return (synthesis * weights) @ _basis(frequencies, size)
+    return (synthesis * factors) @ _basis(frequencies, size)
 
 
 def _basis(frequencies, size):

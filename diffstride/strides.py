@@ -62,7 +62,7 @@ class StrideState:
         self.upper = upper
         self._check_limits(initial)
         self.weight = _Variable(initial, 'strides', True, changed)
-        self.weight.constraint = StrideLimits(lower, upper)
+        self.weight.constraint = self._clipped
         zeros = [0.0] * (1 + len(initial))
         self.record = _Variable(zeros, 'stride_record', False, changed)
 
@@ -93,13 +93,8 @@ class StrideState:
     @property
     def held_strides(self) -> tuple[float, ...] | None:
         """The held strides, one per axis, or None while they are learned."""
-        return self.held_strides_in(self.record.numbers())
-
-    def held_strides_in(
-        self, record: Sequence[float]
-    ) -> tuple[float, ...] | None:
-        """Returns the strides that values of the record hold, or None."""
-        return self._per_axis(record[1:]) if record[0] > 0 else None
+        held, *strides = self.record.numbers()
+        return self._per_axis(strides) if held > 0 else None
 
     @property
     def values(self) -> tuple[float, ...]:
@@ -114,14 +109,6 @@ class StrideState:
             static if static[0] > 0 else self.weight.numbers()
         )
 
-    def known_strides_for_sizes(self) -> tuple[float, ...] | None:
-        """Returns `strides_for_sizes`, or None if a trace knows none."""
-        record = backend.known_values(self.record)
-        weight = backend.known_values(self.weight)
-        if record is None or weight is None:
-            return None
-        return self._per_axis(record[1:] if record[1] > 0 else weight)
-
     def _per_axis(self, values):
         upper = math.inf if self.upper is None else self.upper
         # A NaN stays NaN.
@@ -135,7 +122,7 @@ class StrideState:
         """Returns the strides in use, float32 [rank], with their gradient."""
         record = ops.convert_to_tensor(self.record)
         strides = ops.convert_to_tensor(self.weight)
-        clipped = with_gradient_of(strides, self.weight.constraint(strides))
+        clipped = with_gradient_of(strides, self._clipped(strides))
         return self._broadcast(ops.where(record[0] > 0, record[1:], clipped))
 
     def strides_for_sizes_tensor(self) -> Any:
@@ -144,6 +131,15 @@ class StrideState:
         strides = ops.convert_to_tensor(self.weight)
         return ops.stop_gradient(
             self._broadcast(ops.where(record[1] > 0, record[1:], strides))
+        )
+
+    def _clipped(self, strides):
+        """Returns a tensor of strides within the limits."""
+        upper = math.inf if self.upper is None else self.upper
+        return ops.clip(
+            strides,
+            ops.convert_to_tensor(self.lower, strides.dtype),
+            ops.convert_to_tensor(upper, strides.dtype),
         )
 
     def _broadcast(self, strides):
@@ -216,38 +212,24 @@ class _Variable(keras.Variable):
         self._changed = changed
 
     def numbers(self):
-        """Returns the present values, one float each."""
+        """Returns the values, one float each; while tracing, those stored."""
+        if self._value is None:
+            return self._numbers
+        values = backend.known_values(self)
+        return self._stored() if values is None else values
+
+    def _stored(self):
         values = backend.stored_values(self)
         if values is not None:
             self._numbers = values
         return self._numbers
 
     def assign(self, value):
+        """Assigns values. On JAX, `fit` does so at the end of an epoch."""
         if self._changed is None or backend.is_symbolic():
             return super().assign(value)
-        # Functions were compiled for these numbers.
-        before = self._numbers
+        before = self._numbers  # Functions were compiled for them.
         value = super().assign(value)
-        if self.numbers() != before:
+        if self._stored() != before:
             self._changed()
         return value
-
-
-@keras.saving.register_keras_serializable(package='diffstride')
-class StrideLimits(keras.constraints.Constraint):
-    """Keeps strides within limits after each step of the optimizer."""
-
-    def __init__(self, lower: float = 1.0, upper: float | None = None):
-        self.lower = lower
-        self.upper = upper
-
-    def __call__(self, strides: Any) -> Any:
-        upper = math.inf if self.upper is None else self.upper
-        return ops.clip(
-            strides,
-            ops.convert_to_tensor(self.lower, strides.dtype),
-            ops.convert_to_tensor(upper, strides.dtype),
-        )
-
-    def get_config(self) -> dict[str, Any]:
-        return {'lower': self.lower, 'upper': self.upper}

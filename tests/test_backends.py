@@ -70,7 +70,7 @@ def check(folder, backend):
     np.testing.assert_array_equal(
         [layer.stride_values for layer in layers], expected['strides']
     )
-    states = [(x.state.has_static_sizes, x.state.held) for x in layers]
+    states = [(x.state.has_static_sizes, x.held) for x in layers]
     assert states == [(True, False), (True, True), (False, False)]
     outputs = model(images(), training=False)
     assert error_of(outputs, expected['outputs']) <= 2e-5

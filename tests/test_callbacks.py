@@ -357,7 +357,7 @@ def test_weights_restored_from_the_first_phase_are_held_within_the_budget():
     callbacks = [early, StrideBudget(share=0.6, learn=2)]
     model.fit(*data(), epochs=9, verbose=0, callbacks=callbacks)
     assert early.best_epoch == 0
-    assert all(layer.state.held for layer in diffstride_layers(model))
+    assert all(layer.held for layer in diffstride_layers(model))
     assert 0.8 * budget < complexity(model, (16, 12, 3)).macs <= budget
 
 

@@ -8,7 +8,8 @@ import reference
 from backends import array, gradients, of_unknown_sizes, some
 from keras import ops
 
-from diffstride.ramps import RAMPS, Brickwall, Ramp
+from diffstride import FixedSpectralPooling
+from diffstride.ramps import RAMPS, Ramp
 
 # The size and the gradient of 'straight_through' are those of 'inside'.
 KINDS = RAMPS[:2]
@@ -36,7 +37,8 @@ def test_sizes_and_clipped_strides_are_the_exact_ones(kind):
 
 def test_fixed_sizes_are_the_exact_ones_of_numbers_and_tensors():
     def sizes_of(size):
-        return [Brickwall.output_size(size, stride) for stride in STRIDES]
+        pool = FixedSpectralPooling()
+        return [pool.output_size(size, stride=stride) for stride in STRIDES]
 
     sizes_of_tensor = of_unknown_sizes(sizes_of, ([], 'int32'))
     for size in SIZES:

@@ -91,7 +91,7 @@ def test_gradient_of_a_gradient_is_the_central_difference(method, size):
 )
 def test_the_fastest_method(monkeypatch, shape, axis, output_size, method):
     """Only the chosen one is made."""
-    for name, other in [('_products', 'matmul'), ('_filters', 'fft')]:
+    for name, other in [('_by_matrix', 'matmul'), ('_by_fft', 'fft')]:
 
         def made(*arguments, other=other):
             raise LookupError(other)

@@ -72,7 +72,7 @@ class Expected:
 
     def assert_agrees(self, layer, x):
         expected = self.output(x)
-        assert layer.state.held == self.held
+        assert layer.held == self.held
         assert layer.state.has_static_sizes == (self.size_strides is not None)
         assert layer.stride_values == pytest.approx((self.strides,))
         assert layer.output_size(x.shape[1]) == expected.shape[1]
@@ -435,7 +435,7 @@ def test_best_weights_are_restored_with_their_sizes(state, tmp_path):
         return model.evaluate(*validation, verbose=0)
 
     assert pool.stride_values == strides[best]
-    assert not pool.state.held
+    assert not pool.held
     assert evaluated(model) == expected
     # The same model goes on from other strides and sizes.
     pool.strides = 1.5
