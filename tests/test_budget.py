@@ -193,7 +193,7 @@ def test_a_budget_is_used_up_by_sizes_that_cannot_grow(make, share):
     model = make()
     budget = share * complexity(model).macs
     macs = set_budget(model, macs=budget)
-    assert all(pool.state.held for pool in diffstride_layers(model))
+    assert all(pool.held for pool in diffstride_layers(model))
     assert 0.8 * budget < macs == complexity(model).macs <= budget
     # The next size of each map, while those after it keep their sizes.
     function = macs_of(model)

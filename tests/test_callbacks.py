@@ -231,7 +231,7 @@ def rest(model, start, steps, spread=0.0):
     last = keras.callbacks.LambdaCallback(on_epoch_end=note)
     budget = StrideBudget(macs=2e4, learn=1.0, spread=spread)
     model.fit(x, y, batch_size=1, verbose=0, callbacks=[budget, last])
-    assert all(x.state.held for x in pools)
+    assert all(x.held for x in pools)
     assert 1.9e4 < complexity(model, (32, 32, 1)).macs <= 2e4
     return learned[-1]
 
