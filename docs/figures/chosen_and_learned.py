@@ -40,6 +40,7 @@ def draw_photographs(axes):
     kinds = {
         ('FixedSpectralPooling', ''): 'chosen',
         ('DiffStride', ''): 'learned',
+        ('DiffStride, trained anew after search', ''): 'searched',
     }
     for kind, row in read('cifar10_64', kinds):
         size = int(row['sizes'].split()[1])
