@@ -161,7 +161,7 @@ def _reader(source, pieces, image_size, channels):
     """Returns a function from (record, label) to (image, label)."""
     everything = [piece for parts in pieces.values() for piece in parts]
     own_sizes, own_channels, dtype = source.kind(everything)
-    sizes = {tuple(image_size)} if image_size else own_sizes
+    sizes = {tuple(image_size)} if image_size else set(own_sizes)
     if len(sizes) > 1:
         (a, b), (c, d), *_ = sorted(sizes)
         raise ValueError(

@@ -10,7 +10,7 @@ import operator
 import os
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import filelock
 import numpy as np
@@ -103,15 +103,19 @@ class TfdsImages(TfdsSource):
     def contents(self, record: tf.Tensor) -> tf.Tensor:
         return record
 
-    def kind(self, pieces: Sequence[Piece]) -> tuple[set[tuple], int, tf.DType]:
+    def kind(
+        self, pieces: Sequence[Piece]
+    ) -> tuple[Iterable[tuple], int, tf.DType]:
         feature = self.features[self.input]
         *size, channels = feature.shape
-        sizes = {tuple(size)}
-        if None in size:
-            records = self.records(pieces).as_numpy_iterator()
-            images = (io.BytesIO(image) for image, _ in records)
-            sizes, *_ = folders.kind_of(images)
+        sizes = self._sizes(pieces) if None in size else [tuple(size)]
         return sizes, channels or 3, tf.as_dtype(feature.np_dtype)
+
+    def _sizes(self, pieces):
+        """Yields the sizes that occur. It reads all images, when needed."""
+        records = self.records(pieces).as_numpy_iterator()
+        images = (io.BytesIO(image) for image, _ in records)
+        yield from folders.kind_of(images)[0]
 
 
 def _builder(name, data_dir):
