@@ -209,6 +209,13 @@ def test_16_bits_keep_small_values(tmp_path, suffix):
     np.testing.assert_allclose(images[1], 100, rtol=1e-6)
 
 
+def test_colors_of_16_bits_keep_small_values(folder):
+    path = folder / 'test' / 'cat' / '16.png'
+    path.write_bytes(tf.io.encode_png(np.full(SHAPE, 7, np.uint16)).numpy())
+    images, _ = take(load_folder(folder).test)
+    np.testing.assert_allclose(images.min(), 7 / 257, rtol=1e-6)
+
+
 def test_folder_of_different_sizes_needs_image_size(folder):
     write_image(folder / 'test' / 'dog' / '3.png', (HEIGHT + 1, WIDTH, 3))
     with pytest.raises(ValueError, match=r'6 x 8 and 7 x 8: set .*image_size'):

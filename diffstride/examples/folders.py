@@ -113,7 +113,7 @@ class ImageFolder:
         """Raises a ValueError that names the first broken image, if any is."""
         for path in self._select(pieces)[0]:
             try:
-                decode_image(tf.io.read_file(path), 0)
+                decode_image(self.contents(path), 0)
             except (tf.errors.OpError, OSError) as error:
                 raise ValueError(f'cannot decode the image {path}') from error
 
@@ -133,8 +133,7 @@ def kind_of(
         try:
             with PIL.Image.open(file) as image:
                 sizes.add(image.size[::-1])
-                is_grey = image.mode[:1] in ('1', 'L', 'I')
-                has_colors |= not is_grey
+                has_colors |= image.mode[0] not in '1LI'
                 # The mode of a file of 3 x 16 bits is 'RGB'.
                 layout = str(image.tile[0][3]) if image.tile else ''
                 is_deep |= image.mode[0] == 'I' or ';16' in layout
