@@ -210,3 +210,33 @@ def custom_gradient(
         return y, backward
 
     return apply
+
+
+def with_gradient_of(surrogate: Any, value: Any) -> Any:
+    """Returns `value`, with the gradient of `surrogate`."""
+    return ops.stop_gradient(value) + (surrogate - ops.stop_gradient(surrogate))
+
+
+def with_finite_gradient(x: Any) -> Any:
+    """Returns `x`; its gradient is 0 where it would be infinite or NaN."""
+
+    def function(tables, x):
+        return 1.0 * x, None
+
+    def gradients(tables, kept, others, upstream):
+        return (ops.where(ops.isfinite(upstream), upstream, 0.0),)
+
+    return custom_gradient(function, gradients)(x)
+
+
+def with_zero_gradient(x: Any, variable: keras.Variable) -> Any:
+    """Returns `x`, connected to a variable by a gradient of 0."""
+
+    def function(tables, x, other):
+        return 1 * x, None
+
+    def gradients(tables, kept, others, upstream):
+        return upstream, ops.zeros_like(others[0])
+
+    apply = custom_gradient(function, gradients)
+    return apply(x, ops.convert_to_tensor(variable))

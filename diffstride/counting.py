@@ -312,11 +312,11 @@ def _macs(layer, weights, calls_of_layer):
     if _rule(layer) is None:
         has_kernel = any(len(weight.shape) > 1 for weight in weights)
         return None if has_kernel and calls_of_layer else 0
-    found = products(layer, calls_of_layer)
+    found = mac_terms(layer, calls_of_layer)
     return None if None in found else sum(found)
 
 
-def products(
+def mac_terms(
     layer: keras.layers.Layer, calls: list[Call], skip_identity: bool = True
 ) -> list:
     """Returns the MACs of a layer as terms, each a product of sizes.

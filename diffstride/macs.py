@@ -131,14 +131,14 @@ class MacsOfStrides:
         return sizes
 
     def _measure_slopes(self, rows, calls):
-        def products(calls, skip_identity=False):
+        def terms(calls, skip_identity=False):
             found = (
-                counting.products(layer, calls.get(layer, []), skip_identity)
+                counting.mac_terms(layer, calls.get(layer, []), skip_identity)
                 for layer in rows
             )
             return np.array([*itertools.chain(*found)], float)
 
-        first = products(calls, skip_identity=True)
+        first = terms(calls, skip_identity=True)
         slopes, upstream = [], []
         for axis, (layer, _) in enumerate(self.axes):
             sizes = list(self._after)
@@ -152,7 +152,7 @@ class MacsOfStrides:
                     'size for a budget, and branches that meet must share '
                     f'their pooling layer. {error}'
                 ) from error
-            slopes.append(products(calls)[first > 0] / first[first > 0] - 1)
+            slopes.append(terms(calls)[first > 0] / first[first > 0] - 1)
             upstream.append(np.divide(before, self._before) - 1)
             validation.require(
                 before[: axis + 1] == self._before[: axis + 1],
@@ -267,8 +267,8 @@ class MacsOfStrides:
             band = before[axis] / axis_strides[axis]
             if band >= self._least_bands[axis]:
                 jacobian[axis] = row * band / (band + self.extra[axis])
-        products = self._coefficients * _products(self._slopes, ratios)
-        total = products @ _elasticity(self._slopes, ratios) @ jacobian
+        terms = self._coefficients * _growth(self._slopes, ratios)
+        total = terms @ _elasticity(self._slopes, ratios) @ jacobian
         return np.bincount(self._owner, total)[: len(strides)] / strides
 
     def smooth_sizes(self, strides: np.ndarray) -> tuple[list, list]:
@@ -312,7 +312,7 @@ class MacsOfStrides:
     def total(self, after: Sequence[float]) -> float:
         """Returns the MACs at some sizes of all axes after pooling."""
         ratios = np.divide(after, self._after)
-        return float(self._coefficients @ _products(self._slopes, ratios))
+        return float(self._coefficients @ _growth(self._slopes, ratios))
 
     def integer_macs(self, strides: np.ndarray) -> int:
         """Returns the MACs at the integer sizes of strides."""
@@ -431,7 +431,7 @@ def _factors(slopes, ratios):
     return np.maximum(1 + slopes * (ratios - 1), 1e-9)
 
 
-def _products(slopes, ratios):
+def _growth(slopes, ratios):
     """Returns prod_k (1 + B_k (r_k - 1)): [...]."""
     return _factors(slopes, ratios).prod(axis=-1)
 

@@ -1,11 +1,12 @@
 """Pooling layers that crop the spectrum of a feature map.
 
-A call has two steps for each spatial axis. The layer plans the output size and
+A call has two steps for each spatial axis. `_plan` returns the output size and
 the weights of the frequencies, and `resampling.resample` computes the output.
-In `DiffStride`, `_strides_for_sizes_in_call` decides on the strides that set
-sizes, a `Ramp` computes sizes and weights from them, and a learned stride gets
-its gradient through `Ramp.learned_response`. A `StrideState` keeps the strides
-in two weights of the layer, with which they are saved and restored.
+
+In `DiffStride` a stride becomes a size in `_plan` by way of
+`_size_strides_in_call` and `Ramp.output_size`, and gets its gradient through
+`Ramp.learned_response`. A `StrideState` keeps the strides in two variables of
+the layer, with which they are saved and restored.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ import numpy as np
 from keras import ops, tree
 
 from diffstride import backend, models, resampling, validation
-from diffstride.ramps import RAMPS, Ramp, with_finite_gradient
+from diffstride.ramps import RAMPS, Ramp
 from diffstride.resampling import TOLERANCE, known, minimum, real
 from diffstride.strides import StrideState
 
@@ -102,11 +103,11 @@ class SpectralPooling(SpectralResampling):
                 computed from at present.
         """
         if stride is None:
-            stride = self._strides_for_sizes[index]
+            stride = self._size_strides[index]
         return self._output_size(size, stride)
 
     @property
-    def _strides_for_sizes(self):
+    def _size_strides(self):
         """The strides that sizes are computed from, as numbers."""
         return self.stride_values
 
@@ -166,11 +167,11 @@ class SpectralPooling(SpectralResampling):
         """
         mask = np.ones((), 'float32')
         for index, size in enumerate(sizes):
-            response = np.zeros(size // 2 + 1, 'float32')
+            weights = np.zeros(size // 2 + 1, 'float32')
             kept = min(size, self.output_size(size, index)) // 2 + 1
-            response[:kept] = self._forward_weights(size, index)
+            weights[:kept] = self._forward_weights(size, index)
             frequencies = np.abs(np.arange(size) - size // 2)
-            mask = mask[..., None] * response[frequencies]
+            mask = mask[..., None] * weights[frequencies]
         return mask
 
 
@@ -295,24 +296,26 @@ class DiffStride(SpectralPooling):
         self._check_shared(self._initial_strides)
         lower, upper = self.lower_limit_stride or 1.0, self.upper_limit_stride
         self._ramp = Ramp(ramp, self.smoothness_factor, lower, upper)
-        self._compiled: _Constants | None = None
+        self._traced: _TracedConstants | None = None
         with keras.name_scope(self.name):
             self.state = StrideState(
                 self._initial_strides[: 1 if shared_stride else None],
                 self.rank,
                 lower,
                 upper,
-                self._recompile_if_stale,
+                self._on_change,
             )
         if self.strides_regularizer is not None:
             # It sees the strides in use: held ones cost, and get no gradient.
-            self.state.weight.regularizer = lambda _: self.strides_regularizer(
-                self.state.tensor()
+            self.state.variable.regularizer = lambda _: (
+                self.strides_regularizer(self.state.tensor())
             )
-        # Keras tracks the variables among the attributes of a layer.
-        self._weight, self._record = self.state.weight, self.state.record
-        self._weight.trainable = trainable
-        self._recompile_if_stale()
+        # Keras tracks variables that become attributes of a layer, trainable
+        # ones apart. So the order of weights is the same for all layers if
+        # `trainable` is set afterwards.
+        self._variable, self._record = self.state.variable, self.state.record
+        self._variable.trainable = trainable
+        self._on_change()
 
     def _check_shared(self, strides):
         validation.require(
@@ -324,13 +327,13 @@ class DiffStride(SpectralPooling):
     @property
     def strides(self) -> keras.Variable:
         """The learned strides, a variable."""
-        return self.state.weight
+        return self.state.variable
 
     @strides.setter
     def strides(self, values: Any) -> None:
         values = validation.standardize_strides(values, self.rank)
         self._check_shared(values)
-        self.state.assign(values[: self.state.weight.shape[0]])
+        self.state.assign(values[: self.state.variable.shape[0]])
 
     @property
     def stride_values(self) -> tuple[float, ...]:
@@ -363,8 +366,8 @@ class DiffStride(SpectralPooling):
         return self.state.held
 
     @property
-    def _strides_for_sizes(self):
-        return self.state.strides_for_sizes
+    def _size_strides(self):
+        return self.state.size_strides
 
     def _output_size(self, size, stride):
         if not self.cropping:
@@ -377,7 +380,8 @@ class DiffStride(SpectralPooling):
         if self.trainable and self.held:
             # Keras warns if a trainable variable gets no gradient.
             return tree.map_structure(
-                lambda x: _with_zero_gradient(x, self.state.weight), outputs
+                lambda x: backend.with_zero_gradient(x, self.state.variable),
+                outputs,
             )
         return outputs
 
@@ -385,16 +389,19 @@ class DiffStride(SpectralPooling):
         ramp, held = self._ramp, self.state.held_strides
         is_traced = backend.known_values(self.state.record) is None
         if is_traced:
-            self._compiled = self._compiled or _Constants(held)
-        if held is None:
-            strides = with_finite_gradient(self.state.tensor())
-        size_strides = held or self._strides_for_sizes_in_call(is_traced)
+            self._traced = self._traced or _TracedConstants(held)
+        if held:
+            strides = size_strides = held
+        else:
+            strides = backend.with_finite_gradient(self.state.tensor())
+            size_strides = self._size_strides_in_call(is_traced)
 
         def plan(index, size):
-            edge = ramp.band_edge(size, (held or strides)[index])
+            # Weights follow the stride even where sizes are static.
+            edge = ramp.band_edge(size, strides[index])
             output_size = self._output_size(size, size_strides[index])
             if is_traced and known(output_size):
-                self._compiled.sizes[index, size] = output_size
+                self._traced.sizes[index, size] = output_size
             response = (
                 ramp.forward_response(output_size, edge)
                 if held
@@ -404,40 +411,45 @@ class DiffStride(SpectralPooling):
 
         return plan
 
-    def _strides_for_sizes_in_call(self, is_traced):
-        """Returns the strides for sizes: numbers, or a tensor in a TF graph.
+    def _size_strides_in_call(self, is_traced):
+        """Returns the strides that set sizes, as numbers or as a tensor.
 
-        XLA compiles the numbers that are stored now as constants.
+        A graph of TensorFlow reads them from the variables each time it runs.
+        XLA needs numbers, and compiles those of now as constants.
         """
         if is_traced and not backend.is_compiled_by_xla():
-            return self.state.strides_for_sizes_tensor()
+            return self.state.size_strides_tensor()
         validation.require(
             self.supports_jit or not is_traced,
             f'Sizes of layer "{self.name}" must be static for XLA on '
             'TensorFlow: call make_sizes_static() on it before',
             has_static_sizes=False,
         )
-        return self.state.strides_for_sizes
+        return self.state.size_strides
 
-    def _recompile_if_stale(self):
-        """Recompiles models with constants that the state no longer has."""
+    def _on_change(self):
+        """Follows a change of the state.
+
+        It sets whether XLA can compile the layer, and recompiles the models
+        that were traced with constants that the state no longer has.
+        """
         is_static = self.state.has_static_sizes
         self.supports_jit = (
             keras.backend.backend() != 'tensorflow'
             or not self.cropping
             or is_static
         )
-        if self._compiled is None:
+        if self._traced is None:
             return
         held = self.state.held_strides
         sizes = {
             (index, size): self.output_size(size, index)
-            for index, size in self._compiled.sizes
+            for index, size in self._traced.sizes
         }
         # XLA must not go on with sizes that are no longer static.
         is_stale = bool(sizes) and not self.supports_jit
-        if is_stale or self._compiled != _Constants(held, sizes):
-            self._compiled = None
+        if is_stale or self._traced != _TracedConstants(held, sizes):
+            self._traced = None
             models.recompile_models_with(self)
 
     def _symbolic_size(self, size, index):
@@ -448,7 +460,7 @@ class DiffStride(SpectralPooling):
     def _forward_weights(self, size, index):
         edge = self._ramp.band_edge(size, self.stride_values[index])
         output_size = self.output_size(size, index)
-        return self._ramp.constant_response(output_size, edge)
+        return self._ramp.constant_weights(output_size, edge)
 
     def get_config(self) -> dict[str, Any]:
         config = {
@@ -478,7 +490,7 @@ class DiffStride(SpectralPooling):
 
 
 @dataclasses.dataclass
-class _Constants:
+class _TracedConstants:
     """The constants that traced functions took from a layer.
 
     They are the strides if these were held, and the output sizes by spatial
@@ -491,19 +503,6 @@ class _Constants:
 
 def _limit(name, value):
     return None if value is None else validation.finite(name, value, least=1)
-
-
-def _with_zero_gradient(x, variable):
-    """Returns `x`, connected to a variable by a gradient of 0."""
-
-    def function(tables, x, other):
-        return 1 * x, None
-
-    def gradients(tables, kept, others, upstream):
-        return upstream, ops.zeros_like(others[0])
-
-    apply = backend.custom_gradient(function, gradients)
-    return apply(x, ops.convert_to_tensor(variable))
 
 
 @_register

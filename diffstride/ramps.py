@@ -66,7 +66,11 @@ class Ramp:
         clipped = maximum(clipped, self.lower)
         if self.upper is not None:
             clipped = minimum(clipped, self.upper)
-        return clipped if known(stride) else with_gradient_of(stride, clipped)
+        return (
+            clipped
+            if known(stride)
+            else backend.with_gradient_of(stride, clipped)
+        )
 
     def band_edge(self, size: Any, stride: Any) -> Any:
         """Returns b = N / (2 S) for the clipped stride, in cycles per N."""
@@ -82,7 +86,7 @@ class Ramp:
         half = ops.cast(ops.ceil(half), 'int32')
         return ops.minimum(size, 2 * ops.maximum(1, half))
 
-    def response(self, frequencies: Any, edge: Any) -> Any:
+    def weights(self, frequencies: Any, edge: Any) -> Any:
         """Returns the weights m(f), with the gradient of the band edge.
 
         At a corner of the ramp the gradient is the mean of the slopes on both
@@ -118,7 +122,7 @@ class Ramp:
         return Response(
             None if forward is None else forward.weights,
             frequencies,
-            self.response(frequencies, edge),
+            self.weights(frequencies, edge),
         )
 
     def forward_response(self, output_size: Any, edge: Any) -> Response | None:
@@ -126,13 +130,13 @@ class Ramp:
         if self.kind == 'straight_through':
             return None
         if known(output_size, edge):
-            return Response(self.constant_response(output_size, edge))
+            return Response(self.constant_weights(output_size, edge))
         frequencies = ops.arange(output_size // 2 + 1, dtype='int32')
-        return Response(self.response(frequencies, edge))
+        return Response(self.weights(frequencies, edge))
 
-    def constant_response(self, output_size: int, edge: float) -> np.ndarray:
+    def constant_weights(self, output_size: int, edge: float) -> np.ndarray:
         """Returns the forward weights of f = 0 .. M // 2, float64."""
-        return _constant_response(self, output_size, edge)
+        return _constant_weights(self, output_size, edge)
 
     def frequencies(self, size: Any, output_size: Any, edge: Any) -> Any:
         """Returns the frequencies whose weight varies with the stride.
@@ -152,38 +156,21 @@ class Ramp:
 
 
 @functools.lru_cache(maxsize=256)
-def _constant_response(ramp, output_size, edge):
+def _constant_weights(ramp, output_size, edge):
     frequencies = np.arange(output_size // 2 + 1)
     if ramp.kind == 'straight_through':
-        response = np.ones(len(frequencies))
+        weights = np.ones(len(frequencies))
     else:
         outside = ramp.kind == 'outside'
         width = ramp.width if outside else min(ramp.width, edge)
         end = edge + ramp.width if outside else edge
-        response = np.clip((end - frequencies) / width, 0.0, 1.0)
-        response[0] = 1.0
-    response.flags.writeable = False  # All callers share the array.
-    return response
+        weights = np.clip((end - frequencies) / width, 0.0, 1.0)
+        weights[0] = 1.0
+    weights.flags.writeable = False  # All callers share the array.
+    return weights
 
 
 def _step(x, tolerance):
     """Returns 0 below zero, 1 above zero, and 1/2 at zero."""
     above, not_below = x > tolerance, x > -tolerance
     return (ops.cast(above, x.dtype) + ops.cast(not_below, x.dtype)) / 2
-
-
-def with_gradient_of(surrogate: Any, value: Any) -> Any:
-    """Returns `value`, with the gradient of `surrogate`."""
-    return ops.stop_gradient(value) + (surrogate - ops.stop_gradient(surrogate))
-
-
-def with_finite_gradient(x: Any) -> Any:
-    """Returns `x`; its gradient is 0 where it would be infinite or NaN."""
-
-    def function(tables, x):
-        return 1.0 * x, None
-
-    def gradients(tables, kept, others, upstream):
-        return (ops.where(ops.isfinite(upstream), upstream, 0.0),)
-
-    return backend.custom_gradient(function, gradients)(x)

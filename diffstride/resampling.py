@@ -191,12 +191,12 @@ def _apply(inputs, axis, operators, bases=(), keeps_input=False, *weights):
             return (of_inputs,)
         if keeps_input:
             spectra = backend.matmul(bases[0], _outer(kept, upstream, axis))
-            products = ops.sum(spectra * bases[1], axis=1)
+            per_weight = ops.sum(spectra * bases[1], axis=1)
         else:
             # The diagonal of a matrix product is faster than sum(a * b).
             spectrum = _multiply(upstream, axis, bases[1])
-            products = ops.diagonal(_outer(kept, spectrum, axis))
-        cosine, sine = ops.split(products, 2)
+            per_weight = ops.diagonal(_outer(kept, spectrum, axis))
+        cosine, sine = ops.split(per_weight, 2)
         return of_inputs, cosine + sine
 
     apply = backend.custom_gradient(function, gradients, (operators, bases))

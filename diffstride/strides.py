@@ -16,7 +16,6 @@ import keras
 from keras import ops
 
 from diffstride import backend, validation
-from diffstride.ramps import with_gradient_of
 
 
 class StrideState:
@@ -38,7 +37,7 @@ class StrideState:
         ValueError: If the limits exclude each other or an initial stride.
 
     Attributes:
-        weight: The strides, a trainable float32 variable [n], where n is the
+        variable: The strides, a trainable float32 variable [n], where n is the
             rank, or 1 for a stride that all axes share.
         record: The rest of the state, a non-trainable variable [1 + n].
     """
@@ -61,8 +60,8 @@ class StrideState:
         self.lower = lower
         self.upper = upper
         self._check_limits(initial)
-        self.weight = _Variable(initial, 'strides', True, changed)
-        self.weight.constraint = self._clipped
+        self.variable = _Variable(initial, 'strides', True, changed)
+        self.variable.constraint = self._clipped
         zeros = [0.0] * (1 + len(initial))
         self.record = _Variable(zeros, 'stride_record', False, changed)
 
@@ -99,14 +98,19 @@ class StrideState:
     @property
     def values(self) -> tuple[float, ...]:
         """The strides in use, as numbers within the limits, one per axis."""
-        return self.held_strides or self._per_axis(self.weight.numbers())
+        return self.held_strides or self._per_axis(self.variable.numbers())
 
     @property
-    def strides_for_sizes(self) -> tuple[float, ...]:
+    def _variable_values(self):
+        """The strides in use, as many as the variable has."""
+        return self.values[: self.variable.shape[0]]
+
+    @property
+    def size_strides(self) -> tuple[float, ...]:
         """The strides that sizes are computed from, as numbers."""
         _, *static = self.record.numbers()
         return self._per_axis(
-            static if static[0] > 0 else self.weight.numbers()
+            static if static[0] > 0 else self.variable.numbers()
         )
 
     def _per_axis(self, values):
@@ -121,14 +125,14 @@ class StrideState:
     def tensor(self) -> Any:
         """Returns the strides in use, float32 [rank], with their gradient."""
         record = ops.convert_to_tensor(self.record)
-        strides = ops.convert_to_tensor(self.weight)
-        clipped = with_gradient_of(strides, self._clipped(strides))
+        strides = ops.convert_to_tensor(self.variable)
+        clipped = backend.with_gradient_of(strides, self._clipped(strides))
         return self._broadcast(ops.where(record[0] > 0, record[1:], clipped))
 
-    def strides_for_sizes_tensor(self) -> Any:
+    def size_strides_tensor(self) -> Any:
         """Returns the strides that sizes are computed from, float32 [rank]."""
         record = ops.convert_to_tensor(self.record)
-        strides = ops.convert_to_tensor(self.weight)
+        strides = ops.convert_to_tensor(self.variable)
         return ops.stop_gradient(
             self._broadcast(ops.where(record[1] > 0, record[1:], strides))
         )
@@ -147,8 +151,7 @@ class StrideState:
 
     def hold(self) -> None:
         """Ends learning: the strides in use stay, with their sizes."""
-        values = self.values[: self.weight.shape[0]]
-        self.record.assign([1.0, *values])
+        self.record.assign([1.0, *self._variable_values])
 
     def make_sizes_static(self) -> None:
         """Computes sizes from the strides in use as they are now."""
@@ -157,12 +160,11 @@ class StrideState:
             'The sizes of held strides must stay until `release()`',
             held=True,
         )
-        values = self.values[: self.weight.shape[0]]
-        self.record.assign([0.0, *values])
+        self.record.assign([0.0, *self._variable_values])
 
     def release(self) -> None:
         """Resumes learning from the strides in use; sizes follow them."""
-        self.weight.assign(self.values[: self.weight.shape[0]])
+        self.variable.assign(self._variable_values)
         self.record.assign([0.0] * self.record.shape[0])
 
     def assign(self, strides: Sequence[float]) -> None:
@@ -173,21 +175,21 @@ class StrideState:
             '`strides` must be released by `release()` before they change',
             held=True,
         )
-        self.weight.assign(strides)
+        self.variable.assign(strides)
 
     def get_config(self) -> dict[str, Any] | None:
         """Returns the state as plain numbers, or None if sizes follow."""
         if not self.has_static_sizes:
             return None
         return {
-            'strides': list(self.weight.numbers()),
+            'strides': list(self.variable.numbers()),
             'record': list(self.record.numbers()),
         }
 
     def set_config(self, config: dict[str, Any] | None) -> None:
         """Sets the state that `get_config` returned."""
         if config is not None:
-            self.weight.assign(config['strides'])
+            self.variable.assign(config['strides'])
             self.record.assign(config['record'])
 
 

@@ -86,12 +86,12 @@ def test_responses_of_tensors_and_numbers_agree_with_reference(kind):
         )
         frequencies = ops.arange(output_size // 2 + 1, dtype='int32')
         edge = ramp.band_edge(size, ops.convert_to_tensor(stride, 'float32'))
-        response = array(ramp.response(frequencies, edge))
+        response = array(ramp.weights(frequencies, edge))
         # b has a relative error of 1e-7, in units of the ramp's width.
         ramp_width = min(width, size / (2 * exact))
         tolerance = 2e-7 * max(1, size / float(ramp_width))
         np.testing.assert_allclose(response, expected, rtol=0, atol=tolerance)
-        constant = ramp.constant_response(
+        constant = ramp.constant_weights(
             output_size, ramp.band_edge(size, stride)
         )
         np.testing.assert_allclose(constant, expected, rtol=0, atol=1e-12)
@@ -103,7 +103,7 @@ def response_and_slopes(size, output_size, stride, ramp):
     frequencies = ops.arange(output_size // 2 + 1, dtype='int32')
 
     def response(strides):
-        return ramp.response(frequencies, ramp.band_edge(size, strides))
+        return ramp.weights(frequencies, ramp.band_edge(size, strides))
 
     strides = ops.full(frequencies.shape, stride, 'float32')
     (slopes,) = gradients(lambda x: ops.sum(response(x)), [strides])

@@ -29,7 +29,7 @@ def main(folder=FOLDER):
     for (above, below), kind in zip(grid.T, RAMPS):
         ramp = Ramp(kind, WIDTH)
         count = ramp.output_size(SIZE, EDGE)
-        values = ramp.constant_response(count, EDGE)
+        values = ramp.constant_weights(count, EDGE)
         shown = mask(kind, frequencies, EDGE)
         if kind == 'straight_through':
             above.plot(frequencies, shown, 'C1--', label='gives the gradient')
