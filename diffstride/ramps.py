@@ -99,7 +99,7 @@ class Ramp:
         """
         fixed = ops.stop_gradient(edge)
         distance = fixed - ops.cast(frequencies, 'float32')
-        tolerance = TOLERANCE * (fixed + self.width)
+        rounding = TOLERANCE * (fixed + self.width)
         if self.kind == 'outside':
             width, level = self.width, distance / self.width + 1
             slope = 1 / self.width
@@ -107,9 +107,10 @@ class Ramp:
             width = ops.minimum(self.width, fixed)
             level = distance / width
             # A ramp as wide as the band widens with it.
-            slope = (1 - level * _step(self.width - fixed, tolerance)) / width
-        tolerance = tolerance / width
-        slope *= _step(level, tolerance) - _step(level - 1, tolerance)
+            slope = (1 - level * _step(self.width - fixed, rounding)) / width
+        slope *= _step(level, rounding / width)
+        slope *= 1 - _step(level - 1, rounding / width)
+        # The second term is 0, and its gradient is the slope.
         weights = ops.clip(level, 0, 1) + slope * (edge - fixed)
         return ops.where(frequencies > 0, weights, 1.0)
 
@@ -170,7 +171,7 @@ def _constant_weights(ramp, output_size, edge):
     return weights
 
 
-def _step(x, tolerance):
+def _step(x, rounding):
     """Returns 0 below zero, 1 above zero, and 1/2 at zero."""
-    above, not_below = x > tolerance, x > -tolerance
+    above, not_below = x > rounding, x > -rounding
     return (ops.cast(above, x.dtype) + ops.cast(not_below, x.dtype)) / 2
