@@ -214,6 +214,7 @@ def assert_best(strides, atol):
 
 
 STARTS = [((4, 1), (2, 2)), ((1, 1), (1, 1)), ((5, 5), (5, 5))]
+BEST = [2.725, 2.371, 2.061, 1.209]
 
 
 def rest(model, start, steps, spread=0.0):
@@ -239,7 +240,7 @@ def rest(model, start, steps, spread=0.0):
 def test_learned_strides_are_the_best_ones_of_the_budget():
     model = quadratic_model(STARTS[0], keras.optimizers.SGD(0.1))
     found = [rest(model, start, 120) for start in STARTS]
-    np.testing.assert_allclose(found, [found[0]] * len(found), atol=1e-2)
+    np.testing.assert_allclose(found, [BEST] * len(found), atol=1e-2)
     assert_best(found[0], atol=3e-2)
     # Steps of Adam are not along the gradient, so neither is the way back.
     rate = keras.optimizers.schedules.CosineDecay(0.05, 150)
@@ -256,11 +257,10 @@ def test_strides_that_are_drawn_leave_a_poor_start():
         return quadratic(inputs, strides) - 4 * depth
 
     sgd = keras.optimizers.SGD(0.1)
-    model = quadratic_model(STARTS[0], sgd, with_a_dip, run_eagerly=EAGER)
-    best = rest(model, STARTS[2], 80)
+    model = quadratic_model(STARTS[0], sgd, with_a_dip)
     stuck, found = (rest(model, STARTS[0], 80, x) for x in (0.0, 0.8))
     np.testing.assert_allclose(stuck, np.ravel(STARTS[0]), rtol=0.3)
-    np.testing.assert_allclose(found, best, rtol=0.2)
+    np.testing.assert_allclose(found, BEST, rtol=0.2)
 
 
 @pytest.mark.parametrize(
