@@ -255,6 +255,13 @@ def test_image_size_resizes_with_antialiasing(load, cache):
     np.testing.assert_allclose(images, expected, atol=0.51)
 
 
+@functools.cache
+def stored_labels(data_dir, split):
+    """TFDS stores examples in an order of its own."""
+    builder = tfds.builder('tiny_noise', data_dir=data_dir)
+    return [int(x['label']) for x in builder.as_dataset(split)]
+
+
 def classes_of(dataset):
     return set(take(dataset)[1].argmax(-1).tolist())
 
@@ -274,12 +281,10 @@ def test_splits_are_names_slices_and_shares(
 ):
     names = 'train_split', 'validation_split', 'test_split'
     datasets = load(**dict(zip(names, splits)), **PLAIN)
-    builder = tfds.builder('tiny_noise', data_dir=data_dir)
 
-    def stored(split, limits):  # TFDS stores examples in an order of its own.
+    def stored(split, limits):
         split = 'test' if split == 'test' else 'train'
-        labels = [int(x['label']) for x in builder.as_dataset(split)]
-        return set(labels[slice(*limits)])
+        return set(stored_labels(data_dir, split)[slice(*limits)])
 
     assert datasets.steps_per_epoch == train[1] // 8
     assert f': {train[1]} train' in datasets.summary

@@ -151,7 +151,7 @@ def test_test_data_are_touched_once_and_at_the_end(run, capsys):
     assert 'Test accuracy of epoch 2: ' in capsys.readouterr().out
 
 
-def test_strides_of_another_run_are_held_from_the_first_step(trained, tmp_path):
+def test_strides_of_another_run_are_held(trained, tmp_path, without_tracing):
     workdir, _ = trained
     run_here(
         f"train.strides_from = '{workdir}'",
