@@ -438,7 +438,10 @@ def test_a_full_disk_ends_the_training_with_its_checkpoint_whole(config, run):
         ),
     )
     assert done.returncode == 1, done.stderr[-3000:]
-    last_line = done.stderr.splitlines()[-1]
+    *others, last_line = done.stderr.splitlines()
+    assert last_line.startswith('error: ')
+    assert not [line for line in others if line.startswith('error: ')]
+    assert 'Traceback' not in done.stderr
     assert 'epoch_0002 cannot be written' in last_line
     assert os.strerror(errno.EFBIG) in last_line
     assert 'the same command continues' in last_line

@@ -9,8 +9,7 @@ import gin
 import keras
 import pytest
 from absl import app
-from backends import run_apart
-from small_runs import LINEAR, command, files, prepared, run_here
+from small_runs import LINEAR, files, prepared, run_here
 
 from diffstride.examples import audio, data, grid, main, train
 
@@ -319,17 +318,3 @@ def test_a_workdir_that_cannot_be_made(error_of, tmp_path, monkeypatch):
 def test_a_workdir_where_the_kernel_lets_nobody_write(error_of, path):
     message = error_of(LINEAR, workdir=path)
     assert f'train.workdir cannot be written: {path} (' in message
-
-
-# In a process of its own.
-
-
-def test_the_process_ends_with_code_1_and_the_line(tmp_path):
-    arguments = command('train.num_epochs = 0', workdir='run')
-    done = run_apart('-m', *arguments, cwd=tmp_path)
-    assert done.returncode == 1
-    *others, last = done.stderr.splitlines()
-    assert last.startswith('error: `num_epochs` must be')
-    assert not [line for line in others if line.startswith('error: ')]
-    assert 'Traceback' not in done.stderr
-    assert not list(tmp_path.iterdir())
