@@ -52,6 +52,14 @@ if keras.backend.backend() == 'jax':
     collect_ignore += [f'test_{name}.py' for name in LONG_ON_JAX]
 
 
+# Their tests begin first, so that no process ends long after the others.
+LONG = ('benchmarks', 'callbacks', 'checkpoints', 'grid', 'readme', 'train')
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem.split('_')[1] not in LONG)
+
+
 def pytest_configure(config):
     for line in HARMLESS_WARNINGS:
         config.addinivalue_line('filterwarnings', line)
