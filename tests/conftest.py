@@ -4,6 +4,7 @@ import gc
 import os
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', 'true')
 
 import gin
 import keras
@@ -24,10 +25,6 @@ if keras.backend.backend() == 'tensorflow':
 
     tf.config.threading.set_intra_op_parallelism_threads(2)
     tf.config.threading.set_inter_op_parallelism_threads(2)
-if keras.backend.backend() == 'jax':
-    import jax
-
-    jax.config.update('jax_disable_most_optimizations', True)
 
 # Graphs are many small objects. To look through all for garbage again and
 # again takes a sixth of the time of the tests.
