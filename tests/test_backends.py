@@ -119,7 +119,7 @@ def test_saved_models_are_the_same_on_every_backend(tmp_path):
     shared = os.environ.get('DIFFSTRIDE_SAVED_MODELS')
     folder = pathlib.Path(shared) if shared else tmp_path
     save(folder)
-    for other in [x for x in INSTALLED if not (folder / f'{x}.npz').exists()]:
+    for other in [x for x in INSTALLED if x != BACKEND]:
         env = environment(KERAS_BACKEND=other)
         output_of('-c', CODE, folder, BACKEND, env=env)
     found = sorted(path.stem for path in folder.glob('*.npz'))
