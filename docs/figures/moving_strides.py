@@ -15,7 +15,7 @@ import matplotlib.patches
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-SIZE, RUN = 32, 4
+SIZE, RUN = 32, 1
 START = [3.0, 3.0, 2.0, 2.0]
 FRAMES_OF_EPOCH = 2
 FOLDER = pathlib.Path(__file__).parent
