@@ -66,11 +66,9 @@ class Ramp:
         clipped = maximum(clipped, self.lower)
         if self.upper is not None:
             clipped = minimum(clipped, self.upper)
-        return (
-            clipped
-            if known(stride)
-            else backend.with_gradient_of(stride, clipped)
-        )
+        if known(stride):
+            return clipped
+        return backend.with_gradient_of(stride, clipped)
 
     def band_edge(self, size: Any, stride: Any) -> Any:
         """Returns b = N / (2 S) for the clipped stride, in cycles per N."""
