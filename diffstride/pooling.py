@@ -4,9 +4,10 @@ A call has two steps for each spatial axis. `_plan` returns the output size and
 the weights of the frequencies, and `resampling.resample` computes the output.
 
 In `DiffStride` a stride becomes a size in `_plan` by way of
-`_size_strides_in_call` and `Ramp.output_size`, and gets its gradient through
-`Ramp.learned_response`. A `StrideState` keeps the strides in two variables of
-the layer, with which they are saved and restored.
+`_size_strides_in_call`, `Ramp.band_edge` and `Ramp.output_size`. It gets its
+gradient from `resampling.resample` through `Ramp.learned_response`. A
+`StrideState` keeps the strides in two variables of the layer, with which they
+are saved and restored.
 """
 
 import dataclasses
@@ -191,7 +192,8 @@ class DiffStride(SpectralPooling):
     follow from epoch to epoch. The response follows the stride in every case.
 
     The strides and their state (held or not, static sizes) are weights, so
-    saving and restoring weights saves and restores the sizes too.
+    saving and restoring weights saves and restores the sizes too. The config
+    has the initial strides.
 
     An infinite or NaN gradient of a stride counts as 0.
 
@@ -310,9 +312,9 @@ class DiffStride(SpectralPooling):
             self.state.variable.regularizer = lambda _: (
                 self.strides_regularizer(self.state.tensor())
             )
-        # Keras tracks variables that become attributes of a layer, trainable
-        # ones apart. So the order of weights is the same for all layers if
-        # `trainable` is set afterwards.
+        # Keras saves variables that are attributes of a layer, trainable ones
+        # first. `trainable` is set afterwards, so that all layers have the same
+        # order.
         self._variable, self._record = self.state.variable, self.state.record
         self._variable.trainable = trainable
         self._on_change()
@@ -400,7 +402,7 @@ class DiffStride(SpectralPooling):
             # Weights follow the stride even where sizes are static.
             edge = ramp.band_edge(size, strides[index])
             output_size = self._output_size(size, size_strides[index])
-            if is_traced and known(output_size):
+            if is_traced and known(output_size):  # See `_on_change`.
                 self._traced.sizes[index, size] = output_size
             response = (
                 ramp.forward_response(output_size, edge)
@@ -415,7 +417,7 @@ class DiffStride(SpectralPooling):
         """Returns the strides that set sizes, as numbers or as a tensor.
 
         A graph of TensorFlow reads them from the variables each time it runs.
-        XLA needs numbers, and compiles those of now as constants.
+        XLA, which JAX always uses, compiles the numbers of now as constants.
         """
         if is_traced and not backend.is_compiled_by_xla():
             return self.state.size_strides_tensor()

@@ -196,8 +196,8 @@ def _apply(inputs, axis, operators, bases=(), keeps_input=False, *weights):
             # The diagonal of a matrix product is faster than sum(a * b).
             spectrum = _multiply(upstream, axis, bases[1])
             per_weight = ops.diagonal(_outer(kept, spectrum, axis))
-        cosine, sine = ops.split(per_weight, 2)
-        return of_inputs, cosine + sine
+        real_parts, imaginary_parts = ops.split(per_weight, 2)
+        return of_inputs, real_parts + imaginary_parts
 
     apply = backend.custom_gradient(function, gradients, (operators, bases))
     return apply(inputs, *weights)

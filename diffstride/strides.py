@@ -130,7 +130,10 @@ class StrideState:
         return self._broadcast(ops.where(record[0] > 0, record[1:], clipped))
 
     def size_strides_tensor(self) -> Any:
-        """Returns the strides that sizes are computed from, float32 [rank]."""
+        """Returns the strides that sizes are computed from, float32 [rank].
+
+        `Ramp.clip` keeps them within the limits.
+        """
         record = ops.convert_to_tensor(self.record)
         strides = ops.convert_to_tensor(self.variable)
         return ops.stop_gradient(
