@@ -112,7 +112,7 @@ def strides_within(
         predicted = function.integer_macs(found)
         if macs == predicted:
             break
-        # Other layers that shorten maps made the prediction inexact.
+        # Other layers that shorten maps, or FFTs, made it inexact.
         corrected = budget * predicted / macs
         if macs > budget:
             corrected = min(corrected, 0.999 * target)
@@ -125,31 +125,27 @@ def strides_within(
 
 
 def _fit(function, strides, target):
-    near = SizesNear(function, strides)
-    macs = function.integer_macs(near.preferred)
-    if macs <= target:
-        grown = _grow(near, near.preferred, target)
-        # Sizes that are far below the budget had better grow together.
-        if function.integer_macs(grown) == macs:
-            return grown
-    projected = function.project(near.preferred, target)
-    shrunk = _shrink(SizesNear(function, projected), target)
-    return _grow(near, shrunk, target)
+    near, found = SizesNear(function, strides), strides
+    is_within = function.integer_macs(strides) <= target
+    # Sizes that are far below the budget had better grow together.
+    if not is_within or _grown(near, strides, target) is not None:
+        projected = function.project(near.preferred, target)
+        found = _shrink(SizesNear(function, projected), target)
+    while (larger := _grown(near, found, target)) is not None:
+        found = larger
+    return near.strides_for(function.integer_sizes(found)[1])
 
 
-def _grow(near, found, target):
-    """Returns strides after single maps have grown while the budget allows."""
+def _grown(near, strides, target):
+    """Returns strides after a map has grown within the budget, or None."""
     function = near.function
-    while True:
-        sizes = function.integer_sizes(found)[1]
-        macs = function.integer_macs(found)
-        for _, larger in sorted(near.larger(sizes)):
-            grown = near.strides_for(larger)
-            if macs < function.integer_macs(grown) <= target:
-                found = grown
-                break
-        else:
-            return near.strides_for(sizes)
+    sizes = function.integer_sizes(strides)[1]
+    macs = function.integer_macs(strides)
+    for _, larger in sorted(near.larger(sizes)):
+        grown = near.strides_for(larger)
+        if macs < function.integer_macs(grown) <= target:
+            return grown
+    return None
 
 
 def _shrink(near, target):

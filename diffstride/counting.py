@@ -106,11 +106,12 @@ def complexity(
     and SpectralResizing count the multiplications by their matrices: M N per
     line of N samples that becomes M samples, for each spatial axis in turn. The
     matrix itself is not counted, and neither is an axis that
-    FixedSpectralPooling or SpectralResizing leaves as it is. A layer that uses
-    the FFT counts as its matrices would. Recurrent layers, the products of
-    attention and unknown layers with weights of rank 2 or more have unknown
-    MACs: None, printed as '?'. The total is then a lower bound, printed as
-    '>= ...'.
+    FixedSpectralPooling or SpectralResizing leaves as it is. With
+    `method='fft'` a line counts 5/4 (N log2 N + M log2 M). With 'auto' it
+    counts M N, although a long axis takes the FFT then. Recurrent layers, the
+    products of attention and unknown layers with weights of rank 2 or more have
+    unknown MACs: None, printed as '?'. The total is then a lower bound, printed
+    as '>= ...'.
 
     Args:
         model: A Keras model or layer, built or not.
@@ -313,7 +314,7 @@ def _macs(layer, weights, calls_of_layer):
         has_kernel = any(len(weight.shape) > 1 for weight in weights)
         return None if has_kernel and calls_of_layer else 0
     found = mac_terms(layer, calls_of_layer)
-    return None if None in found else sum(found)
+    return None if None in found else round(sum(found))
 
 
 def mac_terms(
@@ -354,13 +355,26 @@ def _einsum_dense(layer, x, y):
 
 
 def _spectral_resampling(layer, x, y, skip_identity):
-    macs, shape = [], list(x)
+    found, shape = [], list(x)
     for axis in pooling.spatial_axes(layer):
-        size, shape[axis] = shape[axis], y[axis]
-        is_identity = size == y[axis] and not layer.weights
+        before, shape[axis] = list(shape), y[axis]
+        if layer.method == 'fft':
+            terms = [_fft_macs(before, axis), _fft_macs(shape, axis)]
+        else:
+            terms = [before[axis] * _size(shape)]
+        is_identity = before == shape and not layer.weights
         skip = is_identity and skip_identity
-        macs.append(0 if skip else size * _size(shape))
-    return macs
+        found += [0] * len(terms) if skip else terms
+    return found
+
+
+def _fft_macs(shape, axis):
+    """Returns 5/4 n log2 n for each line of n real values along an axis.
+
+    An FFT of n complex values takes about 5 n log2 n additions and
+    multiplications, one of real values half as many, and a MAC is two of them.
+    """
+    return _size(shape) * 1.25 * math.log2(max(shape[axis], 2))
 
 
 def _rules(macs, names):

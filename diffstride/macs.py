@@ -34,8 +34,9 @@ class MacsOfStrides:
     Between integers a size counts as N / S, or N / S + 2 R with the ramp
     'outside', and at most N. At integer sizes the MACs are those of
     `complexity`, unless layers without learned strides round sizes, as a
-    strided convolution of a map of odd size does. Then they are approximate;
-    `count` is exact in each case.
+    strided convolution of a map of odd size does, or layers have
+    `method='fft'`, whose MACs are not linear in a size. Then they are
+    approximate; `count` is exact in each case.
 
     Args:
         model: A model with DiffStride layers.

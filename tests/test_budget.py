@@ -205,6 +205,29 @@ def test_a_budget_is_used_up_by_sizes_that_cannot_grow(make, share):
         assert not macs < function.count(grown) <= budget
 
 
+def test_a_budget_of_long_axes_is_used_up_at_once():
+    """An FFT has MACs that are not linear in a size; a step is 2 of 8000."""
+    model = sequential(
+        (8000, 2),
+        layers.Conv1D(4, 9, padding='same'),
+        DiffStride1D(8.0, ramp='inside', method='fft'),
+        layers.Conv1D(8, 9, padding='same'),
+        DiffStride1D(8.0, ramp='inside', method='fft'),
+        layers.Conv1D(8, 9, padding='same'),
+    )
+    counted = []
+    before = complexity(model).macs
+    with pytest.MonkeyPatch.context() as patch:
+        total = MacsOfStrides.total
+        patch.setattr(
+            MacsOfStrides, 'total', lambda *x: counted.append(x) or total(*x)
+        )
+        macs = set_budget(model, macs=2 * before)
+    assert macs == complexity(model).macs
+    assert 0.999 * 2 * before <= macs <= 2 * before
+    assert len(counted) < 3000
+
+
 def test_sizes_that_just_fit_are_found():
     """Where 32 became 14, 8 and 4, 16, 8 and 4 fit, too."""
     kwargs = {'shared_stride': True, 'ramp': 'straight_through'}

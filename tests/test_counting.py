@@ -52,8 +52,10 @@ LAYERS = [
     # With R = 4, 32 becomes 24 at stride 2 and 20 at stride 3, and 4 stays 4.
     (DiffStride((2.0, 3.0)),
      (32, 32, 5), (24, 20, 5), 5, (32 * 24 * 32 + 32 * 20 * 24) * 5),
-    (DiffStride(2.0, shared_stride=True, method='fft'),
+    (DiffStride(2.0, shared_stride=True),
      (32, 4, 5), (24, 4, 5), 3, (32 * 24 * 4 + 4 * 4 * 24) * 5),
+    (FixedSpectralPooling(2.0, method='fft'), (32, 4, 5), (16, 2, 5), 0,
+     (1.25 * (32 * 5 + 16 * 4) * 4 + 1.25 * (4 * 2 + 2 * 1) * 16) * 5),
     (DiffStride((2.0, 3.0), data_format='channels_first'),
      (5, 32, 32), (5, 24, 20), 5, (32 * 24 * 32 + 32 * 20 * 24) * 5),
     (FixedSpectralPooling((1.6, 3.0)),
