@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -147,6 +148,8 @@ class Grid:
             checkpoints.Stop: If the folder holds a grid of other settings, or,
                 after all others, if a run failed.
         """
+        # Without this, SIGTERM would leave the training of the moment running.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         path = self.workdir / 'grid.gin'
         self.workdir.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(self.workdir / 'lock'):
