@@ -105,8 +105,10 @@ def run(config, tmp_path, without_tracing):
     """Runs a small linear model; returns its workdir."""
     from small_runs import LINEAR, run_here
 
-    def run(*bindings, name='run', model=(LINEAR,)):
+    def run(*bindings, name='run', model=(LINEAR,), epochs=None):
         workdir = tmp_path / name
+        if epochs:
+            bindings += (f'train.num_epochs = {epochs}',)
         run_here(*model, *bindings, workdir=workdir, gin_config=[config])
         return workdir
 

@@ -5,6 +5,7 @@ import json
 import gin
 from absl import flags
 from absl.testing import flagsaver
+from backends import environment, run_apart
 
 from diffstride.examples import main, settings, train
 
@@ -24,6 +25,7 @@ resnet.Resnet.pooling_cls = @pooling.DiffStride
 pooling.DiffStride.smoothness_factor = 1.0
 """
 LINEAR = 'train.model_cls = @small_data.linear'
+GO_ON = "train.on_changed_settings = 'continue'"
 
 
 def command(*bindings, workdir, gin_config=()):
@@ -52,6 +54,17 @@ def run_flags(arguments):
         main.main(['main'])
 
 
+def run_apart_in_turn(commands, **variables):
+    """Runs commands in one other process; returns what it prints."""
+    code = 'import json, sys, small_runs; '
+    code += 'print(*map(small_runs.run_flags, json.loads(sys.argv[1])))'
+    env = environment(**variables)
+    done = run_apart('-c', code, json.dumps(commands), env=env)
+    assert done.returncode == 0, done.stderr
+    assert 'UpdateSizes' not in done.stderr  # No advice is needed.
+    return done.stdout
+
+
 def prepared(*bindings, gin_config=()):
     """Returns a `train.Training` that is prepared and not run."""
     gin.clear_config()
@@ -67,9 +80,11 @@ def read(path):
 
 
 def files(folder):
-    """Returns the contents of all files of a folder."""
-    return {p: p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+    """Returns the contents of all files of a folder, and its folders."""
+    return {p: p.is_file() and p.read_bytes() for p in folder.rglob('*')}
 
 
-def without_seconds(history):
-    return [{k: v for k, v in row.items() if k != 'seconds'} for row in history]
+def history_of(workdir):
+    """Returns the rows of a history, without the time that each took."""
+    rows = read(workdir / 'results.json')['history']
+    return [{k: v for k, v in row.items() if k != 'seconds'} for row in rows]

@@ -1,12 +1,12 @@
-"""Trainings that are killed, damaged, doubled or out of disk."""
+"""Trainings that are stopped, damaged, doubled or out of disk."""
 
+import contextlib
 import errno
 import functools
 import itertools
 import json
 import os
 import pathlib
-import random
 import resource
 import shutil
 import signal
@@ -14,13 +14,19 @@ import subprocess
 import time
 import zipfile
 
-import filelock
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from backends import output_of, run_apart, start
-from small_runs import LINEAR, command, files, read, without_seconds
+from backends import run_apart, start
+from small_runs import (
+    LINEAR,
+    command,
+    files,
+    history_of,
+    read,
+    run_apart_in_turn,
+)
 
 from diffstride.examples import checkpoints
 from diffstride.examples.checkpoints import State, Stop
@@ -115,11 +121,13 @@ def epoch_in(path):
     return int(model.get_weights()[0][0, 0])
 
 
-def save(workdir, history, accuracies):
-    epoch = len(history) + 1
-    row = {'epoch': epoch, 'steps': STEPS}
-    history.append({**row, 'val_accuracy': accuracies[epoch - 1]})
-    checkpoints.save(model_after(epoch), workdir, State(history))
+def save(workdir, history, accuracies, epochs=1):
+    for _ in range(epochs):
+        epoch = len(history) + 1
+        row = {'epoch': epoch, 'steps': STEPS}
+        history.append({**row, 'val_accuracy': accuracies[epoch - 1]})
+        checkpoints.save(model_after(epoch), workdir, State(history))
+    return history
 
 
 UP, DOWN = (0.1, 0.2, 0.3, 0.4), (0.4, 0.3, 0.2, 0.1)
@@ -136,19 +144,15 @@ def test_a_kill_at_any_operation_loses_no_finished_epoch(
     killer = Killer(monkeypatch)
     before = tmp_path / 'before'
     before.mkdir()
-    history = []
-    while len(history) < epoch - 1:
-        save(before, history, accuracies)
+    history = save(before, [], accuracies, epoch - 1)
     killer.halfway = halfway
     for fatal in itertools.count(1):
         workdir = tmp_path / str(fatal)
         shutil.copytree(before, workdir)
         killer.count, killer.fatal = 0, fatal
-        try:
+        with contextlib.suppress(Killed):
             save(workdir, list(history), accuracies)
-            killed = False
-        except Killed:
-            killed = True
+        killed = killer.count >= fatal
         killer.fatal = 0
         check_files(workdir)
 
@@ -163,10 +167,8 @@ def test_a_kill_at_any_operation_loses_no_finished_epoch(
             check_best(workdir, restored)
         check_files(workdir)
         folders = checkpoints.epoch_folders(workdir)
-        kept = [epoch, epoch - 1] if epoch > 1 else [1]
-        assert [folder.name for folder in folders] == [
-            f'epoch_000{x}' for x in kept
-        ]
+        kept = ['epoch_0003', 'epoch_0002'] if epoch == 3 else ['epoch_0001']
+        assert [folder.name for folder in folders] == kept
         assert epoch_in(folders[0] / 'model.keras') == epoch
         assert read(folders[0] / 'state.json')['history'] == restored
         assert not list(workdir.rglob('unfinished*'))
@@ -185,27 +187,15 @@ def check_best(workdir, history):
     assert epoch_in(path) == best['epoch']
 
 
-@pytest.mark.parametrize(
-    'rows, best, result',
-    [
-        ([{}, {}], None, 2),  # There are no validation data.
-        ([{'val_accuracy': 0.9, 'strides_held': 0},  # Beyond the budget.
-          {'val_accuracy': 0.5, 'strides_held': 1},
-          {'val_accuracy': 0.7, 'strides_held': 1},
-          {'val_accuracy': 0.6, 'strides_held': 1}], 3, 3),
-    ],
-)  # fmt: skip
-def test_only_validated_epochs_within_the_budget_are_the_best(
-    tmp_path, rows, best, result
-):
+def test_only_epochs_within_the_budget_are_the_best(tmp_path):
     history = []
-    for epoch, row in enumerate(rows, 1):
-        history.append({'epoch': epoch, 'steps': STEPS, **row})
+    for epoch, accuracy in enumerate((0.9, 0.5, 0.7, 0.6), 1):
+        held = {'strides_held': int(epoch > 1)}
+        history.append({'steps': STEPS, 'val_accuracy': accuracy, **held})
         checkpoints.save(model_after(epoch), tmp_path, State(history))
-        any_held = any(row.get('strides_held') for row in history)
-        assert (tmp_path / 'best.keras').exists() == any_held
-    assert checkpoints.best_epoch(history) == best
-    assert epoch_in(checkpoints.result_file(tmp_path)) == result
+        assert (tmp_path / 'best.keras').exists() == (epoch > 1)
+    assert checkpoints.best_epoch(history) == 3
+    assert epoch_in(checkpoints.result_file(tmp_path)) == 3
 
 
 # Files that are damaged or cannot be written.
@@ -216,41 +206,28 @@ def test_only_validated_epochs_within_the_budget_are_the_best(
 def test_the_checkpoint_before_a_damaged_one_is_continued(
     tmp_path, capsys, name, how
 ):
-    history = []
-    for _ in range(3):
-        save(tmp_path, history, (0.3, 0.2, 0.1))
+    history = save(tmp_path, [], DOWN, 3)
     path = newest(tmp_path) / name
     content = path.read_bytes()
+    half = len(content) // 2
     if how == 'missing':
         path.unlink()
     elif how == 'cut':
-        path.write_bytes(content[: len(content) // 2])
+        path.write_bytes(content[:half])
     else:
-        half = len(content) // 2
         path.write_bytes(content[:half] + b'\0\xff' + content[half + 2 :])
     state = checkpoints.restore(model_after(0), tmp_path, STEPS)
     assert state.history == history[:2]
     assert 'epoch_0003 is damaged' in capsys.readouterr().out
     (damaged,) = tmp_path.glob('checkpoints/damaged_*_epoch_0003')
     assert len(list(damaged.iterdir())) == (1 if how == 'missing' else 2)
-    save(tmp_path, state.history, (0.3, 0.2, 0.1))
+    save(tmp_path, state.history, DOWN)
     assert epoch_in(newest(tmp_path) / 'model.keras') == 3
 
 
-def test_without_a_whole_checkpoint_all_are_left_alone(tmp_path):
-    history = []
-    for _ in range(2):
-        save(tmp_path, history, (0.1, 0.2))
-    for folder in checkpoints.epoch_folders(tmp_path):
-        (folder / 'model.keras').write_bytes(b'PK')
-    before = files(tmp_path)
-    with pytest.raises(Stop, match='epoch_0002 cannot be continued'):
-        checkpoints.restore(model_after(0), tmp_path, STEPS)
-    assert files(tmp_path) == before
-
-
-def test_another_model_or_another_length_of_epochs_is_refused(tmp_path):
-    save(tmp_path, [], (0.1,))
+def test_what_cannot_be_continued_is_left_alone(tmp_path):
+    """Epochs have another length, the model is another, or no file is whole."""
+    save(tmp_path, [], UP, 2)
     before = files(tmp_path)
     with pytest.raises(Stop, match='of epochs of 5 steps, and not of 4'):
         checkpoints.restore(model_after(0), tmp_path, STEPS - 1)
@@ -259,18 +236,12 @@ def test_another_model_or_another_length_of_epochs_is_refused(tmp_path):
     with pytest.raises(Stop, match='damaged, or of another model'):
         checkpoints.restore(other, tmp_path, STEPS)
     assert files(tmp_path) == before
-
-
-def test_a_file_that_cannot_be_finished_leaves_the_one_before(tmp_path):
-    path = tmp_path / 'table.md'
-    checkpoints.write(path, 'before')
-    with pytest.raises(Stop, match='No space left'):
-        with checkpoints.unfinished(path) as temporary:
-            temporary.write_text('half')
-            with open('/dev/full', 'w') as full:
-                full.write('half')
-    assert path.read_text() == 'before'
-    assert list(tmp_path.iterdir()) == [path]
+    for folder in checkpoints.epoch_folders(tmp_path):
+        (folder / 'model.keras').write_bytes(b'PK')
+    before = files(tmp_path)
+    with pytest.raises(Stop, match='epoch_0002 cannot be continued'):
+        checkpoints.restore(model_after(0), tmp_path, STEPS)
+    assert files(tmp_path) == before
 
 
 def test_ctrl_c_in_a_checkpoint_takes_effect_after_it(tmp_path, monkeypatch):
@@ -313,35 +284,26 @@ def test_results_that_are_lost_are_made_again(run):
 # Locks.
 
 
-def test_a_folder_is_locked_until_its_process_ends(tmp_path):
+def test_a_second_process_is_refused_until_the_first_ends(run):
     holder = (
         'import sys, time, filelock\n'
         'with filelock.FileLock(sys.argv[1]):\n'
         '    print("held", flush=True)\n'
         '    time.sleep(600)\n'
     )
+    workdir = run(epochs=1)
+    before = files(workdir)
     with start(
-        '-c', holder, tmp_path / 'lock', stdout=subprocess.PIPE
+        '-c', holder, workdir / 'lock', stdout=subprocess.PIPE
     ) as process:
         assert process.stdout.readline() == 'held\n'
-        assert checkpoints.is_locked(tmp_path)
-        with pytest.raises(Stop, match='in use by another training'):
-            with checkpoints.locked(tmp_path):
-                pass
-        process.kill()
-    assert not checkpoints.is_locked(tmp_path)
-    with checkpoints.locked(tmp_path), pytest.raises(Stop):
-        with checkpoints.locked(tmp_path):
-            pass
-
-
-def test_a_second_training_in_a_workdir_is_refused(run):
-    workdir = run('train.num_epochs = 1')
-    before = files(workdir)
-    with filelock.FileLock(workdir / 'lock'):
+        assert checkpoints.is_locked(workdir)
         with pytest.raises(SystemExit, match='in use by another training'):
-            run('train.num_epochs = 2')
+            run(epochs=2)
+        process.kill()
     assert files(workdir) == before
+    assert not checkpoints.is_locked(workdir)
+    run(epochs=2)
 
 
 def test_any_error_on_a_full_disk_is_one_line(tmp_path, monkeypatch):
@@ -384,58 +346,60 @@ def arguments(config, workdir, epochs, *bindings):
     )
 
 
-ENDLESS = 999999
-DETERMINISTIC = 'train.deterministic = True'
-
-
 @pytest.mark.slow
-def test_a_training_killed_at_random_moments_ends_as_an_uninterrupted_one(
+def test_a_training_that_is_stopped_ends_as_an_uninterrupted_one(
     config, tmp_path
 ):
-    """SIGKILL in an epoch, in a checkpoint's writing, before the first one."""
-    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
-    moments = random.Random(0)
-    epochs_at_kills = []
-    for _ in range(4):
-        target = epochs_of(killed) + moments.randint(0, 1)
+    """SIGKILL and Ctrl-C in an epoch, in its writing, before the first one."""
+    whole, stopped = tmp_path / 'whole', tmp_path / 'stopped'
+    deterministic = 'train.deterministic = True'
+    for kind, more_epochs, seconds in (
+        (signal.SIGKILL, 0, 0.1),
+        (signal.SIGINT, 1, 0.0),
+        (signal.SIGKILL, 1, 0.4),
+    ):
+        target = epochs_of(stopped) + more_epochs
         with start(
-            *('-m', *arguments(config, killed, ENDLESS, DETERMINISTIC)),
+            *('-m', *arguments(config, stopped, 999999, deterministic)),
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            # A shell lets what it runs in the background ignore SIGINT.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         ) as process:
             for line in process.stdout:
                 if line.startswith('Epochs '):
                     break
-            wait_for(lambda n=target: epochs_of(killed) >= n, process)
-            time.sleep(moments.uniform(0, 0.5))
+            wait_for(lambda n=target: epochs_of(stopped) >= n, process)
+            time.sleep(seconds)
             assert process.poll() is None
-            process.kill()
-        check_files(killed)
-        epochs_at_kills.append(epochs_of(killed))
-    assert len(set(epochs_at_kills)) > 1, epochs_at_kills
-    end = epochs_at_kills[-1] + 1
-    lines = [arguments(config, x, end, DETERMINISTIC) for x in (whole, killed)]
-    code = 'import json, sys, small_runs; '
-    code += 'print(*map(small_runs.run_flags, json.loads(sys.argv[1])))'
-    output_of('-c', code, json.dumps(lines))
-    results = [read(workdir / 'results.json') for workdir in (whole, killed)]
-    for result in results:
-        result['history'] = without_seconds(result['history'])
-    for key in ('history', 'epochs', 'steps', 'test_loss', 'epoch'):
+            process.send_signal(kind)
+            _, errors = process.communicate()
+        if kind == signal.SIGINT:
+            assert process.returncode == 130
+            told = '\ninterrupted; the same command continues\n'
+            assert errors.endswith(told) and 'Traceback' not in errors
+        check_files(stopped)
+        assert epochs_of(stopped) >= target
+    end = epochs_of(stopped) + 1
+    run_apart_in_turn(
+        [arguments(config, x, end, deterministic) for x in (whole, stopped)]
+    )
+    assert history_of(whole) == history_of(stopped)
+    results = [read(workdir / 'results.json') for workdir in (whole, stopped)]
+    for key in ('epochs', 'steps', 'test_loss', 'epoch'):
         assert results[0][key] == results[1][key]
 
 
 @pytest.mark.slow
 def test_a_full_disk_ends_the_training_with_its_checkpoint_whole(config, run):
     """The kernel refuses to write files beyond the size of a checkpoint."""
-    workdir = run('train.num_epochs = 1')
+    workdir = run(epochs=1)
     before = files(workdir / 'checkpoints')
     limit = len(before[newest(workdir) / 'model.keras']) // 2
+    limits = resource.RLIMIT_FSIZE, (limit, limit)
     done = run_apart(
         *('-m', *arguments(config, workdir, 2)),
-        preexec_fn=lambda: resource.setrlimit(
-            resource.RLIMIT_FSIZE, (limit, limit)
-        ),
+        preexec_fn=lambda: resource.setrlimit(*limits),
     )
     assert done.returncode == 1, done.stderr[-3000:]
     *others, last_line = done.stderr.splitlines()
@@ -446,27 +410,5 @@ def test_a_full_disk_ends_the_training_with_its_checkpoint_whole(config, run):
     assert os.strerror(errno.EFBIG) in last_line
     assert 'the same command continues' in last_line
     assert files(workdir / 'checkpoints') == before
-    run('train.num_epochs = 2')
+    run(epochs=2)
     assert epochs_of(workdir) == 2
-
-
-@pytest.mark.slow
-def test_ctrl_c_ends_with_one_line_and_the_same_command_continues(
-    config, tmp_path
-):
-    workdir = tmp_path / 'run'
-    for _ in range(2):
-        before = epochs_of(workdir)
-        with start(
-            *('-m', *arguments(config, workdir, ENDLESS)),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            # A shell lets what it runs in the background ignore SIGINT.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        ) as process:
-            wait_for(lambda now=before: epochs_of(workdir) > now, process)
-            process.send_signal(signal.SIGINT)
-            _, errors = process.communicate()
-        assert process.returncode == 130
-        assert errors.endswith('\ninterrupted; the same command continues\n')
-        assert 'Traceback' not in errors
