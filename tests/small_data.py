@@ -4,6 +4,7 @@ import gin
 import keras
 import numpy as np
 import tensorflow as tf
+from PIL import Image
 
 from diffstride.examples.data import Datasets
 
@@ -64,6 +65,21 @@ def linear(num_output_classes, channels_first, units=0):
             keras.layers.Dense(num_output_classes, activation='softmax'),
         ]
     )
+
+
+def picture(channel, seed=0, size=(12, 16), brighter=40):
+    """Returns noise in which one channel is brighter by some levels."""
+    pixels = np.random.default_rng(seed).integers(40, 120, (*size, 3))
+    pixels[..., channel] += brighter
+    return pixels.astype(np.uint8)
+
+
+def write_pictures(folder, channels, first=0, **kwargs):
+    """Writes a JPEG for each channel, which is brighter in it."""
+    folder.mkdir(parents=True)
+    for seed, channel in enumerate(channels, first):
+        pixels = picture(channel, seed, **kwargs)
+        Image.fromarray(pixels).save(folder / f'{seed}.jpg')
 
 
 def take(dataset, count=-1):

@@ -11,6 +11,7 @@ from absl.testing import flagsaver
 from backends import sequential
 from PIL import Image
 from runtimes import RUNTIMES, exports_to_onnx
+from small_data import picture, write_pictures
 
 from diffstride import DiffStride
 from diffstride.examples import checkpoints, classifier
@@ -45,25 +46,11 @@ def reference(pixels):
     return powers / powers.sum(-1, keepdims=True)
 
 
-def picture(channel, seed=0, size=(12, 16)):
-    """Noise in which one channel is brighter by 40 levels."""
-    pixels = np.random.default_rng(seed).integers(60, 120, (*size, 3))
-    pixels[..., channel] += 40
-    return pixels.astype(np.uint8)
-
-
-def write_pictures(folder, channels):
-    folder.mkdir(parents=True)
-    for i, channel in enumerate(channels):
-        Image.fromarray(picture(channel, i)).save(folder / f'{i}.jpg')
-
-
 def make_workdir(folder, model, mean=MEAN, scale=SCALE, settings=''):
     """Writes what a training leaves behind."""
     folder.mkdir()
     (folder / 'config.gin').write_text(settings)
-    shapes = {'class_names': NAMES, 'image_shape': SHAPE}
-    data = {**shapes, 'mean': mean, 'scale': scale}
+    data = dict(class_names=NAMES, image_shape=SHAPE, mean=mean, scale=scale)
     checkpoints.write(folder / 'data.json', data)
     state = checkpoints.State(history=[{'epoch': 1, 'val_accuracy': 1.0}])
     checkpoints.save(model, folder, state)
@@ -99,6 +86,9 @@ def run(monkeypatch, tmp_path, capsys):
     return run
 
 
+PIXELS = np.stack([picture(i, i) for i in range(3)]).astype('float32')
+
+
 @pytest.mark.parametrize(
     'name, file',
     [('litert', 'model.tflite'), ('tf_saved_model', 'saved_model')],
@@ -106,9 +96,8 @@ def run(monkeypatch, tmp_path, capsys):
 def test_other_formats_contain_the_preprocessing(workdir, run, name, file):
     (workdir / 'export/saved_model').mkdir(parents=True, exist_ok=True)
     run(export, workdir, f'--format={name}')
-    pixels = np.stack([picture(i, i) for i in range(3)]).astype('float32')
-    probabilities = RUNTIMES[name][1](str(workdir / 'export' / file))(pixels)
-    np.testing.assert_allclose(probabilities, reference(pixels), atol=1e-5)
+    probabilities = RUNTIMES[name][1](str(workdir / 'export' / file))(PIXELS)
+    np.testing.assert_allclose(probabilities, reference(PIXELS), atol=1e-5)
 
 
 def test_bfloat16_is_exported_as_float32_with_class_names(tmp_path, run):
@@ -123,29 +112,27 @@ def test_bfloat16_is_exported_as_float32_with_class_names(tmp_path, run):
     assert f'Wrote {output / "model.onnx"}' in text
     assert 'float32 [batch, 12, 16, 3]' in text
     assert (output / 'labels.txt').read_text().split() == list(NAMES)
-    pixels = np.stack([picture(i) for i in range(3)]).astype('float32')
     path = str(output / 'model.onnx')
     (entry,) = onnxruntime.InferenceSession(path).get_inputs()
     assert entry.name == 'images'
-    probabilities = RUNTIMES['onnx'][1](path)(pixels)
-    np.testing.assert_allclose(probabilities, reference(pixels), atol=1e-5)
+    probabilities = RUNTIMES['onnx'][1](path)(PIXELS)
+    np.testing.assert_allclose(probabilities, reference(PIXELS), atol=1e-5)
 
 
 def test_predict_says_the_likely_classes(workdir, run, tmp_path):
-    images = [picture(channel, seed=channel) for channel in (1, 0)]
-    paths = tmp_path / 'a.png', tmp_path / 'b.png'
-    for image, path in zip(images, paths):
-        Image.fromarray(image).save(path)
-    text = run(predict, workdir, '--top=2', *paths)
-    lines = [line for line in text.splitlines() if '.png' in line]
-    for path, line, expected in zip(
-        paths, lines, reference(np.stack(images)), strict=True
-    ):
-        first, second = np.argsort(-expected)[:2]
-        assert line == (
-            f'{path}: {NAMES[first]} {100 * expected[first]:.1f}%, '
-            f'{NAMES[second]} {100 * expected[second]:.1f}%'
+    expected = []
+    for name, channel in ('a.png', 1), ('b.png', 0):
+        pixels = picture(channel, seed=channel)
+        Image.fromarray(pixels).save(tmp_path / name)
+        (row,) = reference(pixels[None])
+        first, second = np.argsort(-row)[:2]
+        expected.append(
+            f'{tmp_path / name}: {NAMES[first]} {100 * row[first]:.1f}%, '
+            f'{NAMES[second]} {100 * row[second]:.1f}%'
         )
+    paths = tmp_path / 'a.png', tmp_path / 'b.png'
+    text = run(predict, workdir, '--top=2', *paths)
+    assert [x for x in text.splitlines() if '.png' in x] == expected
 
 
 def test_predict_resizes_and_makes_logits_probabilities(tmp_path, run):
@@ -154,13 +141,12 @@ def test_predict_resizes_and_makes_logits_probabilities(tmp_path, run):
     path, output = tmp_path / 'large.png', tmp_path / 'out'
     Image.fromarray(pixels).save(path)
     run(predict, workdir, f'--output={output}', path)
-    lines = (output / 'predictions.csv').read_text().splitlines()
-    header, row = csv.reader(lines)
-    assert header == ['file', *NAMES]
-    assert row[0] == str(path)
+    text = (output / 'predictions.csv').read_text()
+    header, (name, *row) = csv.reader(text.splitlines())
+    assert header == ['file', *NAMES] and name == str(path)
     # Resizing keeps mean colors, to the rounding of pixels.
     (expected,) = reference(pixels[None])
-    np.testing.assert_allclose(np.float64(row[1:]), expected, atol=0.02)
+    np.testing.assert_allclose(np.float64(row), expected, atol=0.02)
 
 
 def test_evaluate_on_a_folder_and_a_split(workdir, run, tmp_path):
