@@ -1,7 +1,6 @@
 """The package as a whole: imports, names, words, examples, saved models."""
 
 import doctest
-import importlib
 import inspect
 import json
 import pathlib
@@ -110,32 +109,28 @@ def public_functions(name, value):
 
 
 def test_public_functions_have_type_hints():
-    found = 0
-    for public in diffstride.__all__:
-        value = getattr(diffstride, public)
-        for name, function in public_functions(public, value):
-            found += 1
-            signature = inspect.signature(inspect.unwrap(function))
-            given = set(signature.parameters) - {'self', 'cls'}
-            hints = [signature.parameters[key].annotation for key in given]
-            if not name.endswith('.__init__'):
-                hints.append(signature.return_annotation)
-            assert inspect.Parameter.empty not in hints, name
-    assert found > 60
+    functions = {}
+    for name in diffstride.__all__:
+        functions |= public_functions(name, getattr(diffstride, name))
+    assert len(functions) > 60
+    for name, function in functions.items():
+        signature = inspect.signature(inspect.unwrap(function))
+        given = set(signature.parameters) - {'self', 'cls'}
+        hints = [signature.parameters[key].annotation for key in given]
+        if not name.endswith('.__init__'):
+            hints.append(signature.return_annotation)
+        assert inspect.Parameter.empty not in hints, name
 
 
-def documented():
-    """Yields the public classes and functions of some modules, by name."""
-    for name in EXAMPLES:
-        module = importlib.import_module(f'diffstride.{name}')
-        for name, value in vars(module).items():
-            is_code = inspect.isclass(value) or inspect.isfunction(value)
-            if is_code and value.__module__ == module.__name__:
-                if not name.startswith('_'):
-                    yield name, value
-
-
-DOCUMENTED = dict(documented())
+# The public classes and functions of some modules, by name.
+DOCUMENTED = {
+    name: value
+    for module in map(vars(diffstride).get, EXAMPLES)
+    for name, value in vars(module).items()
+    if (inspect.isclass(value) or inspect.isfunction(value))
+    and value.__module__ == module.__name__
+    and not name.startswith('_')
+}
 
 
 @pytest.mark.parametrize(
@@ -152,17 +147,15 @@ def test_examples_of_docstrings_give_what_they_say(name):
 
 
 def test_public_layers_have_an_example_and_all_sections():
-    found = 0
-    for name in diffstride.__all__:
-        value = getattr(diffstride, name)
-        if inspect.isclass(value) and issubclass(value, layers.Layer):
-            found += 1
-            assert '>>> ' in value.__doc__, name
-            if name[-2:] in ('1D', '3D'):  # They refer to the layer of 2-D.
-                continue
+    public = [getattr(diffstride, name) for name in diffstride.__all__]
+    found = [x for x in public if isinstance(x, type)]
+    found = [x for x in found if issubclass(x, layers.Layer)]
+    assert len(found) >= 8
+    for layer in found:
+        assert '>>> ' in layer.__doc__, layer
+        if layer.__name__[-2:] not in ('1D', '3D'):  # They refer to 2-D.
             for section in ('Args', 'Input shape', 'Output shape', 'Raises'):
-                assert f'{section}:\n' in value.__doc__, name
-    assert found >= 8
+                assert f'{section}:\n' in layer.__doc__, layer
 
 
 # Models are loaded in safe mode, which is Keras's default.
@@ -211,19 +204,13 @@ def test_models_are_saved_without_code_and_load_in_safe_mode(name, tmp_path):
     assert error_of(loaded(x), array(model(x))) <= 1e-6
 
 
-LAMBDA = {
-    'class_name': '__lambda__',
-    'config': {'code': '4wAA', 'defaults': None, 'closure': None},
-}
+CODE = {'code': '4wAA', 'defaults': None, 'closure': None}
+LAMBDA = {'class_name': '__lambda__', 'config': CODE}
 
 
-def object_config(module, class_name, config, registered_name=None):
-    return {
-        'module': module,
-        'class_name': class_name,
-        'config': config,
-        'registered_name': registered_name,
-    }
+def object_config(*values):
+    keys = 'module', 'class_name', 'config', 'registered_name'
+    return dict(zip(keys, (*values, None)))
 
 
 STRANGE = {
