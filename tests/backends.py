@@ -145,12 +145,12 @@ def central_differences(function, x, step=1e-6):
     return np.array(slopes) / (2 * step)
 
 
-def traced(function):
+def traced(function, jit_compile=None):
     """Compiles a function for each shape of its arguments, if possible."""
     if BACKEND == 'tensorflow':
         import tensorflow as tf
 
-        return tf.function(function, autograph=False)
+        return tf.function(function, autograph=False, jit_compile=jit_compile)
     if BACKEND == 'jax':
         import jax
 
@@ -159,14 +159,12 @@ def traced(function):
     return function
 
 
-def _with_xla(function):
-    import tensorflow as tf
-
-    return tf.function(function, autograph=False, jit_compile=True)
-
-
 COMPILERS = {
-    'tensorflow': {'eager': lambda f: f, 'graph': traced, 'xla': _with_xla},
+    'tensorflow': {
+        'eager': lambda f: f,
+        'graph': traced,
+        'xla': lambda f: traced(f, jit_compile=True),
+    },
     'jax': {'eager': lambda f: f, 'xla': traced},
     'torch': {'eager': lambda f: f},
 }[BACKEND]
@@ -174,20 +172,11 @@ COMPILERS = {
 USUAL = 'xla' if BACKEND == 'jax' else 'eager'
 
 
-def compilers(*names):
-    """Returns those of the named compilers that this backend has."""
-    return [name for name in names if name in COMPILERS]
-
-
 def of_unknown_sizes(function, *signature):
-    """Traces a function once for all sizes on TensorFlow.
+    """Traces a function once for all sizes on TensorFlow, and only there.
 
-    Elsewhere sizes are always known, and the function stays as it is.
-
-    Args:
-        function: A function of tensors.
-        *signature: For each tensor its shape, None for an unknown size, and
-            its dtype.
+    Its signature is for each tensor its shape, None for an unknown size, and
+    its dtype.
     """
     if BACKEND != 'tensorflow':
         return function
@@ -216,12 +205,7 @@ def environment(**variables):
 
 
 def run_apart(*arguments, **kwargs):
-    """Runs Python in a process of its own; returns how it ended.
-
-    Args:
-        *arguments: Those of the interpreter, such as '-c' and code.
-        **kwargs: Arguments of `subprocess.run`.
-    """
+    """Runs Python, with these arguments, apart; returns how it ended."""
     return subprocess.run(
         [sys.executable, *arguments],
         **{'env': environment(), **kwargs},

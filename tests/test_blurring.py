@@ -1,13 +1,9 @@
 """Blurred subsampling against NumPy, and in a network."""
 
-import functools
-
-import keras
 import numpy as np
 import pytest
 from backends import array, error_of, random, refusals
 
-from diffstride import resnet
 from diffstride.blurring import BlurPooling
 
 FILTERS = {1: [1], 3: [0.25, 0.5, 0.25], 5: [0.0625, 0.25, 0.375, 0.25, 0.0625]}
@@ -72,16 +68,3 @@ def test_wrong_inputs_are_refused():
     with pytest.raises(ValueError, match=r'exceed half.* filter, \(3, 1\)'):
         layer(np.zeros((1, 3, 9, 8), 'float32'))
     assert layer(np.zeros((1, 4, 2, 8), 'float32')).shape == (1, 1, 1, 8)
-
-
-def test_a_network_with_blurred_strides_is_saved(tmp_path):
-    blurring = functools.partial(BlurPooling, kernel_size=5, pool_size=2)
-    model = resnet.Resnet(
-        [2, 3], '2, (3, 1)', 2, pooling_cls=blurring, num_layers=1
-    )
-    x = random(2, 18, 16, 3)
-    y = array(model(x))
-    assert y.shape == (2, 2) and np.isfinite(y).all()
-    model.save(tmp_path / 'model.keras')
-    loaded = keras.models.load_model(tmp_path / 'model.keras')
-    np.testing.assert_array_equal(array(loaded(x)), y)
