@@ -183,11 +183,12 @@ def test_projection_starts_anywhere_and_stays_within_limits():
     np.testing.assert_allclose(function.project(start, 1e9), 1.3)
 
 
-SHARES = [(chain, 0.6), (chain, 1.3), (residual, 0.5), (unet, 0.4)]
-
-
 @pytest.mark.parametrize(
-    'make, share', [*SHARES, (branches, 0.7), (sound, 0.3)]
+    'make, share',
+    [
+        *((chain, 0.6), (chain, 1.3), (residual, 0.5)),
+        *((unet, 0.4), (branches, 0.7), (sound, 0.3)),
+    ],
 )
 def test_a_budget_is_used_up_by_sizes_that_cannot_grow(make, share):
     model = make()
