@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from backends import (
     BACKEND,
+    EAGER,
     array,
     environment,
     error_of,
@@ -99,7 +100,7 @@ def test_single_batches_are_trained_on_tested_and_predicted():
         keras.layers.GlobalAveragePooling2D(),
         keras.layers.Dense(2),
     )
-    model.compile('sgd', 'mse')
+    model.compile('sgd', 'mse', run_eagerly=EAGER)
     x, y = images(), np.eye(2)
     before = model.predict_on_batch(x)
     expected = np.mean((before - y) ** 2)

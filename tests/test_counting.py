@@ -5,7 +5,7 @@ import contextlib
 import keras
 import numpy as np
 import pytest
-from backends import only, sequential
+from backends import BACKEND, only, sequential
 from keras import layers, ops
 
 from diffstride import models, resnet
@@ -70,8 +70,9 @@ LAYERS = [
 
 @pytest.mark.parametrize(
     'layer, shape, output_shape, parameters, macs',
-    LAYERS,
-    ids=[type(case[0]).__name__ for case in LAYERS],
+    # JAX compiles the initial weights of each.
+    LAYERS[:: 3 if BACKEND == 'jax' else 1],
+    ids=lambda x: type(x).__name__ if isinstance(x, layers.Layer) else None,
 )
 def test_a_layer_is_counted(layer, shape, output_shape, parameters, macs):
     result = complexity(layer, shape)
@@ -291,7 +292,7 @@ def test_an_unbuilt_model_is_built_for_any_batch_and_size():
     result = complexity(model, (16, 12, 3))
     assert result.parameters == model.count_params()
     assert model.input_shape == (None, 16, 12, 3)
-    assert tuple(model(np.ones((4, 16, 12, 3), 'float32')).shape) == (4, 3)
+    assert model(keras.Input((16, 12, 3), 4)).shape == (4, 3)
     assert result == complexity(model, (16, 12, 3))
 
 
