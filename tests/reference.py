@@ -63,33 +63,22 @@ def fixed_size(size, stride):
 
 
 def resample(x, axis, output_size, response=None, norm='forward'):
-    """Filters and resamples one axis through its spectrum.
+    """Filters and resamples one axis, from N to M samples, by its spectrum.
 
-    Args:
-      x: Real signals [..., N, ...] with N at `axis`.
-      axis: An integer.
-      output_size: M, below, equal to or above N.
-      response: The weight of each frequency, [M // 2 + 1]; None for ones.
-      norm: 'forward' keeps the mean, 'backward' multiplies it by N / M,
-        'ortho' by sqrt(N / M).
-
-    Returns:
-      float64 [..., M, ...].
+    `response` has the weight of each frequency, [M // 2 + 1]; None for ones.
+    The norm 'forward' keeps the mean, 'backward' multiplies it by N / M, and
+    'ortho' by sqrt(N / M). The result is float64.
     """
     x = np.moveaxis(np.asarray(x, np.float64), axis, -1)
     size = x.shape[-1]
-    gain = {
-        'forward': output_size / size,
-        'backward': 1.0,
-        'ortho': math.sqrt(output_size / size),
-    }[norm]
-    kept = min(size, output_size) // 2 + 1
-    if response is None:
-        response = np.ones(kept)
-    weights = gain * np.asarray(response, np.float64)[:kept]
+    gain = {'forward': 1, 'backward': 0, 'ortho': 0.5}[norm]
+    weights = np.full(min(size, output_size) // 2 + 1, 1.0)
+    weights *= (output_size / size) ** gain
+    if response is not None:
+        weights *= np.asarray(response, np.float64)[: len(weights)]
     if output_size > size and size % 2 == 0:
         weights[-1] /= 2  # The Nyquist coefficient stands for both signs.
-    spectrum = np.fft.rfft(x)[..., :kept] * weights
+    spectrum = np.fft.rfft(x)[..., : len(weights)] * weights
     return np.moveaxis(np.fft.irfft(spectrum, n=output_size), -1, axis)
 
 
