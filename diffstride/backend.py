@@ -130,14 +130,15 @@ def filter_spectrum(inputs: Any, weights: Any, output_size: Any) -> Any:
         weights: Float tensor of the weights of the first frequencies.
         output_size: M, the length of the output [..., M].
     """
+    if 0 in inputs.shape and None not in inputs.shape:
+        # The FFTs of TensorFlow and PyTorch refuse an empty batch.
+        return ops.zeros((*inputs.shape[:-1], output_size), inputs.dtype)
     if keras.backend.backend() == 'tensorflow':
         import tensorflow as tf
 
         spectrum = tf.signal.rfft(inputs)[..., : tf.shape(weights)[0]]
         spectrum *= tf.cast(weights, spectrum.dtype)
         return tf.signal.irfft(spectrum, [output_size])
-    if 0 in inputs.shape:  # PyTorch's FFT refuses an empty batch.
-        return ops.zeros((*inputs.shape[:-1], output_size), inputs.dtype)
     spectrum = ops.rfft(inputs)
     spectrum = [part[..., : len(weights)] * weights for part in spectrum]
     return ops.irfft(spectrum, output_size)
@@ -212,7 +213,7 @@ def custom_gradient(
     return apply
 
 
-def with_gradient_of(surrogate: Any, value: Any) -> Any:
+def straight_through(value: Any, surrogate: Any) -> Any:
     """Returns `value`, with the gradient of `surrogate`."""
     return ops.stop_gradient(value) + (surrogate - ops.stop_gradient(surrogate))
 

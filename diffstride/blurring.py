@@ -53,6 +53,8 @@ class BlurPooling(keras.layers.Layer):
         arXiv:1904.11486.
     """
 
+    rank = 2
+
     def __init__(
         self,
         strides: int | Sequence[int] = 2,
@@ -62,13 +64,7 @@ class BlurPooling(keras.layers.Layer):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        per_axis = validation.standardize_strides(strides, 2)
-        validation.require(
-            all(stride.is_integer() for stride in per_axis),
-            '`strides` of BlurPooling must be integers',
-            strides=strides,
-        )
-        self.strides = tuple(map(int, per_axis))
+        self.strides = validation.integer_strides('BlurPooling', strides)
         validation.require(
             kernel_size is None
             or (validation.is_integer(kernel_size, 1) and kernel_size % 2),
@@ -83,10 +79,13 @@ class BlurPooling(keras.layers.Layer):
             ('channels_last', 'channels_first'),
         )
 
-    def call(self, inputs: Any) -> Any:
-        axes = spatial_axes(self, rank=2)
+    def _lengths(self):
+        """Returns the lengths of the filter along both axes."""
+        return [self.kernel_size or 2 * s - 1 for s in self.strides]
+
+    def _check(self, inputs):
+        axes, lengths = spatial_axes(self), self._lengths()
         validation.check_inputs(self, inputs, axes)
-        lengths = [self.kernel_size or 2 * s - 1 for s in self.strides]
         sizes = backend.static_sizes(inputs, axes)
         validation.require(
             all(
@@ -97,17 +96,23 @@ class BlurPooling(keras.layers.Layer):
             f'exceed half of the filter, {tuple(x // 2 for x in lengths)}',
             shape=tuple(inputs.shape),
         )
-        x = inputs
+
+    def compute_output_spec(self, inputs: Any) -> Any:
+        self._check(inputs)
+        return super().compute_output_spec(inputs)
+
+    def call(self, inputs: Any) -> Any:
+        self._check(inputs)
+        x, axes = inputs, spatial_axes(self)
         if self.pool_size > 1:
             x = ops.max_pool(x, self.pool_size, 1, 'same', self.data_format)
-        for axis, stride, length in zip(axes, self.strides, lengths):
+        for axis, stride, length in zip(axes, self.strides, self._lengths()):
             x = _blurred(x, axis, stride, length)
         return x
 
     def compute_output_shape(self, input_shape: Sequence) -> tuple:
         shape = list(input_shape)
-        axes = spatial_axes(self, rank=2)
-        for axis, stride in zip(axes, self.strides):
+        for axis, stride in zip(spatial_axes(self), self.strides):
             if shape[axis] is not None:
                 shape[axis] = math.ceil(shape[axis] / stride)
         return tuple(shape)

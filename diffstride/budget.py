@@ -1,6 +1,7 @@
 """Sizes within a budget of multiply-accumulates, without learning."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ def set_budget(
     share: float | None = None,
     input_shape: Any = None,
 ) -> int:
-    """Sets the strides of a trained model so that it fits a budget, and holds.
+    """Sets the strides of a trained model so that it fits a budget, holds them.
 
     Nothing is learned. The strides move as little as possible to sizes within
     the budget that use it up: no map can grow by a step without exceeding it.
@@ -84,13 +85,13 @@ def strides_within(
 ) -> np.ndarray:
     """Returns strides near the given ones whose sizes use up a budget.
 
-    Their logarithms move to the nearest strides whose smooth MACs are the
-    budget. Sizes there are rounded up, so that single maps then shrink by a
-    step until the exact MACs are within it: each time the one that moves the
-    logarithms of sizes least from those wanted, in squared distance, for the
-    logarithm of the MACs that it saves. Then single maps grow by a step, as
-    long as the budget allows it and none doubles: at first those whose stride
-    then is nearest to, or above, the given one.
+    1. The logarithms of the strides move to the nearest point at which the
+       smooth MACs are the budget.
+    2. Single maps shrink by a step until the exact MACs are within the budget,
+       because sizes are rounded up. The cheapest map comes first: the one with
+       the least squared change of log sizes for the log MACs that it saves.
+    3. Single maps grow by a step while the budget allows it and none doubles,
+       at first those whose stride then is nearest to, or above, the given one.
 
     Args:
         function: The MACs of the model.
@@ -296,23 +297,30 @@ def recalibrate(model: keras.Model, batches: Iterable) -> None:
     ]
     momenta = [(layer, layer.momentum, layer.trainable) for layer in norms]
 
-    def call_in_training(call, *args, **kwargs):
-        return call(*args, **{**kwargs, 'training': True})
+    seen = dict.fromkeys(norms, 0)
 
-    seen = 0
+    def call_in_training(layer, call, x, *args, **kwargs):
+        count = len(x)
+        layer.momentum = seen[layer] / (seen[layer] + count)
+        seen[layer] += count
+        return call(x, *args, **{**kwargs, 'training': True})
+
+    examples = 0
     with contextlib.ExitStack() as stack:
         for layer in norms:
-            layer.trainable = True  # Otherwise it ignores `training`.
-            stack.enter_context(models.intercepted(layer, call_in_training))
+            layer.trainable = True  # A frozen layer ignores `training`.
+            call = functools.partial(call_in_training, layer)
+            stack.enter_context(models.intercepted(layer, call))
         try:
             for batch in batches:
                 x, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
                 count = len(tree.flatten(x)[0])
-                for layer in norms:
-                    layer.momentum = seen / (seen + count)
-                model(x, training=False)
-                seen += count
+                if count:
+                    model(x, training=False)
+                examples += count
         finally:
             for layer, momentum, trainable in momenta:
                 layer.momentum, layer.trainable = momentum, trainable
-    validation.require(seen, '`batches` must have at least one batch', seen=0)
+    validation.require(
+        examples, '`batches` must hold at least one example', examples=0
+    )

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import math
 import numbers
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -190,9 +191,11 @@ def measure(
     paths = _paths(model)
     calls: dict[keras.layers.Layer, list[Call]] = {}
     known_shapes = output_shapes or {}
+    thread = threading.get_ident()
 
     def record(layer, call, *args, **kwargs):
-        if calls is not _running[-1]:  # A measurement within this one runs.
+        # Other threads may call the model, and measurements may be nested.
+        if threading.get_ident() != thread or calls is not _running[-1]:
             return call(*args, **kwargs)
         calls_of_layer = calls.setdefault(layer, [])
         if layer in known_shapes:

@@ -366,9 +366,9 @@ class MacsOfStrides:
 
         Args:
             strides: The strides, [n].
-            direction: A direction of their logarithms, [n]. What would change
-                the MACs to first order, exceed a limit, or lead beyond the
-                least size of a map is taken out.
+            direction: A direction of their logarithms, [n]. This takes out the
+                part that would change the MACs to first order, exceed a limit
+                or lead beyond the least size of a map.
 
         Returns:
             The direction that is left, [n].
@@ -401,7 +401,7 @@ class MacsOfStrides:
         before, _ = self.smooth_sizes(strides)
         largest = np.ones(len(strides) + len(self._constants))
         np.maximum.at(largest, self._owner, np.divide(before, _LEAST_SIZE))
-        # Where a later map would be empty, each axis of a stride counts.
+        # Where a later map could be empty, the strictest axis counts.
         bands = self._least_bands
         limits = np.where(bands > _LEAST_SIZE, before / bands, np.inf)
         np.minimum.at(largest, self._owner, limits)

@@ -5,9 +5,10 @@ the weights of the frequencies, and `resampling.resample` computes the output.
 
 In `DiffStride` a stride becomes a size in `_plan` by way of
 `_size_strides_in_call`, `Ramp.band_edge` and `Ramp.output_size`. It gets its
-gradient from `resampling.resample` through `Ramp.learned_response`. A
-`StrideState` keeps the strides in two variables of the layer, with which they
-are saved and restored.
+gradient from `resampling.resample` through `Ramp.learned_response` and
+`StrideState.tensor`. A `StrideState` keeps the strides in two variables of the
+layer, with which they are saved and restored. The config repeats strides that
+are held or have static sizes, since shapes must be known before weights load.
 """
 
 import dataclasses
@@ -103,9 +104,17 @@ class SpectralPooling(SpectralResampling):
             stride: The stride to assume; None for the one that sizes are
                 computed from at present.
         """
+        self._check_axis(size, index)
         if stride is None:
             stride = self._size_strides[index]
+        else:
+            stride = validation.finite('stride', stride, least=1)
         return self._output_size(size, stride)
+
+    def _check_axis(self, size, index):
+        if isinstance(size, int):  # Tensors are not checked.
+            validation.integer('size', size, least=1)
+        validation.one_of('index', index, range(self.rank))
 
     @property
     def _size_strides(self):
@@ -135,6 +144,8 @@ class SpectralPooling(SpectralResampling):
         for index, axis in enumerate(spatial_axes(self)):
             size = backend.shape_of(outputs[0])[axis]
             output_size, response = plan(index, size)
+            if response is None and output_size is size:
+                continue  # An unknown size may be a tensor.
             outputs = resampling.resample(
                 outputs, axis, output_size, self.norm, self.method, response
             )
@@ -166,6 +177,11 @@ class SpectralPooling(SpectralResampling):
             f = -(N // 2) .. (N - 1) // 2 along each axis, in cycles per N
             samples. Cropped frequencies have a weight of 0.
         """
+        validation.require(
+            len(sizes) == self.rank,
+            f'`sizes` must have {self.rank} numbers, one per spatial axis',
+            sizes=sizes,
+        )
         mask = np.ones((), 'float32')
         for index, size in enumerate(sizes):
             weights = np.zeros(size // 2 + 1, 'float32')
@@ -230,7 +246,8 @@ class DiffStride(SpectralPooling):
 
     Output shape:
         The same with each spatial size N replaced by M = min(N, 2 ceil(b + R))
-        (ramp 'outside') or min(N, 2 ceil(b)) (the others), where b = N / (2 S).
+        (ramp 'outside') or min(N, 2 ceil(b)) (the others), where b = N / (2 S)
+        and S is at most N / 2.
 
     Raises:
         ValueError: If an argument is out of its range, or if the input is of
@@ -399,7 +416,7 @@ class DiffStride(SpectralPooling):
             size_strides = self._size_strides_in_call(is_traced)
 
         def plan(index, size):
-            # Weights follow the stride even where sizes are static.
+            # The response follows the stride, the size may be a static one.
             edge = ramp.band_edge(size, strides[index])
             output_size = self._output_size(size, size_strides[index])
             if is_traced and known(output_size):  # See `_on_change`.
@@ -655,27 +672,19 @@ class SpatialPooling(keras.layers.AveragePooling2D):
     (1, 11, 11, 8)
     """
 
+    rank = 2
+
     def __init__(
         self,
         pool_size: int | Sequence[int] = (1, 1),
         strides: int | Sequence[int] = (2, 2),
         **kwargs: Any,
     ):
-        per_axis = validation.standardize_strides(strides, 2)
-        validation.require(
-            all(stride == int(stride) for stride in per_axis),
-            '`strides` of SpatialPooling must be integers',
-            strides=strides,
-        )
-        super().__init__(
-            pool_size,
-            strides=tuple(map(int, per_axis)),
-            padding='same',
-            **kwargs,
-        )
+        strides = validation.integer_strides('SpatialPooling', strides)
+        super().__init__(pool_size, strides, padding='same', **kwargs)
 
     def _check_input(self, inputs):
-        validation.check_inputs(self, inputs, spatial_axes(self, rank=2))
+        validation.check_inputs(self, inputs, spatial_axes(self))
 
     def call(self, inputs: Any) -> Any:
         self._check_input(inputs)
@@ -708,4 +717,9 @@ def diffstride_layers(model: keras.layers.Layer) -> list[DiffStride]:
     They come in the order in which their containers hold them, which is from
     input to output in Sequential and Functional models.
     """
+    validation.require(
+        isinstance(model, keras.layers.Layer),
+        '`model` must be a Keras model or layer',
+        model=model,
+    )
     return [x for x in models.flatten(model) if isinstance(x, DiffStride)]

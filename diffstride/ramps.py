@@ -56,8 +56,8 @@ class Ramp:
 
         With 'outside', S is at least N / (N - min(R, N / 2)), so that a part
         of the ramp lies within the spectrum. S is at most N / 2, so that a band
-        of one frequency stays. The gradient passes straight through, so that a
-        stride beyond a limit can come back.
+        of one frequency stays. The limits come last, so they win. The gradient
+        passes straight through, so that a stride beyond a limit can come back.
         """
         length, least = real(size), 1.0
         if self.kind == 'outside':
@@ -68,7 +68,7 @@ class Ramp:
             clipped = minimum(clipped, self.upper)
         if known(stride):
             return clipped
-        return backend.with_gradient_of(stride, clipped)
+        return backend.straight_through(clipped, stride)
 
     def band_edge(self, size: Any, stride: Any) -> Any:
         """Returns b = N / (2 S) for the clipped stride, in cycles per N."""
@@ -81,8 +81,8 @@ class Ramp:
         if known(size, edge):  # A NaN stride yields the smallest size.
             half = 1 if math.isnan(half) else math.ceil(half)
             return min(size, 2 * half)
-        half = ops.cast(ops.ceil(half), 'int32')
-        return ops.minimum(size, 2 * ops.maximum(1, half))
+        half = ops.minimum(ops.ceil(half), real(size))  # It fits an int32.
+        return ops.minimum(size, 2 * ops.maximum(1, ops.cast(half, 'int32')))
 
     def weights(self, frequencies: Any, edge: Any) -> Any:
         """Returns the weights m(f), with the gradient of the band edge.
@@ -141,7 +141,8 @@ class Ramp:
         """Returns the frequencies whose weight varies with the stride.
 
         They are those on the ramp with its two corners, or a few more: int32
-        [count], where count is an integer if M or N is.
+        [count], where count is an integer if M or N is. They may begin below 0,
+        and `weights` gives no gradient there.
         """
         start = ops.stop_gradient(edge)
         tolerance = TOLERANCE * (start + self.width)

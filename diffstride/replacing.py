@@ -141,6 +141,15 @@ def replace_strides(
         model=type(model).__name__,
     )
     validation.require(model.built, '`model` must be built', built=model.built)
+    validation.require(
+        callable(pooling_cls),
+        '`pooling_cls` must be a class of pooling layers',
+        pooling_cls=pooling_cls,
+    )
+    own = {'strides', 'data_format', 'name', 'dtype'} & set(kwargs)
+    validation.require(
+        not own, 'A pooling layer gets these from the layer it follows', own=own
+    )
     paths = list(_strided_layers(model))
     chosen = _chosen(list(dict.fromkeys(x for x, _ in paths)), layers)
     poolings = {x: _pooling(x, pooling_cls, kwargs) for x in chosen}
@@ -186,9 +195,9 @@ def _sharing_models(paths):
 def _chosen(strided, names):
     known = [layer.name for layer in strided]
     if names is not None:
-        names = [names] if isinstance(names, str) else list(names)
+        names = [names] if isinstance(names, str) else names
         validation.require(
-            set(names) <= set(known),
+            isinstance(names, (list, tuple, set)) and set(names) <= set(known),
             f'`layers` must be names of layers that stride, of {known}',
             layers=names,
         )

@@ -37,6 +37,9 @@ NORMS = ('forward', 'backward', 'ortho')
 # integer.
 TOLERANCE = 2.0**-19
 
+# A matrix with more values is slower than the FFT.
+_MOST_OF_A_MATRIX = 300_000
+
 
 class Response(NamedTuple):
     """The weights of the frequencies of an axis, some of which may vary.
@@ -96,11 +99,14 @@ def resample(
             # Automatic differentiation already yields the adjoint here.
             return [operators[0](x, axis) for x in inputs]
         return [_apply(x, axis, operators) for x in inputs]
+    # The roots keep the spectra of long axes within the range of float16.
+    roots = [real(size) ** 0.5, real(output_size) ** 0.5]
     scales = _scales(response.frequencies, size, output_size, norm)
-    varying = ops.cast(response.varying, dtype) * _cast(scales, dtype)
+    scales = _cast(scales * roots[0] * roots[1], dtype)
+    varying = ops.cast(response.varying, dtype) * scales
     bases = [
-        _cast(_basis(response.frequencies, length), dtype)
-        for length in (size, output_size)
+        _cast(_basis(response.frequencies, length) / root, dtype)
+        for length, root in zip((size, output_size), roots)
     ]
     # The gradient needs either the input or its spectrum on the ramp, which has
     # two rows per frequency. On a short axis the input costs less time.
@@ -144,18 +150,22 @@ def _fastest_method(shape, axis, output_size):
     multiplies few columns. The FFT takes max(M, N) times a logarithm, which
     hardly varies. So the smaller size decides. The two constants are fitted to
     measurements on a CPU, as benchmarks/pooling.py makes them, with 3 to 64
-    channels and 224 to 1024 pixels.
+    channels and 224 to 1024 pixels. A learned stride makes the matrix anew at
+    each step, so a large one is slow whatever the smaller size.
     """
     sizes, columns = (shape[axis], output_size), shape[axis + 1 :]
-    waste = 1 + 12 / real(math.prod(columns)) if columns else 1.0
+    waste = 1 + 12 / maximum(real(math.prod(columns)), 1.0) if columns else 1.0
     limit = 480 / waste
+    is_small = real(sizes[0]) * real(sizes[1]) <= _MOST_OF_A_MATRIX
+    is_below = real(minimum(*sizes)) < limit
+    if known(limit, *sizes):
+        return 'matmul' if is_below and is_small else 'fft'
     if known(limit) and any(known(size) and size < limit for size in sizes):
         return 'matmul'
-    is_below = real(minimum(*sizes)) < limit
-    return 'fft' if known(limit, *sizes) else is_below
+    return ops.logical_and(is_below, is_small)
 
 
-def _apply(inputs, axis, operators, bases=(), keeps_input=False, *weights):
+def _apply(inputs, axis, operators, bases=(), keeps_input=False, *varying):
     """Applies an operator along `axis`, with a custom gradient.
 
     The adjoint operator gives the gradient of the inputs. The gradient of the
@@ -171,23 +181,23 @@ def _apply(inputs, axis, operators, bases=(), keeps_input=False, *weights):
             receive a gradient.
         keeps_input: Whether the input is kept for the gradient. Otherwise its
             spectrum at these frequencies is.
-        *weights: Nothing, or one tensor [count].
+        *varying: Nothing, or the weights of these frequencies, [count].
     """
 
-    def function(tables, inputs, *weights):
+    def function(tables, inputs, *varying):
         operators, bases = tables
         kept = inputs
-        if weights and not keeps_input:
+        if varying and not keeps_input:
             kept = _multiply(inputs, axis, bases[0])
-        return operators[0](inputs, axis), kept if weights else None
+        return operators[0](inputs, axis), kept if varying else None
 
-    def gradients(tables, kept, weights, upstream):
+    def gradients(tables, kept, varying, upstream):
         operators, bases = tables
         # By this recursion second derivatives exist.
         of_inputs = _apply(
-            upstream, axis, operators[::-1], bases[::-1], keeps_input, *weights
+            upstream, axis, operators[::-1], bases[::-1], keeps_input, *varying
         )
-        if not weights:
+        if not varying:
             return (of_inputs,)
         if keeps_input:
             spectra = backend.matmul(bases[0], _outer(kept, upstream, axis))
@@ -200,7 +210,7 @@ def _apply(inputs, axis, operators, bases=(), keeps_input=False, *weights):
         return of_inputs, real_parts + imaginary_parts
 
     apply = backend.custom_gradient(function, gradients, (operators, bases))
-    return apply(inputs, *weights)
+    return apply(inputs, *varying)
 
 
 def _outer(a, b, axis):
@@ -325,8 +335,8 @@ def _basis(frequencies, size):
     """
     if known(size) and size > 2**20:
         raise ValueError(
-            'The size of an axis must be at most 2^20 for its stride to have '
-            f'a gradient. Received: size={size}'
+            'The size of an axis must be at most 2^20 with a learned stride '
+            f"or `method='matmul'`. Received: size={size}"
         )
     xp = np if isinstance(frequencies, np.ndarray) else ops
     f, p = frequencies[:, None], xp.arange(size, dtype='int32')

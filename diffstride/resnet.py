@@ -217,7 +217,7 @@ def ResnetBlock(
 
     Args:
         filters: Number of output channels.
-        strides: Strides of the first layer, which are used if it projects.
+        strides: Strides of the first layer; 1 if it does not project.
         num_layers: Number of residual layers.
         project_first: Whether the first layer projects.
         **kwargs: Arguments of every `ResidualLayer`.
@@ -227,7 +227,6 @@ def ResnetBlock(
     """
     integer('num_layers', num_layers, least=1)
     layer = configured(ResidualLayer)
-    strides = strides if project_first else 1
     first = layer(filters, strides=strides, project=project_first, **kwargs)
     others = [layer(filters, **kwargs) for _ in range(num_layers - 1)]
     return keras.Sequential([first, *others])
@@ -314,6 +313,7 @@ def Resnet(
         )
         for block, (width, stride) in enumerate(zip(filters[1:], strides[1:]))
     ]
+    integer('num_output_classes', num_output_classes, least=1)
     if stride_cost is not None:
         finite('stride_cost', stride_cost, least=0)
     if stride_cost and any(map(diffstride_layers, layers)):

@@ -31,7 +31,8 @@ class StrideState:
         rank: The number of spatial axes.
         lower: The least stride in use, at least 1.
         upper: The largest stride in use, or None.
-        changed: Called without arguments after the numbers change eagerly.
+        changed: A function that is called, outside of tracing, after a value
+            has changed.
 
     Raises:
         ValueError: If the limits exclude each other or an initial stride.
@@ -126,7 +127,7 @@ class StrideState:
         """Returns the strides in use, float32 [rank], with their gradient."""
         record = ops.convert_to_tensor(self.record)
         strides = ops.convert_to_tensor(self.variable)
-        clipped = backend.with_gradient_of(strides, self._clipped(strides))
+        clipped = backend.straight_through(self._clipped(strides), strides)
         return self._broadcast(ops.where(record[0] > 0, record[1:], clipped))
 
     def size_strides_tensor(self) -> Any:
@@ -154,7 +155,7 @@ class StrideState:
 
     def hold(self) -> None:
         """Ends learning: the strides in use stay, with their sizes."""
-        self.record.assign([1.0, *self._variable_values])
+        self.record.assign([1.0, *self._finite_values()])
 
     def make_sizes_static(self) -> None:
         """Computes sizes from the strides in use as they are now."""
@@ -163,7 +164,16 @@ class StrideState:
             'The sizes of held strides must stay until `release()`',
             held=True,
         )
-        self.record.assign([0.0, *self._variable_values])
+        self.record.assign([0.0, *self._finite_values()])
+
+    def _finite_values(self):
+        values = self._variable_values
+        validation.require(
+            all(map(math.isfinite, values)),
+            '`strides` must be finite for static sizes',
+            strides=values,
+        )
+        return values
 
     def release(self) -> None:
         """Resumes learning from the strides in use; sizes follow them."""

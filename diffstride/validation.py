@@ -83,6 +83,17 @@ def standardize_strides(strides: Any, rank: int) -> tuple[float, ...]:
     return tuple(map(float, values))
 
 
+def integer_strides(owner: str, strides: Any) -> tuple[int, ...]:
+    """Returns the strides of a class over two axes, which must be integers."""
+    per_axis = standardize_strides(strides, 2)
+    require(
+        all(stride.is_integer() for stride in per_axis),
+        f'`strides` of {owner} must be integers',
+        strides=strides,
+    )
+    return tuple(map(int, per_axis))
+
+
 def standardize_size(size: Any) -> int | tuple[int, ...]:
     """Returns an integer, or a tuple of one to three: one per axis.
 

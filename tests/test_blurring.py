@@ -1,5 +1,6 @@
 """Blurred subsampling against NumPy, and in a network."""
 
+import keras
 import numpy as np
 import pytest
 from backends import array, error_of, random, refusals
@@ -63,8 +64,9 @@ test_wrong_arguments_are_refused = refusals(
 
 def test_wrong_inputs_are_refused():
     layer = BlurPooling((4, 2))
-    with pytest.raises(ValueError, match=r'must have ndim=4.*=\(1, 32, 8\)'):
-        layer(np.zeros((1, 32, 8), 'float32'))
-    with pytest.raises(ValueError, match=r'exceed half.* filter, \(3, 1\)'):
-        layer(np.zeros((1, 3, 9, 8), 'float32'))
+    for make in (lambda shape: np.zeros(shape, 'float32'), keras.KerasTensor):
+        with pytest.raises(ValueError, match=r'have ndim=4.*=\(1, 32, 8\)'):
+            layer(make((1, 32, 8)))
+        with pytest.raises(ValueError, match=r'exceed half.* filter, \(3, 1\)'):
+            layer(make((1, 3, 9, 8)))
     assert layer(np.zeros((1, 4, 2, 8), 'float32')).shape == (1, 1, 1, 8)

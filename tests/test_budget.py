@@ -340,8 +340,19 @@ def test_recalibration_averages_over_batches(as_pairs):
         np.testing.assert_allclose(array(layer.moving_variance), var, rtol=1e-4)
     assert frozen.momentum == 0.9 and not frozen.trainable
     np.testing.assert_array_equal(array(model.layers[2].kernel), kernel)
-    with pytest.raises(ValueError, match='at least one batch'):
-        recalibrate(model, [])
+    with pytest.raises(ValueError, match='at least one example'):
+        recalibrate(model, [x[:0]])
+
+
+def test_recalibration_averages_over_calls_of_a_shared_layer():
+    norm, inputs = layers.BatchNormalization(), keras.Input((3,))
+    model = keras.Model(inputs, norm(2.0 * norm(inputs) + 6.0))
+    x = np.random.default_rng(0).normal(50, 1, (8, 3)).astype('float32')
+    recalibrate(model, [x[:0], x, x[:0]])
+    # The layer sees x, and then values around 6.
+    np.testing.assert_allclose(
+        array(norm.moving_mean), (x.mean(0) + 6) / 2, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize('ramp', ['inside', 'outside'])

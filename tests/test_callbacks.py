@@ -418,6 +418,10 @@ def compiled_by_xla():
 test_wrong_arguments = refusals(
     (lambda: StrideLogger(input_shape=(32.5, 32)), '`input_shape` must be'),
     (lambda: StrideLogger(log_dir=3), '`log_dir` must be the path'),
+    (lambda: StrideLogger().set_model(
+        keras.Sequential([keras.Sequential([DiffStride(name='a')])] * 2
+                         + [DiffStride(name='a')])),
+     "must differ in `name` to be logged.*'a', 'a'"),
     (lambda: StrideBudget(), 'Either `macs` or `share` must be given'),
     (lambda: StrideBudget(-1), '`macs` must be a finite number, above 0'),
     (lambda: StrideBudget(1e6, learn=0), '`learn` must be a share'),

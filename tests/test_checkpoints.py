@@ -233,6 +233,7 @@ def test_the_checkpoint_before_a_damaged_one_is_continued(
 def test_what_cannot_be_continued_is_left_alone(tmp_path):
     """Epochs have another length, the model is another, or no file is whole."""
     save(tmp_path, [], UP, 2)
+    (tmp_path / 'checkpoints' / 'epoch_0003.old').touch()  # It is the user's.
     before = files(tmp_path)
     with pytest.raises(Stop, match='of epochs of 5 steps, and not of 4'):
         checkpoints.restore(model_after(0), tmp_path, STEPS - 1)
@@ -261,6 +262,8 @@ def test_ctrl_c_in_a_checkpoint_takes_effect_after_it(tmp_path, monkeypatch):
         whole_save(model, path)
 
     monkeypatch.setattr(keras.Model, 'save', interrupted)
+    # A process in the background of a script is started to ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, [], UP)
     assert epochs_of(tmp_path) == 1

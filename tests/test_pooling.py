@@ -159,6 +159,7 @@ def test_spatial_pooling_is_average_pooling_or_subsampling(data_format):
         *((DiffStride(method=method), (24, 26)) for method in METHODS[1:]),
         (FixedSpectralPooling(method='fft'), (16, 16)),
         (SpatialPooling(), (16, 17)),
+        (SpectralResizing((64, 70), method='fft'), (64, 70)),
     ],
 )
 def test_an_empty_batch_has_an_empty_result(layer, sizes):

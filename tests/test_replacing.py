@@ -385,6 +385,12 @@ test_wrong_arguments = refusals(
      "`layers`.*'down'.*'up'"),
     (lambda: replace_strides(sequential(SHAPE, POOL), layers=[]),
      'a layer to replace'),
+    (lambda: replace_strides(sequential(SHAPE, POOL), layers=5),
+     '`layers` must be names.*=5'),
+    (lambda: replace_strides(sequential(SHAPE, POOL), 5),
+     '`pooling_cls` must be a class.*=5'),
+    (lambda: replace_strides(sequential(SHAPE, POOL), name='x'),
+     "gets these.*'name'"),
     (lambda: replace_strides(functional(residual_network), layers='first_main'),
      r'first_add.*first_main'),
     (lambda: replace_strides(

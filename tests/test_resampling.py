@@ -88,6 +88,9 @@ def test_gradient_of_a_gradient_is_the_central_difference(method, size):
         ((4, 3, 512, 512), 3, 264, 'matmul'),
         ((2, 1024, 1024, 8), 1, 520, 'fft'),
         ((2, 1024, 1024, 8), 1, 264, 'matmul'),
+        # A large matrix takes long to make, whatever the smaller size.
+        ((8, 1024, 64), 1, 394, 'fft'),
+        ((1, 2**20 + 8, 64), 1, 10, 'fft'),
     ],
 )
 def test_the_fastest_method(monkeypatch, shape, axis, output_size, method):
@@ -105,6 +108,27 @@ def test_the_fastest_method(monkeypatch, shape, axis, output_size, method):
         x = jax.ShapeDtypeStruct(shape, 'float32')
     with pytest.raises(LookupError, match=method):
         resample(x, axis, output_size)
+
+
+def test_float16_holds_the_gradient_of_a_weight_on_a_long_axis():
+    """The spectrum of a loud signal of 4096 samples is beyond float16."""
+    x = 100 + random(1, 4096, 1)
+    frequencies = np.array([0, 1, 5], 'int32')
+
+    def gradient(dtype):
+        def loss(x, varying):
+            response = Response(
+                frequencies=ops.convert_to_tensor(frequencies), varying=varying
+            )
+            x = ops.cast(x, dtype)
+            (y,) = resampling.resample([x], 1, 64, 'forward', 'fft', response)
+            return ops.sum(ops.cast(y, 'float32') / 100)
+
+        return array(gradients(loss, [x, np.ones(3, 'float32')])[1])
+
+    expected = gradient('float32')
+    assert np.abs(expected).max() > 60
+    assert error_of(gradient('float16'), expected) < 1e-2
 
 
 LENGTHS = [60, 600]  # A matrix is faster for the first, an FFT for the second.

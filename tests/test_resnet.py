@@ -255,9 +255,8 @@ def test_blocks_project_as_they_are_told():
         actual = [layer.project for layer in residual_layers(model)]
         assert actual == [expected[0], False, expected[1], False]
     for project in (False, True):
-        strides = 1 if project else (2, 4)
         block = resnet.ResnetBlock(
-            7, strides, num_layers=3, project_first=project, kernel_size=5
+            7, num_layers=3, project_first=project, kernel_size=5
         )
         assert [x.project for x in block.layers] == [project, False, False]
         assert [x.kernel_size for x in block.layers] == [5] * 3
@@ -297,6 +296,9 @@ test_wrong_arguments_are_refused = refusals(
     (lambda: small_resnet(None), '`strides`.*such as.*=None'),
     (lambda: small_resnet('1, 1, 0.5'), '`strides`.*at least 1'),
     (lambda: small_resnet(num_layers=0), '`num_layers` .*=0'),
+    (lambda: resnet.Resnet([4], '1', 0), '`num_output_classes` .*=0'),
+    (lambda: resnet.ResnetBlock(4, 2, project_first=False),
+     r'`strides` must be 1 .*project=False. Received: strides=2'),
     (lambda: resnet.resnet18(width=0.5), '`width` .*=0.5'),
     (lambda: small_resnet(weight_decay=-1), '`weight_decay` .*=-1'),
     (lambda: small_resnet(pool_after='norm'), "`pool_after` must.*='norm'"),

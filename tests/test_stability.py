@@ -68,7 +68,9 @@ def test_strides_that_are_not_numbers_give_the_least_sizes(ramp, method):
     is_lost = ramp != 'straight_through'
     assert np.all(np.isnan(y)) == is_lost
     assert np.all(np.isnan(array(model(x)))) == is_lost
-    pool.make_sizes_static()  # No size can be computed from NaN.
+    for fix_sizes in pool.make_sizes_static, pool.hold:
+        with pytest.raises(ValueError, match='must be finite for static sizes'):
+            fix_sizes()
     pool.strides = 2.0
     assert error_of(pool(x), before) <= 1e-6
 

@@ -141,8 +141,8 @@ def _remove(path):
 
 def _cannot_be_written(path, error):
     return Stop(
-        f'{path} cannot be written ({error.strerror or error}). What was '
-        'written before is whole: make room, and the same command continues'
+        f'{path} cannot be written ({error.strerror or error}). Earlier '
+        'files are whole: make room, and the same command continues'
     )
 
 
@@ -221,7 +221,11 @@ class State:
 
 def epoch_folders(workdir: pathlib.Path) -> list[pathlib.Path]:
     """Returns the checkpoints, the newest first."""
-    folders = workdir.glob('checkpoints/epoch_*')
+    folders = [
+        path
+        for path in workdir.glob('checkpoints/epoch_*')
+        if path.name.removeprefix('epoch_').isdecimal()
+    ]
     return sorted(folders, key=_epoch, reverse=True)
 
 

@@ -179,7 +179,7 @@ class Grid:
             raise Stop(f'{count} runs failed: {run}: {reason}')
 
     def _try(self, run, failed):
-        """Trains a run unless another process has it; returns whether."""
+        """Trains a run. Returns False if another process has it."""
         folder = self.workdir / run
         folder.mkdir(exist_ok=True)
         lock = filelock.FileLock(folder / 'grid.lock', timeout=0)

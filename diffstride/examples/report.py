@@ -110,11 +110,8 @@ def write(folder: pathlib.Path) -> None:
     for (variant, _), group in _groups(x for x in runs if x['macs']).items():
         macs = statistics.mean(run['macs'] for run in group)
         accuracies = [run['test_accuracy'] for run in group]
-        mean, deviation = (
-            statistics.mean(accuracies),
-            statistics.pstdev(accuracies),
-        )
-        points[variant].append((macs, mean, deviation))
+        deviation = statistics.stdev(accuracies) if len(group) > 1 else 0.0
+        points[variant].append((macs, statistics.mean(accuracies), deviation))
     path = folder / 'accuracy_macs.png'
     checkpoints.write_figure(path, plots.accuracy_macs, points)
 

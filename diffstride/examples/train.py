@@ -10,7 +10,7 @@ import os
 import pathlib
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import gin
@@ -304,7 +304,7 @@ class Training:
     settings: str
     seed: int
     labels: dict
-    changes: Sequence[str] = ()
+    changes: list[str] = dataclasses.field(default_factory=list)
 
     def check_changes(self, on_changed_settings: str) -> None:
         """Compares the settings with those of the training in the workdir."""
@@ -553,7 +553,7 @@ class _Recorder(keras.callbacks.Callback):
             variable.assign(value)  # Swapping twice rounds it.
 
 
-def _remembered(callback: Callable) -> dict[str, Any]:
+def _remembered(callback: keras.callbacks.Callback) -> dict[str, Any]:
     """Returns the numbers that a callback keeps beside its arguments."""
     arguments = inspect.signature(type(callback)).parameters
     return {

@@ -119,9 +119,13 @@ def draw(
 
 
 def mean_iou(predicted: np.ndarray, expected: np.ndarray) -> float:
-    """Returns intersection over union, averaged over CLASSES."""
+    """Returns intersection over union, averaged over the CLASSES that occur."""
     pairs = [(predicted == i, expected == i) for i in range(len(CLASSES))]
-    return float(np.mean([np.sum(a & b) / np.sum(a | b) for a, b in pairs]))
+    return float(
+        np.mean(
+            [np.sum(a & b) / np.sum(a | b) for a, b in pairs if np.any(a | b)]
+        )
+    )
 
 
 def train(
