@@ -5,7 +5,7 @@
 On the left are enlarged photographs, one point for each run. On the right are
 spoken digits. Each column there is a speaker who was not trained on, and the
 last one is the mean over speakers. A point is the mean over the runs of one
-choice or of one start. All runs of a study have equal MACs.
+choice or of one start. All points of a study have about equal MACs.
 """
 
 import collections
@@ -19,6 +19,7 @@ import matplotlib.figure
 FOLDER = pathlib.Path(__file__).parent
 RESULTS = FOLDER.parents[1] / 'results'
 STYLE = {
+    'other': {'color': '0.5', 'label': 'other poolings, strides of 2'},
     'chosen': {'color': 'C0', 'label': 'chosen strides'},
     'learned': {'color': 'C1', 'label': 'learned, from four starts'},
     'searched': {'color': 'C3', 'label': 'searched from them, trained anew'},
@@ -58,17 +59,22 @@ def draw_digits(axes):
         ('FixedSpectralPooling', ''): 'chosen',
         ('DiffStride', '0.25'): 'learned',
         ('DiffStride, trained anew after search', ''): 'searched',
+        ('strided convolution, 13 to 52 filters', ''): 'other',
+        ('max pooling, 10 to 38 filters', ''): 'other',
+        ('average pooling, 10 to 38 filters', ''): 'other',
+        ('blurred stride, 10 to 38 filters', ''): 'other',
     }
     runs = collections.defaultdict(list)
     for kind, row in read('spoken_digit', kinds):
         accuracy = 100 * float(row['test_accuracy'])
-        runs[kind, row['start'], row['speaker']].append(accuracy)
+        choice = row['variant'], row['start']
+        runs[kind, choice, row['speaker']].append(accuracy)
     speakers = sorted({speaker for _, _, speaker in runs})
     columns = [*speakers, 'mean']
-    for shift, (kind, style) in zip((-0.15, 0.0, 0.15), STYLE.items()):
+    for shift, (kind, style) in zip((-0.24, -0.08, 0.08, 0.24), STYLE.items()):
         points = []
-        for start in sorted({x for each, x, _ in runs if each == kind}):
-            means = [statistics.mean(runs[kind, start, x]) for x in speakers]
+        for choice in sorted({x for each, x, _ in runs if each == kind}):
+            means = [statistics.mean(runs[kind, choice, x]) for x in speakers]
             points += enumerate([*means, statistics.mean(means)])
         axes.plot(
             [x + shift for x, _ in points],
@@ -88,7 +94,7 @@ def main(folder=FOLDER):
     left, right = figure.subplots(1, 2, width_ratios=(2, 3))
     draw_photographs(left)
     draw_digits(right)
-    figure.legend(loc='outside upper center', ncols=3)
+    figure.legend(loc='outside upper center', ncols=2)
     figure.savefig(pathlib.Path(folder, 'chosen_and_learned.png'), dpi=100)
 
 
