@@ -24,7 +24,7 @@ def set_budget(
     share: float | None = None,
     input_shape: Any = None,
 ) -> int:
-    """Sets the strides of a trained model so that it fits a budget, holds them.
+    """Sets and holds the strides of a trained model so that it fits a budget.
 
     Nothing is learned. The strides move as little as possible to sizes within
     the budget that use it up: no map can grow by a step without exceeding it.

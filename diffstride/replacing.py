@@ -148,7 +148,9 @@ def replace_strides(
     )
     own = {'strides', 'data_format', 'name', 'dtype'} & set(kwargs)
     validation.require(
-        not own, 'A pooling layer gets these from the layer it follows', own=own
+        not own,
+        '`kwargs` must not hold what the strided layer gives to its pooling',
+        kwargs=sorted(own),
     )
     paths = list(_strided_layers(model))
     chosen = _chosen(list(dict.fromkeys(x for x, _ in paths)), layers)

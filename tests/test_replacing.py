@@ -390,7 +390,7 @@ test_wrong_arguments = refusals(
     (lambda: replace_strides(sequential(SHAPE, POOL), 5),
      '`pooling_cls` must be a class.*=5'),
     (lambda: replace_strides(sequential(SHAPE, POOL), name='x'),
-     "gets these.*'name'"),
+     "`kwargs` must not.*'name'"),
     (lambda: replace_strides(functional(residual_network), layers='first_main'),
      r'first_add.*first_main'),
     (lambda: replace_strides(
