@@ -104,17 +104,14 @@ class SpectralPooling(SpectralResampling):
             stride: The stride to assume; None for the one that sizes are
                 computed from at present.
         """
-        self._check_axis(size, index)
+        if isinstance(size, int):  # Tensors are not checked.
+            validation.integer('size', size, least=1)
+        validation.one_of('index', index, range(self.rank))
         if stride is None:
             stride = self._size_strides[index]
         else:
             stride = validation.finite('stride', stride, least=1)
         return self._output_size(size, stride)
-
-    def _check_axis(self, size, index):
-        if isinstance(size, int):  # Tensors are not checked.
-            validation.integer('size', size, least=1)
-        validation.one_of('index', index, range(self.rank))
 
     @property
     def _size_strides(self):
@@ -608,7 +605,10 @@ class FixedSpectralPooling(SpectralPooling):
         return minimum(size, ops.maximum(2, 2 * half))
 
     def _plan(self):
-        return lambda index, size: (self.output_size(size, index), None)
+        return lambda index, size: (
+            self._output_size(size, self.strides[index]),
+            None,
+        )
 
     def _forward_weights(self, size, index):
         return 1.0
