@@ -34,7 +34,7 @@ gc.set_threshold(50_000, 20, 100)
 # The training example needs TensorFlow, and so do the exports.
 NEEDS_TENSORFLOW = (
     *('audio', 'benchmarks', 'checkpoints', 'command_line', 'commands'),
-    *('data', 'docs', 'folders', 'freezing', 'gratings', 'grid'),
+    *('convnet', 'data', 'docs', 'folders', 'freezing', 'gratings', 'grid'),
     *('long_runs', 'readme_commands', 'train'),
 )
 # JAX compiles anew for each shape, which takes minutes in these.

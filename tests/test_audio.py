@@ -3,15 +3,12 @@
 import functools
 import itertools
 
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
-from backends import random
 from small_data import LocalBuilder, take
 
-from diffstride import FixedSpectralPooling, diffstride_layers
 from diffstride.examples import audio
 
 RATE = 1000
@@ -200,63 +197,6 @@ def test_training_examples_are_shifted_and_masked(load):
         np.testing.assert_array_equal(resumed, found[16:])
         np.testing.assert_array_equal(resumed_labels, labels[16:])
         np.testing.assert_array_equal(take(datasets.test)[0], test)
-
-
-# The networks.
-
-
-def test_spectrogram_net_downsamples_each_axis():
-    model = audio.spectrogram_net(
-        5, None, '(2, 1), (1, 4), 2', FixedSpectralPooling, [3, 4, 6]
-    )
-    y = keras.ops.convert_to_numpy(model(random(2, 16, 24, 1)))
-    np.testing.assert_allclose(y.sum(-1), [1, 1], atol=1e-6)
-    residual = [x for x in model.layers if isinstance(x, audio.ResidualConv)]
-    shapes = [layer.output.shape[1:] for layer in residual]
-    assert shapes == [(8, 24, 3), (8, 6, 4), (4, 2, 6)]
-
-
-def test_channels_first_is_the_same_network():
-    x, outputs = random(2, 16, 16, 2), []
-    for channels_first in False, True:
-        keras.utils.set_random_seed(0)
-        model = audio.spectrogram_net(
-            3, channels_first, [1, (2, 1)], FixedSpectralPooling, [4, 4]
-        )
-        model.build(x.shape)
-        try:
-            outputs.append(keras.ops.convert_to_numpy(model(x)))
-        except Exception as error:  # TensorFlow on some CPUs.
-            assert 'NHWC' in str(error) or 'NCHW' in str(error)
-            return
-    np.testing.assert_allclose(*outputs, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    'net, shape',
-    [(audio.spectrogram_net, (12, 16, 1)), (audio.waveform_net, (256, 1))],
-)
-def test_nets_learn_and_are_saved(tmp_path, net, shape):
-    model = net(2, strides=(1, 2), filters=(2, 3))
-    x, y = random(8, *shape), np.eye(2, dtype='float32')[np.arange(8) % 2]
-    model.build((None, *shape))
-    before = [layer.stride_values for layer in diffstride_layers(model)]
-    loss = 'categorical_crossentropy'
-    model.compile(keras.optimizers.SGD(0.1), loss, run_eagerly=True)
-    losses = model.fit(x, y, epochs=4, verbose=0).history['loss']
-    assert losses[-1] < losses[0]
-    after = [layer.stride_values for layer in diffstride_layers(model)]
-    assert after != before
-    model.save(tmp_path / 'model.keras')
-    loaded = keras.saving.load_model(tmp_path / 'model.keras')
-    np.testing.assert_allclose(
-        loaded.predict(x, verbose=0), model.predict(x, verbose=0), atol=1e-6
-    )
-
-
-def test_strides_must_be_as_many_as_filters():
-    with pytest.raises(ValueError, match='`strides` must be those of 3 stages'):
-        audio.spectrogram_net(2, strides='2, 2')
 
 
 # Errors.

@@ -18,7 +18,7 @@ import keras
 
 import diffstride.callbacks
 import diffstride.resnet  # noqa: F401
-from diffstride.examples import grid, schedules, train  # noqa: F401
+from diffstride.examples import convnet, grid, schedules, train  # noqa: F401
 
 for _module in (
     keras.layers,
