@@ -213,7 +213,7 @@ def custom_gradient(
     return apply
 
 
-def straight_through(value: Any, surrogate: Any) -> Any:
+def with_gradient_of(value: Any, surrogate: Any) -> Any:
     """Returns `value`, with the gradient of `surrogate`."""
     return ops.stop_gradient(value) + (surrogate - ops.stop_gradient(surrogate))
 

@@ -3,12 +3,13 @@
 A call has two steps for each spatial axis. `_plan` returns the output size and
 the weights of the frequencies, and `resampling.resample` computes the output.
 
-In `DiffStride` a stride becomes a size in `_plan` by way of
-`_size_strides_in_call`, `Ramp.band_edge` and `Ramp.output_size`. It gets its
-gradient from `resampling.resample` through `Ramp.learned_response` and
-`StrideState.tensor`. A `StrideState` keeps the strides in two variables of the
-layer, with which they are saved and restored. The config repeats strides that
-are held or have static sizes, since shapes must be known before weights load.
+`DiffStride._plan` turns strides into sizes: `_size_strides_in_call`, then
+`Ramp.band_edge`, then `Ramp.output_size`. Gradients take another way, which
+begins with `StrideState.tensor`: `Ramp.band_edge`, `Ramp.weights` and the
+`varying` weights of `resampling.resample`. The two variables of a `StrideState`
+are saved as weights of the layer. The config has the initial strides. It has
+the state too while sizes are static, since models must know their shapes before
+weights are loaded.
 """
 
 import dataclasses
@@ -154,10 +155,10 @@ class SpectralPooling(SpectralResampling):
         shape = list(input_shape)
         for index, axis in enumerate(spatial_axes(self)):
             if shape[axis] is not None:
-                shape[axis] = self._symbolic_size(shape[axis], index)
+                shape[axis] = self._inferred_size(shape[axis], index)
         return tuple(shape)
 
-    def _symbolic_size(self, size, index):
+    def _inferred_size(self, size, index):
         return self.output_size(size, index)
 
     def get_config(self) -> dict[str, Any]:
@@ -206,7 +207,7 @@ class DiffStride(SpectralPooling):
 
     The strides and their state (held or not, static sizes) are weights, so
     saving and restoring weights saves and restores the sizes too. The config
-    has the initial strides.
+    has the initial strides, and the state while sizes are static.
 
     An infinite or NaN gradient of a stride counts as 0.
 
@@ -327,8 +328,7 @@ class DiffStride(SpectralPooling):
                 self.strides_regularizer(self.state.tensor())
             )
         # Keras saves variables that are attributes of a layer, trainable ones
-        # first. `trainable` is set afterwards, so that all layers have the same
-        # order.
+        # first. `trainable` is set after that, so the order is always the same.
         self._variable, self._record = self.state.variable, self.state.record
         self._variable.trainable = trainable
         self._on_change()
@@ -468,7 +468,7 @@ class DiffStride(SpectralPooling):
             self._traced = None
             models.recompile_models_with(self)
 
-    def _symbolic_size(self, size, index):
+    def _inferred_size(self, size, index):
         if self.cropping and not self.state.has_static_sizes:
             return None
         return self.output_size(size, index)

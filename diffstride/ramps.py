@@ -68,14 +68,19 @@ class Ramp:
             clipped = minimum(clipped, self.upper)
         if known(stride):
             return clipped
-        return backend.straight_through(clipped, stride)
+        return backend.with_gradient_of(clipped, stride)
 
     def band_edge(self, size: Any, stride: Any) -> Any:
         """Returns b = N / (2 S) for the clipped stride, in cycles per N."""
         return real(size) / (2.0 * self.clip(stride, size))
 
     def output_size(self, size: Any, edge: Any) -> Any:
-        """Returns the even size M that holds the whole response, at most N."""
+        """Returns M, the least even size that holds the response, or N.
+
+        It needs no gradient: where M changes, frequencies of weight 0 come or
+        go. The output of 'straight_through' jumps there, and its gradient
+        ignores the jump.
+        """
         end = edge + self.width if self.kind == 'outside' else edge
         half = end * (1 - TOLERANCE)
         if known(size, edge):  # A NaN stride yields the smallest size.
@@ -84,12 +89,52 @@ class Ramp:
         half = ops.minimum(ops.ceil(half), real(size))  # It fits an int32.
         return ops.minimum(size, 2 * ops.maximum(1, ops.cast(half, 'int32')))
 
+    def learned_response(
+        self, size: Any, output_size: Any, edge: Any
+    ) -> Response:
+        """Returns forward weights, and those on the ramp for the gradient."""
+        forward = self.forward_response(output_size, edge)
+        frequencies = self.varying_frequencies(size, output_size, edge)
+        return Response(
+            None if forward is None else forward.weights,
+            frequencies,
+            self.weights(frequencies, edge),
+        )
+
+    def forward_response(self, output_size: Any, edge: Any) -> Response | None:
+        """Returns the weights m(f) of the forward pass, or None for ones."""
+        if self.kind == 'straight_through':
+            return None
+        if known(output_size, edge):
+            return Response(self.constant_weights(output_size, edge))
+        frequencies = ops.arange(output_size // 2 + 1, dtype='int32')
+        return Response(self.weights(frequencies, edge))
+
+    def varying_frequencies(
+        self, size: Any, output_size: Any, edge: Any
+    ) -> Any:
+        """Returns the frequencies whose weight varies with the stride.
+
+        They are those on the ramp with its two corners, or a few more: int32
+        [count], where count is an integer if M or N is. They may begin below 0,
+        and `weights` gives no gradient there.
+        """
+        start = ops.stop_gradient(edge)
+        tolerance = TOLERANCE * (start + self.width)
+        if self.kind != 'outside':
+            start = start - ops.minimum(self.width, start)
+        count = math.floor(self.width + 0.01) + 1
+        count = minimum(count, (size if known(size) else output_size) // 2 + 1)
+        first = ops.cast(ops.ceil(start - tolerance), 'int32')
+        first = ops.minimum(first, output_size // 2 + 1 - count)
+        return first + ops.arange(count, dtype='int32')
+
     def weights(self, frequencies: Any, edge: Any) -> Any:
         """Returns the weights m(f), with the gradient of the band edge.
 
         At a corner of the ramp the gradient is the mean of the slopes on both
-        sides, as a central difference gives it. For 'straight_through' these
-        are the weights of 'inside', whose gradient it has.
+        sides, as a central difference gives it. 'straight_through' takes only
+        its gradient from here, that of 'inside'.
 
         Args:
             frequencies: int32 tensor [count], in cycles per N samples.
@@ -112,47 +157,9 @@ class Ramp:
         weights = ops.clip(level, 0, 1) + slope * (edge - fixed)
         return ops.where(frequencies > 0, weights, 1.0)
 
-    def learned_response(
-        self, size: Any, output_size: Any, edge: Any
-    ) -> Response:
-        """Returns the weights m(f), with a gradient at those on the ramp."""
-        forward = self.forward_response(output_size, edge)
-        frequencies = self.frequencies(size, output_size, edge)
-        return Response(
-            None if forward is None else forward.weights,
-            frequencies,
-            self.weights(frequencies, edge),
-        )
-
-    def forward_response(self, output_size: Any, edge: Any) -> Response | None:
-        """Returns the weights m(f) of the forward pass, or None for ones."""
-        if self.kind == 'straight_through':
-            return None
-        if known(output_size, edge):
-            return Response(self.constant_weights(output_size, edge))
-        frequencies = ops.arange(output_size // 2 + 1, dtype='int32')
-        return Response(self.weights(frequencies, edge))
-
     def constant_weights(self, output_size: int, edge: float) -> np.ndarray:
         """Returns the forward weights of f = 0 .. M // 2, float64."""
         return _constant_weights(self, output_size, edge)
-
-    def frequencies(self, size: Any, output_size: Any, edge: Any) -> Any:
-        """Returns the frequencies whose weight varies with the stride.
-
-        They are those on the ramp with its two corners, or a few more: int32
-        [count], where count is an integer if M or N is. They may begin below 0,
-        and `weights` gives no gradient there.
-        """
-        start = ops.stop_gradient(edge)
-        tolerance = TOLERANCE * (start + self.width)
-        if self.kind != 'outside':
-            start = start - ops.minimum(self.width, start)
-        count = math.floor(self.width + 0.01) + 1
-        count = minimum(count, (size if known(size) else output_size) // 2 + 1)
-        first = ops.cast(ops.ceil(start - tolerance), 'int32')
-        first = ops.minimum(first, output_size // 2 + 1 - count)
-        return first + ops.arange(count, dtype='int32')
 
 
 @functools.lru_cache(maxsize=256)

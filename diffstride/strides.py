@@ -1,11 +1,11 @@
 """The state of a layer with learned strides.
 
-The state is two weights, so strides and sizes are saved and restored together
-with all other weights. One is the strides, which the optimizer moves.
-The other is the `record`, float32 [1 + n], which it does not move: 1 if the
-strides are held, else 0; then the n strides that sizes are computed from, or
-zeros while sizes follow the strides. While strides are held, these n are the
-strides in use.
+The state is two weights, saved and restored with all others: the strides, which
+the optimizer moves, and the `record`, float32 [1 + n], which it does not move.
+
+    record[0]     1 if the strides are held, else 0
+    record[1:]    the strides that set sizes, which are those in use while they
+                  are held; zeros while sizes follow the strides
 """
 
 import math
@@ -21,10 +21,8 @@ from diffstride import backend, validation
 class StrideState:
     """The strides that a layer uses, and those that set its sizes.
 
-    Learned strides are a weight that the optimizer moves. Held strides are
-    numbers: learning is over, and the weight has no effect until `release`.
-    Sizes follow the strides, or are static: those of the strides at one time.
-    Held strides have static sizes.
+    Strides are learned or held. Sizes follow the strides, or are static: those
+    of the strides at one time. Held strides have static sizes.
 
     Args:
         initial: The initial strides, one number or one per axis.
@@ -127,7 +125,7 @@ class StrideState:
         """Returns the strides in use, float32 [rank], with their gradient."""
         record = ops.convert_to_tensor(self.record)
         strides = ops.convert_to_tensor(self.variable)
-        clipped = backend.straight_through(self._clipped(strides), strides)
+        clipped = backend.with_gradient_of(self._clipped(strides), strides)
         return self._broadcast(ops.where(record[0] > 0, record[1:], clipped))
 
     def size_strides_tensor(self) -> Any:
@@ -243,7 +241,7 @@ class _Variable(keras.Variable):
         """Assigns values. On JAX, `fit` does so at the end of an epoch."""
         if self._changed is None or backend.is_symbolic():
             return super().assign(value)
-        before = self._numbers  # Functions were compiled for them.
+        before = self._numbers  # Traced functions may contain them.
         value = super().assign(value)
         if self._stored() != before:
             self._changed()

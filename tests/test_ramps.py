@@ -143,7 +143,7 @@ def test_frequencies_hold_every_slope(kind):
         edge = ramp.band_edge(size, stride)
         output_size = ramp.output_size(size, edge)
         edge = ops.convert_to_tensor(edge, 'float32')
-        frequencies = array(ramp.frequencies(size, output_size, edge))
+        frequencies = array(ramp.varying_frequencies(size, output_size, edge))
         assert len(set(frequencies)) == len(frequencies) <= width + 2, case
         assert frequencies.max() <= output_size // 2, case
         _, slopes = response_and_slopes(size, output_size, stride, ramp)
