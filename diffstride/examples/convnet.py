@@ -1,7 +1,9 @@
 """A small convolutional network for images, spectrograms and waveforms.
 
-train.train.model_cls = @convnet.convnet
-convnet.convnet.strides = '(2, 1), (2, 2), 2'
+A gin file uses it so:
+
+    train.train.model_cls = @convnet.convnet
+    convnet.convnet.strides = '(2, 1), (2, 2), 2'
 """
 
 import functools
@@ -10,11 +12,11 @@ from typing import Any
 
 import gin
 import keras
-import numpy as np
+from keras import ops
 
 from diffstride import resnet
 from diffstride.pooling import DiffStride, DiffStride1D
-from diffstride.validation import integer, require
+from diffstride.validation import require
 
 
 @gin.configurable(module='convnet')
@@ -24,14 +26,11 @@ def convnet(
     strides: str | Sequence = (2, 2, 2),
     pooling_cls: Callable | None = DiffStride,
     filters: Sequence[int] = (8, 16, 32),
-    activation: str | Callable = 'relu',
-    whitened: int = 0,
 ) -> keras.Sequential:
     """Returns a small network for images, whose stages downsample.
 
-    A stage is a 3 x 3 convolution, batch normalization, an activation, the
-    pooling and a `ResidualConv`. Global average pooling and a softmax follow
-    the last.
+    A stage is a 3 x 3 convolution, batch normalization, relu, the pooling and
+    a `ResidualConv`. Global average pooling and a softmax follow the last.
 
     Args:
         num_output_classes: The number of outputs.
@@ -44,9 +43,6 @@ def convnet(
         pooling_cls: The class of pooling layers, see `resnet.ResidualLayer`;
             None for strided convolutions.
         filters: The number of filters of each stage.
-        activation: The activation, a name that Keras knows or a function.
-        whitened: The number of filters of a `PatchWhitening` before the first
-            stage; 0 for none.
 
     Returns:
         A model, built at its first call: [batch, height, width, channels] ->
@@ -62,8 +58,7 @@ def convnet(
     >>> tuple(model(keras.ops.ones((4, 64, 64, 1))).shape)
     (4, 10)
     """
-    integer('whitened', whitened, least=0)
-    kinds = pooling_cls, channels_first, activation, whitened
+    kinds = pooling_cls, channels_first
     return _net(2, 3, num_output_classes, strides, filters, *kinds)
 
 
@@ -74,14 +69,13 @@ def convnet1d(
     strides: str | Sequence = (8, 8, 4),
     pooling_cls: Callable | None = DiffStride1D,
     filters: Sequence[int] = (8, 16, 32),
-    activation: str | Callable = 'relu',
 ) -> keras.Sequential:
     """Returns a small network for waveforms, a `convnet` of one axis.
 
     Its kernels have a size of 9. It maps [batch, time, channels] to
     [batch, num_output_classes].
     """
-    kinds = pooling_cls, channels_first, activation
+    kinds = pooling_cls, channels_first
     return _net(1, 9, num_output_classes, strides, filters, *kinds)
 
 
@@ -93,8 +87,6 @@ def _net(
     filters,
     pooling_cls,
     channels_first,
-    activation,
-    whitened=0,
 ):
     strides = resnet.parse_strides(strides, rank)
     require(
@@ -110,11 +102,6 @@ def _net(
     layers = []
     if channels_first:
         layers.append(keras.layers.Permute((rank + 1, *range(1, rank + 1))))
-    if whitened:
-        layers += [
-            PatchWhitening(whitened, data_format=data_format),
-            keras.layers.Activation(activation),
-        ]
     for width, stride in zip(filters, strides):
         conv_strides, pool = resnet.downsampling(
             stride, pooling_cls, channels_first
@@ -122,9 +109,9 @@ def _net(
         layers += [
             conv(width, strides=conv_strides),
             norm(),
-            keras.layers.Activation(activation),
+            keras.layers.ReLU(),
             *([] if pool is None else [pool]),
-            ResidualConv(rank, kernel_size, data_format, activation),
+            ResidualConv(rank, kernel_size, data_format),
         ]
     average = getattr(keras.layers, f'GlobalAveragePooling{rank}D')
     return keras.Sequential(
@@ -155,18 +142,13 @@ def _layers(rank, kernel_size, data_format):
 
 @keras.saving.register_keras_serializable(package='diffstride')
 class ResidualConv(keras.layers.Layer):
-    """Computes x + activation(norm(conv(x))), the number of channels kept.
+    """Computes x + relu(norm(conv(x))), the number of channels kept.
 
     `rank` is the number of spatial axes, 1 or 2; `kernel_size` holds for each.
     """
 
     def __init__(
-        self,
-        rank: int,
-        kernel_size: int,
-        data_format: str,
-        activation: str | Callable = 'relu',
-        **kwargs: Any,
+        self, rank: int, kernel_size: int, data_format: str, **kwargs: Any
     ):
         super().__init__(**kwargs)
         self.arguments = {
@@ -174,7 +156,6 @@ class ResidualConv(keras.layers.Layer):
             'kernel_size': kernel_size,
             'data_format': data_format,
         }
-        self.activation = keras.activations.get(activation)
 
     def build(self, input_shape: Sequence) -> None:
         conv, norm, axis = _layers(**self.arguments)
@@ -184,75 +165,10 @@ class ResidualConv(keras.layers.Layer):
         self.norm.build(input_shape)
 
     def call(self, inputs: Any) -> Any:
-        return inputs + self.activation(self.norm(self.conv(inputs)))
+        return inputs + ops.relu(self.norm(self.conv(inputs)))
 
     def compute_output_shape(self, input_shape: Sequence) -> Sequence:
         return input_shape
 
     def get_config(self) -> dict[str, Any]:
-        return {
-            **super().get_config(),
-            **self.arguments,
-            'activation': keras.activations.serialize(self.activation),
-        }
-
-
-@keras.saving.register_keras_serializable(package='diffstride')
-class PatchWhitening(keras.layers.Conv2D):
-    """A convolution that is not trained and whitens patches of its input.
-
-    Over the patches of the images that `adapt` gets, its first outputs are
-    uncorrelated and have a mean square of about 1. They are the principal
-    components of a patch, the largest first. The other half of the outputs
-    are their negatives, so an activation that cuts negative values loses
-    nothing. Training is faster behind it.
-
-    Args:
-        filters: The number of filters, even, and at most twice the number of
-            values of a patch.
-        kernel_size: The height and width of a patch.
-        **kwargs: Arguments of `keras.layers.Layer`, and `data_format`.
-
-    Raises:
-        ValueError: If the number of filters is odd, or, when the layer is
-            built, too large for a patch.
-    """
-
-    # A component with a smaller mean square than this, for inputs of about
-    # unit variance, holds little but rounding and is not raised to 1.
-    floor = 5e-4
-
-    def __init__(self, filters: int, kernel_size: Any = 2, **kwargs: Any):
-        require(
-            integer('filters', filters, least=2) % 2 == 0,
-            '`filters` must be even',
-            filters=filters,
-        )
-        super().__init__(
-            filters,
-            kernel_size,
-            **{**kwargs, 'padding': 'same', 'use_bias': False},
-        )
-        self.trainable = False
-
-    def build(self, input_shape: Sequence) -> None:
-        super().build(input_shape)
-        most = 2 * int(np.prod(self.kernel.shape[:3]))
-        require(
-            self.filters <= most,
-            f'`filters` must be at most {most}, twice the values of a patch',
-            filters=self.filters,
-        )
-
-    def adapt(self, images: np.ndarray) -> None:
-        """Sets the filters by images, [count, height, width, channels]."""
-        patches = np.lib.stride_tricks.sliding_window_view(
-            np.asarray(images, np.float64), self.kernel_size, axis=(1, 2)
-        )
-        patches = np.moveaxis(patches, 3, -1)  # Channels are last in kernels.
-        patches = patches.reshape(-1, np.prod(patches.shape[3:]))
-        squares, components = np.linalg.eigh(patches.T @ patches / len(patches))
-        filters = components / np.sqrt(squares + self.floor)
-        filters = filters[:, ::-1][:, : self.filters // 2]
-        kernel = np.concatenate([filters, -filters], axis=1)
-        self.kernel.assign(kernel.reshape(self.kernel.shape))
+        return {**super().get_config(), **self.arguments}

@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 import diffstride
-from diffstride import diffstride_layers, models, plots, resnet
+from diffstride import diffstride_layers, plots, resnet
 from diffstride.callbacks import StrideBudget, StrideLogger, UpdateSizes
 from diffstride.examples import (
     checkpoints,
@@ -33,7 +33,6 @@ from diffstride.examples import (
 from diffstride.examples.checkpoints import Stop
 from diffstride.validation import require
 
-_ADAPT_BATCHES = 16
 _CHECK_STEPS = 100  # The loss is checked this rarely because it costs time.
 
 
@@ -99,8 +98,7 @@ def train(
         load_data_fn: Called with `seed`; returns `data.Datasets`.
         model_cls: Called with `num_output_classes` and `channels_first`; makes
             a Keras model of [batch, height, width, channels] images, whose
-            outputs fit `loss_cls`. Layers with a method `adapt`, such as
-            `keras.layers.Normalization`, get images of the training by it.
+            outputs fit `loss_cls`.
         optimizer_cls: Returns the optimizer. If it averages weights
             (`use_ema`), the averages are validated and kept.
         loss_cls: Returns the loss, of one-hot labels.
@@ -156,7 +154,6 @@ def train(
             channels_first=channels_first,
         )
         model.build((None, *datasets.image_shape))
-        _adapt(model, datasets)
         _check_outputs(model, loss, datasets)
         layers = diffstride_layers(model)
         if layers:
@@ -216,16 +213,6 @@ def _returned(name, function, kind, **kwargs):
             f'Received: {made!r}'
         )
     return made
-
-
-def _adapt(model, datasets):
-    """Gives images of the training to the layers that want to see some."""
-    layers = [x for x in models.flatten(model) if hasattr(x, 'adapt')]
-    if layers:
-        batches = datasets.train().take(_ADAPT_BATCHES).as_numpy_iterator()
-        images = np.concatenate([images for images, _ in batches])
-        for layer in layers:
-            layer.adapt(images)
 
 
 def _check_outputs(model, loss, datasets):
