@@ -61,7 +61,6 @@ def draw_digits(axes):
         ('DiffStride, trained anew after search', ''): 'searched',
         ('strided convolution, 13 to 52 filters', ''): 'other',
         ('max pooling, 10 to 38 filters', ''): 'other',
-        ('average pooling, 10 to 38 filters', ''): 'other',
         ('blurred stride, 10 to 38 filters', ''): 'other',
     }
     runs = collections.defaultdict(list)
