@@ -16,6 +16,7 @@ import keras
 from keras import ops
 
 from diffstride.costs import ActivationCost
+from diffstride.normalization import BatchNormalization
 from diffstride.pooling import SpectralPooling, diffstride_layers
 from diffstride.validation import (
     finite,
@@ -504,7 +505,7 @@ def _layer_classes(channels_first, weight_decay, batch_norm_args, dtype=None):
         dtype=dtype,
     )
     norm = functools.partial(
-        keras.layers.BatchNormalization,
+        BatchNormalization,
         axis=1 if channels_first else -1,
         dtype=dtype,
         **batch_norm_args,

@@ -15,6 +15,7 @@ import keras
 from keras import ops
 
 from diffstride import resnet
+from diffstride.normalization import BatchNormalization
 from diffstride.pooling import DiffStride, DiffStride1D
 from diffstride.validation import require
 
@@ -136,7 +137,7 @@ def _layers(rank, kernel_size, data_format):
         kernel_initializer='he_normal',
     )
     axis = 1 if data_format == 'channels_first' else -1
-    norm = functools.partial(keras.layers.BatchNormalization, axis=axis)
+    norm = functools.partial(BatchNormalization, axis=axis)
     return conv, norm, axis
 
 
