@@ -43,7 +43,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
         channels = inputs.shape[-1]
         ones = tf.ones(channels)
-        x = tf.reshape(ops.cast(inputs, self.compute_dtype), [-1, 1, 1, channels])
+        x = tf.reshape(
+            ops.cast(inputs, self.compute_dtype), [-1, 1, 1, channels]
+        )
         y, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
             x=x,
             scale=ops.cast(self.gamma, 'float32') if self.scale else ones,
@@ -60,9 +62,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             (self.moving_variance, variance * ((count - 1) / count)),
         ):
             value = ops.cast(value, moving.dtype)
-            moving.assign(
-                moving * self.momentum + value * (1 - self.momentum)
-            )
+            moving.assign(moving * self.momentum + value * (1 - self.momentum))
         return tf.reshape(y, tf.shape(inputs))
 
     def _has_one_operation(self, inputs):

@@ -1,0 +1,120 @@
+"""Batch normalization against NumPy, and against Keras where it must agree."""
+
+import keras
+import numpy as np
+import pytest
+from backends import (
+    BACKEND,
+    COMPILERS,
+    array,
+    dtype_of,
+    error_of,
+    gradients,
+    only,
+    random,
+    skip_unless_there_is,
+    traced,
+)
+from keras import ops
+
+from diffstride.normalization import BatchNormalization
+
+TOLERANCES = {'float32': 1e-5, 'mixed_float16': 2e-3, 'mixed_bfloat16': 1e-2}
+GAMMA, BETA = np.array([0.5, -1.0, 2.0]), np.array([1.0, 0.0, -3.0])
+
+
+def built(shape, cls=BatchNormalization, **kwargs):
+    layer = cls(momentum=0.9, **kwargs)
+    layer.build(shape)
+    for weight, values in ((layer.gamma, GAMMA), (layer.beta, BETA)):
+        if weight is not None:
+            weight.assign(values)
+    return layer
+
+
+def normalized(x):
+    """Returns (x - mean) / deviation, the mean and the variance of channels."""
+    x = array(x)
+    axes = tuple(range(x.ndim - 1))
+    mean, variance = x.mean(axes), x.var(axes)
+    return (x - mean) / np.sqrt(variance + 1e-3), mean, variance
+
+
+@pytest.mark.parametrize('dtype', TOLERANCES)
+@pytest.mark.parametrize('shape', [(16, 3), (8, 20, 3), (4, 7, 5, 3)])
+@pytest.mark.parametrize(
+    'compiler',
+    ['eager'] if BACKEND == 'jax' else COMPILERS,  # JAX assigns only eagerly.
+)
+def test_training_agrees_with_numpy(compiler, shape, dtype):
+    layer = built(shape, dtype=dtype)
+    x = ops.cast(2 * random(*shape) + 5, layer.compute_dtype)
+    y = COMPILERS[compiler](lambda x: layer(x, training=True))(x)
+    expected, mean, variance = normalized(x)
+    assert dtype_of(y) == layer.compute_dtype
+    assert error_of(y, GAMMA * expected + BETA) <= TOLERANCES[dtype]
+    assert error_of(layer.moving_mean, 0.1 * mean) <= 1e-5
+    assert error_of(layer.moving_variance, 0.9 + 0.1 * variance) <= 1e-5
+
+
+def test_gradients_agree_with_numpy():
+    layer = built((6, 4, 4, 3))
+    x, weights = 2 * random(6, 4, 4, 3) + 5, random(6, 4, 4, 3, seed=1)
+    found = gradients(
+        lambda x: ops.sum(layer(x, training=True) * ops.array(weights)),
+        [x],
+        [layer.gamma, layer.beta],
+    )
+    z, _, variance = normalized(x)
+    slopes = array(weights)
+    # Ioffe and Szegedy, section 3.
+    centred = slopes - slopes.mean((0, 1, 2)) - z * (slopes * z).mean((0, 1, 2))
+    assert (
+        error_of(found[0], GAMMA / np.sqrt(variance + 1e-3) * centred) <= 1e-5
+    )
+    assert error_of(found[1], (slopes * z).sum((0, 1, 2))) <= 1e-5
+    assert error_of(found[2], slopes.sum((0, 1, 2))) <= 1e-5
+
+
+CASES = {
+    'inference': ({}, {}),
+    'frozen': ({'trainable': False}, {'training': True}),
+    'channels first': ({'axis': 1}, {'training': True}),
+    'plain': ({'scale': False, 'center': False}, {'training': True}),
+    'float64': ({'dtype': 'float64'}, {'training': True}),
+    'renorm': ({'renorm': True}, {'training': True}),
+    'masked': ({}, {'training': True, 'mask': np.arange(12).reshape(4, 3) % 2}),
+}
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_other_calls_are_those_of_keras(case):
+    skip_unless_there_is(case)
+    kwargs, call = CASES[case]
+    x = random(4, 3, 3)
+    ours, keras_layer = (
+        built(x.shape, cls, **kwargs)
+        for cls in (BatchNormalization, keras.layers.BatchNormalization)
+    )
+    assert error_of(ours(x, **call), keras_layer(x, **call)) <= 1e-6
+    for mine, other in zip(ours.weights, keras_layer.weights):
+        np.testing.assert_allclose(array(mine), array(other), atol=1e-6)
+
+
+def test_it_is_restored():
+    model = keras.Sequential(
+        [keras.Input((3,)), BatchNormalization(momentum=0.5)]
+    )
+    copy = keras.models.clone_model(model)
+    assert type(copy.layers[0]) is BatchNormalization
+    assert copy.layers[0].momentum == 0.5
+
+
+@only('tensorflow', 'no other backend has this operation')
+def test_one_operation_normalizes_in_training():
+    layer = built((None, 4, 4, 3))
+    for training, expected in ((True, 1), (False, 0)):
+        graph = traced(lambda x, t=training: layer(x, training=t))
+        nodes = graph.get_concrete_function(ops.ones((2, 4, 4, 3))).graph
+        kinds = [node.type for node in nodes.get_operations()]
+        assert kinds.count('FusedBatchNormV3') == expected
