@@ -1,6 +1,7 @@
-"""Differences between backends: known values, FFTs, custom gradients."""
+"""Differences between backends, and between numbers and tensors."""
 
 import functools
+import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -49,10 +50,32 @@ def static_sizes(tensor: Any, axes: Iterable[int]) -> list[int | None]:
     return sizes
 
 
-def call_for_shapes(function: Callable[[Any], Any], inputs: Any) -> None:
-    """Calls a function only for the shapes that it meets on the way.
+def known(*values: Any) -> bool:
+    """Tells whether all values are numbers, not tensors."""
+    return all(isinstance(value, numbers.Real) for value in values)
 
-    On JAX nothing is computed, and the function may return anything.
+
+def minimum(a: Any, b: Any) -> Any:
+    """Returns the lesser of two numbers or tensors."""
+    return min(a, b) if known(a, b) else ops.minimum(a, b)
+
+
+def maximum(a: Any, b: Any) -> Any:
+    """Returns the greater of two numbers or tensors."""
+    return max(a, b) if known(a, b) else ops.maximum(a, b)
+
+
+def real(value: Any) -> Any:
+    """Returns a float64 number or array, or a tensor as float32."""
+    if isinstance(value, (numbers.Real, np.ndarray)):
+        return value * 1.0
+    return ops.cast(value, 'float32')
+
+
+def call_for_shapes(function: Callable[[Any], Any], inputs: Any) -> None:
+    """Calls a function only to learn the shapes of what it computes.
+
+    On JAX it computes nothing. It may return anything.
     """
     if keras.backend.backend() != 'jax':
         function(inputs)
@@ -69,7 +92,7 @@ def known_values(variable: keras.Variable) -> tuple[float, ...] | None:
     """Returns the values of a variable, or None where they are not known.
 
     They are not known while TensorFlow traces a graph or JAX compiles. They
-    are known while JAX only differentiates. `fit` on JAX takes them away.
+    are known while JAX only differentiates. `fit` on JAX deletes them.
     """
     value = variable.value
     if keras.backend.backend() == 'jax':
@@ -83,6 +106,11 @@ def known_values(variable: keras.Variable) -> tuple[float, ...] | None:
     if is_symbolic():
         return None
     return tuple(ops.convert_to_numpy(value).tolist())
+
+
+def is_traced(variable: keras.Variable) -> bool:
+    """Tells whether a function is traced, for all values of a variable."""
+    return known_values(variable) is None
 
 
 def stored_values(variable: keras.Variable) -> tuple[float, ...] | None:

@@ -4,9 +4,9 @@ A call has two steps for each spatial axis. `_plan` returns the output size and
 the weights of the frequencies, and `resampling.resample` computes the output.
 
 `DiffStride._plan` turns strides into sizes: `_size_strides_in_call`, then
-`Ramp.band_edge`, then `Ramp.output_size`. Gradients take another way, which
-begins with `StrideState.tensor`: `Ramp.band_edge`, `Ramp.weights` and the
-`varying` weights of `resampling.resample`. The two variables of a `StrideState`
+`Ramp.band_edge`, then `Ramp.output_size`. The gradient of a stride goes
+through `StrideState.tensor`, `Ramp.band_edge`, `Ramp.weights` and the `varying`
+weights of `resampling.resample`. The two variables of a `StrideState`
 are saved as weights of the layer. The config has the initial strides. It has
 the state too while sizes are static, since models must know their shapes before
 weights are loaded.
@@ -23,8 +23,8 @@ import numpy as np
 from keras import ops, tree
 
 from diffstride import backend, models, resampling, validation
+from diffstride.backend import known, minimum, real
 from diffstride.ramps import RAMPS, Ramp
-from diffstride.resampling import TOLERANCE, known, minimum, real
 from diffstride.strides import StrideState
 
 
@@ -97,7 +97,9 @@ class SpectralPooling(SpectralResampling):
     def output_size(
         self, size: int, index: int = 0, stride: float | None = None
     ) -> int:
-        """Returns the output size of one spatial axis.
+        """Returns the output size of one spatial axis, a number.
+
+        A call of the layer does not need it: `_plan` returns sizes.
 
         Args:
             size: N, the size of the axis in the input.
@@ -105,21 +107,21 @@ class SpectralPooling(SpectralResampling):
             stride: The stride to assume; None for the one that sizes are
                 computed from at present.
         """
-        if isinstance(size, int):  # Tensors are not checked.
+        if known(size):  # Tensors are not checked.
             validation.integer('size', size, least=1)
         validation.one_of('index', index, range(self.rank))
         if stride is None:
             stride = self._size_strides[index]
         else:
             stride = validation.finite('stride', stride, least=1)
-        return self._output_size(size, stride)
+        return self._size_at(size, stride)
 
     @property
     def _size_strides(self):
         """The strides that sizes are computed from, as numbers."""
         return self.stride_values
 
-    def _output_size(self, size, stride):
+    def _size_at(self, size, stride):
         """Returns the output size; size and stride may be tensors."""
         raise NotImplementedError
 
@@ -128,9 +130,9 @@ class SpectralPooling(SpectralResampling):
         raise NotImplementedError
 
     def _plan(self) -> Callable:
-        """Returns a function: index, size -> output size, `Response` or None.
+        """Returns a function of (index, size) for the spatial axes.
 
-        None stands for a response of ones.
+        It returns the output size and the `Response`, or None for ones.
         """
         raise NotImplementedError
 
@@ -143,7 +145,7 @@ class SpectralPooling(SpectralResampling):
             size = backend.shape_of(outputs[0])[axis]
             output_size, response = plan(index, size)
             if response is None and output_size is size:
-                continue  # An unknown size may be a tensor.
+                continue  # Tensors cannot be compared without a graph.
             outputs = resampling.resample(
                 outputs, axis, output_size, self.norm, self.method, response
             )
@@ -155,10 +157,10 @@ class SpectralPooling(SpectralResampling):
         shape = list(input_shape)
         for index, axis in enumerate(spatial_axes(self)):
             if shape[axis] is not None:
-                shape[axis] = self._inferred_size(shape[axis], index)
+                shape[axis] = self._symbolic_size(shape[axis], index)
         return tuple(shape)
 
-    def _inferred_size(self, size, index):
+    def _symbolic_size(self, size, index):
         return self.output_size(size, index)
 
     def get_config(self) -> dict[str, Any]:
@@ -173,7 +175,9 @@ class SpectralPooling(SpectralResampling):
         Returns:
             A float32 array of these sizes, for the frequencies
             f = -(N // 2) .. (N - 1) // 2 along each axis, in cycles per N
-            samples. Cropped frequencies have a weight of 0.
+            samples. Cropped frequencies have a weight of 0. A cosine of the
+            largest frequency that M < N samples hold, M / 2, comes out at half
+            of its weight.
         """
         validation.require(
             len(sizes) == self.rank,
@@ -183,11 +187,23 @@ class SpectralPooling(SpectralResampling):
         mask = np.ones((), 'float32')
         for index, size in enumerate(sizes):
             weights = np.zeros(size // 2 + 1, 'float32')
-            kept = min(size, self.output_size(size, index)) // 2 + 1
+            kept = self.output_size(size, index) // 2 + 1
             weights[:kept] = self._forward_weights(size, index)
             frequencies = np.abs(np.arange(size) - size // 2)
             mask = mask[..., None] * weights[frequencies]
         return mask
+
+
+@dataclasses.dataclass
+class _TracedConstants:
+    """The constants that traced functions took from a layer.
+
+    They are the strides if these were held, and the output sizes by spatial
+    axis and input size.
+    """
+
+    held: tuple[float, ...] | None
+    sizes: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)
 
 
 @_register
@@ -199,11 +215,11 @@ class DiffStride(SpectralPooling):
     The edge of the band is a ramp, through which the gradient reaches S.
 
     The output size follows the stride at every step where the backend allows
-    it. XLA needs constant sizes. On JAX they are those of the strides when a
-    function is traced, and Keras traces anew after an epoch in which a size
-    changed. For `model.compile(jit_compile=True)` on TensorFlow call
-    `make_sizes_static()` first; `callbacks.UpdateSizes` then lets the sizes
-    follow from epoch to epoch. The response follows the stride in every case.
+    it. XLA needs constant sizes. JAX takes those of the time of tracing, and
+    Keras traces anew after an epoch in which a size changed. For
+    `model.compile(jit_compile=True)` on TensorFlow call `make_sizes_static()`
+    first; `callbacks.UpdateSizes` then lets the sizes follow from epoch to
+    epoch. The response follows the stride in every case.
 
     The strides and their state (held or not, static sizes) are weights, so
     saving and restoring weights saves and restores the sizes too. The config
@@ -306,8 +322,8 @@ class DiffStride(SpectralPooling):
         self.strides_regularizer = keras.regularizers.get(strides_regularizer)
         validation.require(
             self.cropping or ramp != 'straight_through',
-            "`cropping` must be True with `ramp='straight_through'`, which "
-            'removes nothing else',
+            "`cropping` must be True with `ramp='straight_through'`, whose "
+            'only effect on the output it is',
             cropping=cropping,
         )
         self._check_shared(self._initial_strides)
@@ -316,6 +332,7 @@ class DiffStride(SpectralPooling):
         self._traced: _TracedConstants | None = None
         with keras.name_scope(self.name):
             self.state = StrideState(
+                # One for all axes if they share it.
                 self._initial_strides[: 1 if shared_stride else None],
                 self.rank,
                 lower,
@@ -323,14 +340,16 @@ class DiffStride(SpectralPooling):
                 self._on_change,
             )
         if self.strides_regularizer is not None:
-            # It sees the strides in use: held ones cost, and get no gradient.
+            # It sees the strides in use. Held ones still add to the loss, but
+            # get no gradient.
             self.state.variable.regularizer = lambda _: (
                 self.strides_regularizer(self.state.tensor())
             )
-        # Keras saves variables that are attributes of a layer, trainable ones
-        # first. `trainable` is set after that, so the order is always the same.
-        self._variable, self._record = self.state.variable, self.state.record
-        self._variable.trainable = trainable
+        # Keras saves variables that are attributes of a layer, in an order that
+        # depends on `trainable` at this moment. So it is set afterwards.
+        self._saved_variable = self.state.variable
+        self._saved_record = self.state.record
+        self.state.variable.trainable = trainable
         self._on_change()
 
     def _check_shared(self, strides):
@@ -365,10 +384,11 @@ class DiffStride(SpectralPooling):
         self.state.make_sizes_static()
 
     def hold(self) -> None:
-        """Ends the learning of the strides; strides and sizes stay.
+        """Ends the learning of the strides, which stay as they are.
 
-        The optimizer may still move the variable `strides`, which has no effect
-        until `release()`.
+        Sizes become those of the present strides, and stay, too. The optimizer
+        may still move the variable `strides`, which has no effect until
+        `release()`.
         """
         self.state.hold()
 
@@ -385,7 +405,7 @@ class DiffStride(SpectralPooling):
     def _size_strides(self):
         return self.state.size_strides
 
-    def _output_size(self, size, stride):
+    def _size_at(self, size, stride):
         if not self.cropping:
             return size
         edge = self._ramp.band_edge(size, stride)
@@ -403,7 +423,7 @@ class DiffStride(SpectralPooling):
 
     def _plan(self):
         ramp, held = self._ramp, self.state.held_strides
-        is_traced = backend.known_values(self.state.record) is None
+        is_traced = backend.is_traced(self.state.record)
         if is_traced:
             self._traced = self._traced or _TracedConstants(held)
         if held:
@@ -415,7 +435,7 @@ class DiffStride(SpectralPooling):
         def plan(index, size):
             # The response follows the stride, the size may be a static one.
             edge = ramp.band_edge(size, strides[index])
-            output_size = self._output_size(size, size_strides[index])
+            output_size = self._size_at(size, size_strides[index])
             if is_traced and known(output_size):  # See `_on_change`.
                 self._traced.sizes[index, size] = output_size
             response = (
@@ -433,10 +453,12 @@ class DiffStride(SpectralPooling):
         A graph of TensorFlow reads them from the variables each time it runs.
         XLA, which JAX always uses, compiles the numbers of now as constants.
         """
-        if is_traced and not backend.is_compiled_by_xla():
+        if not is_traced:
+            return self.state.size_strides
+        if not backend.is_compiled_by_xla():
             return self.state.size_strides_tensor()
         validation.require(
-            self.supports_jit or not is_traced,
+            self.supports_jit,
             f'Sizes of layer "{self.name}" must be static for XLA on '
             'TensorFlow: call make_sizes_static() on it before',
             has_static_sizes=False,
@@ -462,13 +484,13 @@ class DiffStride(SpectralPooling):
             (index, size): self.output_size(size, index)
             for index, size in self._traced.sizes
         }
-        # XLA must not go on with sizes that are no longer static.
+        # Functions that XLA has compiled would keep the old sizes.
         is_stale = bool(sizes) and not self.supports_jit
         if is_stale or self._traced != _TracedConstants(held, sizes):
             self._traced = None
             models.recompile_models_with(self)
 
-    def _inferred_size(self, size, index):
+    def _symbolic_size(self, size, index):
         if self.cropping and not self.state.has_static_sizes:
             return None
         return self.output_size(size, index)
@@ -493,7 +515,8 @@ class DiffStride(SpectralPooling):
         }
         state = self.state.get_config()
         # Models must know static sizes before their weights are loaded.
-        # So a clone keeps static and held strides, and starts others anew.
+        # So a clone has the same static or held strides. Any other starts at
+        # its initial strides.
         return config if state is None else {**config, 'state': state}
 
     @classmethod
@@ -503,18 +526,6 @@ class DiffStride(SpectralPooling):
         layer = super().from_config(config)
         layer.state.set_config(state)
         return layer
-
-
-@dataclasses.dataclass
-class _TracedConstants:
-    """The constants that traced functions took from a layer.
-
-    They are the strides if these were held, and the output sizes by spatial
-    axis and input size.
-    """
-
-    held: tuple[float, ...] | None
-    sizes: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)
 
 
 def _limit(name, value):
@@ -593,12 +604,16 @@ class FixedSpectralPooling(SpectralPooling):
         **kwargs: Any,
     ):
         super().__init__(strides, data_format, method, norm, **kwargs)
-        self.strides = self._initial_strides
 
-    def _output_size(self, size, stride):
+    @property
+    def strides(self) -> tuple[float, ...]:
+        """The strides, one per spatial axis."""
+        return self._initial_strides
+
+    def _size_at(self, size, stride):
         if stride == 1:
             return size
-        half = real(size) / (2 * stride) * (1 + TOLERANCE)
+        half = real(size) / (2 * stride) * (1 + resampling.TOLERANCE)
         if known(size):
             return min(size, max(2, 2 * math.floor(half)))
         half = ops.cast(ops.floor(half), 'int32')
@@ -606,7 +621,7 @@ class FixedSpectralPooling(SpectralPooling):
 
     def _plan(self):
         return lambda index, size: (
-            self._output_size(size, self.strides[index]),
+            self._size_at(size, self.strides[index]),
             None,
         )
 

@@ -17,14 +17,8 @@ import numpy as np
 from keras import ops
 
 from diffstride import backend
-from diffstride.resampling import (
-    TOLERANCE,
-    Response,
-    known,
-    maximum,
-    minimum,
-    real,
-)
+from diffstride.backend import known, maximum, minimum, real
+from diffstride.resampling import TOLERANCE, Response
 
 RAMPS = ('outside', 'inside', 'straight_through')
 
@@ -56,7 +50,8 @@ class Ramp:
 
         With 'outside', S is at least N / (N - min(R, N / 2)), so that a part
         of the ramp lies within the spectrum. S is at most N / 2, so that a band
-        of one frequency stays. The limits come last, so they win. The gradient
+        of one frequency stays. The limits come last, so they win, though a
+        `StrideState` has applied them before. The gradient
         passes straight through, so that a stride beyond a limit can come back.
         """
         length, least = real(size), 1.0
@@ -77,9 +72,9 @@ class Ramp:
     def output_size(self, size: Any, edge: Any) -> Any:
         """Returns M, the least even size that holds the response, or N.
 
-        It needs no gradient: where M changes, frequencies of weight 0 come or
-        go. The output of 'straight_through' jumps there, and its gradient
-        ignores the jump.
+        It needs no gradient: where M changes, only frequencies of weight 0 are
+        added or dropped. The output of 'straight_through' jumps there, and its
+        gradient ignores the jump.
         """
         end = edge + self.width if self.kind == 'outside' else edge
         half = end * (1 - TOLERANCE)
@@ -108,22 +103,24 @@ class Ramp:
         if known(output_size, edge):
             return Response(self.constant_weights(output_size, edge))
         frequencies = ops.arange(output_size // 2 + 1, dtype='int32')
-        return Response(self.weights(frequencies, edge))
+        weights = ops.stop_gradient(self.weights(frequencies, edge))
+        return Response(weights)
 
     def varying_frequencies(
         self, size: Any, output_size: Any, edge: Any
     ) -> Any:
         """Returns the frequencies whose weight varies with the stride.
 
-        They are those on the ramp with its two corners, or a few more: int32
-        [count], where count is an integer if M or N is. They may begin below 0,
-        and `weights` gives no gradient there.
+        They are those on the ramp with its two corners: int32 [count]. The
+        count does not depend on the stride, so that it is an integer if M or N
+        is. So there may be a few more frequencies, even below 0, and `weights`
+        gives them no gradient.
         """
         start = ops.stop_gradient(edge)
         tolerance = TOLERANCE * (start + self.width)
         if self.kind != 'outside':
             start = start - ops.minimum(self.width, start)
-        count = math.floor(self.width + 0.01) + 1
+        count = math.floor(self.width + 0.01) + 1  # The edge may be rounded.
         count = minimum(count, (size if known(size) else output_size) // 2 + 1)
         first = ops.cast(ops.ceil(start - tolerance), 'int32')
         first = ops.minimum(first, output_size // 2 + 1 - count)

@@ -19,7 +19,6 @@ convolutional neural networks", NeurIPS 2015, arXiv:1506.03767.
 
 import functools
 import math
-import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -28,13 +27,14 @@ import numpy as np
 from keras import ops
 
 from diffstride import backend
+from diffstride.backend import known, maximum, minimum, real
 
 METHODS = ('auto', 'fft', 'matmul')
 NORMS = ('forward', 'backward', 'ortho')
 
-# This is above the rounding errors of float32 and below any difference in size
-# that matters: the floor or ceiling of a number this near an integer is that
-# integer.
+# A number this near an integer counts as that integer, where it is rounded up
+# or down. It is above the rounding errors of float32 and below any difference
+# in size that matters.
 TOLERANCE = 2.0**-19
 
 # A matrix with more values is slower than the FFT.
@@ -88,8 +88,6 @@ def resample(
         response = Response()
     dtype = _table_dtype(inputs[0])
     weights = response.weights
-    if weights is not None and not isinstance(weights, np.ndarray):
-        weights = ops.stop_gradient(weights)
     if method == 'auto':
         shape = backend.shape_of(inputs[0])
         method = _fastest_method(shape, axis, output_size)
@@ -374,28 +372,6 @@ def _gain(size, output_size, norm):
 
 def _transpose(matrix):
     return matrix.T if isinstance(matrix, np.ndarray) else ops.transpose(matrix)
-
-
-def known(*values: Any) -> bool:
-    """Tells whether all values are numbers, not tensors."""
-    return all(isinstance(value, numbers.Real) for value in values)
-
-
-def minimum(a: Any, b: Any) -> Any:
-    """Returns the lesser of two numbers or tensors."""
-    return min(a, b) if known(a, b) else ops.minimum(a, b)
-
-
-def maximum(a: Any, b: Any) -> Any:
-    """Returns the greater of two numbers or tensors."""
-    return max(a, b) if known(a, b) else ops.maximum(a, b)
-
-
-def real(value: Any) -> Any:
-    """Returns a float64 number or array, or a tensor as float32."""
-    if isinstance(value, (numbers.Real, np.ndarray)):
-        return value * 1.0
-    return ops.cast(value, 'float32')
 
 
 def _cast(table, dtype):

@@ -3,9 +3,10 @@
 The state is two weights, saved and restored with all others: the strides, which
 the optimizer moves, and the `record`, float32 [1 + n], which it does not move.
 
-    record[0]     1 if the strides are held, else 0
-    record[1:]    the strides that set sizes, which are those in use while they
-                  are held; zeros while sizes follow the strides
+                      record[0]   record[1:]
+    sizes follow      0           zeros
+    static sizes      0           the strides that sizes are computed from
+    held              1           the strides in use, which set sizes too
 """
 
 import math
@@ -33,7 +34,8 @@ class StrideState:
             has changed.
 
     Raises:
-        ValueError: If the limits exclude each other or an initial stride.
+        ValueError: If the lower limit is above the upper one, or if an initial
+            stride is outside of them.
 
     Attributes:
         variable: The strides, a trainable float32 variable [n], where n is the
@@ -57,7 +59,7 @@ class StrideState:
         )
         self.rank = rank
         self.lower = lower
-        self.upper = upper
+        self.upper = math.inf if upper is None else upper
         self._check_limits(initial)
         self.variable = _Variable(initial, 'strides', True, changed)
         self.variable.constraint = self._clipped
@@ -69,7 +71,9 @@ class StrideState:
         validation.require(
             all(
                 abs(stride - clipped) <= rounding * clipped
-                for stride, clipped in zip(strides, self._per_axis(strides))
+                for stride, clipped in zip(
+                    strides, self._clipped_per_axis(strides)
+                )
             ),
             '`strides` must lie between `lower_limit_stride` and '
             '`upper_limit_stride`',
@@ -92,32 +96,33 @@ class StrideState:
     def held_strides(self) -> tuple[float, ...] | None:
         """The held strides, one per axis, or None while they are learned."""
         held, *strides = self.record.numbers()
-        return self._per_axis(strides) if held > 0 else None
+        return self._clipped_per_axis(strides) if held > 0 else None
 
     @property
     def values(self) -> tuple[float, ...]:
         """The strides in use, as numbers within the limits, one per axis."""
-        return self.held_strides or self._per_axis(self.variable.numbers())
+        return self.held_strides or self._clipped_per_axis(
+            self.variable.numbers()
+        )
 
     @property
-    def _variable_values(self):
-        """The strides in use, as many as the variable has."""
+    def _values_to_store(self):
+        """The strides in use: one if all axes share it."""
         return self.values[: self.variable.shape[0]]
 
     @property
     def size_strides(self) -> tuple[float, ...]:
         """The strides that sizes are computed from, as numbers."""
         _, *static = self.record.numbers()
-        return self._per_axis(
+        return self._clipped_per_axis(
             static if static[0] > 0 else self.variable.numbers()
         )
 
-    def _per_axis(self, values):
-        upper = math.inf if self.upper is None else self.upper
-        # A NaN stays NaN.
+    def _clipped_per_axis(self, values):
         values = tuple(
-            value if math.isnan(value) else min(max(value, self.lower), upper)
-            for value in values
+            # A NaN stays NaN.
+            x if math.isnan(x) else min(max(x, self.lower), self.upper)
+            for x in values
         )
         return values * (self.rank // len(values))
 
@@ -141,11 +146,10 @@ class StrideState:
 
     def _clipped(self, strides):
         """Returns a tensor of strides within the limits."""
-        upper = math.inf if self.upper is None else self.upper
         return ops.clip(
             strides,
             ops.convert_to_tensor(self.lower, strides.dtype),
-            ops.convert_to_tensor(upper, strides.dtype),
+            ops.convert_to_tensor(self.upper, strides.dtype),
         )
 
     def _broadcast(self, strides):
@@ -153,29 +157,30 @@ class StrideState:
 
     def hold(self) -> None:
         """Ends learning: the strides in use stay, with their sizes."""
-        self.record.assign([1.0, *self._finite_values()])
+        self._fix_sizes(held=1.0)
 
     def make_sizes_static(self) -> None:
         """Computes sizes from the strides in use as they are now."""
         validation.require(
             not self.held,
-            'The sizes of held strides must stay until `release()`',
+            'Held strides must be released by `release()` before '
+            '`make_sizes_static()`',
             held=True,
         )
-        self.record.assign([0.0, *self._finite_values()])
+        self._fix_sizes(held=0.0)
 
-    def _finite_values(self):
-        values = self._variable_values
+    def _fix_sizes(self, held):
+        values = self._values_to_store
         validation.require(
             all(map(math.isfinite, values)),
             '`strides` must be finite for static sizes',
             strides=values,
         )
-        return values
+        self.record.assign([held, *values])
 
     def release(self) -> None:
         """Resumes learning from the strides in use; sizes follow them."""
-        self.variable.assign(self._variable_values)
+        self.variable.assign(self._values_to_store)
         self.record.assign([0.0] * self.record.shape[0])
 
     def assign(self, strides: Sequence[float]) -> None:
@@ -207,13 +212,14 @@ class StrideState:
 class _Variable(keras.Variable):
     """A float32 variable that remembers its numbers and reports changes.
 
-    On JAX a variable has no values while `fit` runs. Then its numbers are those
-    that were last assigned.
+    Its numbers are its values where these are known. While TensorFlow or JAX
+    traces, they are those that it holds outside of the trace. While `fit` on
+    JAX runs, the variable has no values, and they are those that it last had.
     """
 
     def __init__(self, values, name, trainable, changed):
         self._numbers = tuple(map(float, values))
-        self._changed = None  # Initialization is no change.
+        self._changed = None  # The initialization is not reported.
         super().__init__(
             lambda shape, dtype: ops.convert_to_tensor(values, dtype),
             shape=(len(values),),
@@ -226,7 +232,7 @@ class _Variable(keras.Variable):
 
     def numbers(self):
         """Returns the values, one float each; while tracing, those stored."""
-        if self._value is None:
+        if self._value is None:  # Keras would initialize it to read `value`.
             return self._numbers
         values = backend.known_values(self)
         return self._stored() if values is None else values

@@ -507,6 +507,20 @@ def test_bad_arguments_are_refused(cls, arguments, rule):
         assert str(value) in message
 
 
+@pytest.mark.parametrize('size', [0, -4, 2.5, np.int64(0)])
+@pytest.mark.parametrize('cls', [DiffStride, FixedSpectralPooling])
+def test_bad_sizes_are_refused(cls, size):
+    with pytest.raises(ValueError, match='`size` must be an integer'):
+        cls(2.0).output_size(size)
+
+
+def test_fixed_strides_are_not_assigned():
+    layer = FixedSpectralPooling(2.0)
+    with pytest.raises(AttributeError):
+        layer.strides = (4.0, 4.0)
+    assert layer.strides == (2.0, 2.0)
+
+
 RESIZING = partial(SpectralResizing, 4)
 SHAPE = (2, 8, 8, 3)
 NOT_ONE, NOT_TWO = 'not with a list', 'a list .x, like., or have a `size`'
