@@ -12,9 +12,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     It is `keras.layers.BatchNormalization`, with the same arguments, weights
     and results. That layer computes about ten operations on the whole feature
-    map; TensorFlow has one for all, which took a fifth of the time on a CPU.
-    The layer uses it in training with the channels last. Elsewhere it computes
-    what Keras computes.
+    map. TensorFlow has one for all, which is used in training with the channels
+    last. A thin ResNet then trains about twice as fast on a CPU in bfloat16.
+    Everywhere else this layer computes what Keras's does.
 
     Args:
         **kwargs: Arguments of `keras.layers.BatchNormalization`.
