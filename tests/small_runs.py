@@ -38,17 +38,16 @@ def command(*bindings, workdir, gin_config=()):
     ]
 
 
-def run_here(*bindings, workdir_flag=None, **kwargs):
+def run_here(*bindings, **kwargs):
     """Runs a command within this process."""
-    flag = [f'--workdir={workdir_flag}'] if workdir_flag else []
-    run_flags(command(*bindings, **kwargs) + flag)
+    run_flags(command(*bindings, **kwargs))
 
 
 def run_flags(arguments):
     """Runs a command within this process; its first argument is its name."""
     gin.clear_config()
     with flagsaver.flagsaver():
-        for name in ('gin_config', 'gin_bindings', 'workdir'):
+        for name in ('gin_config', 'gin_bindings'):
             flags.FLAGS[name].unparse()
         flags.FLAGS(arguments)
         main.main(['main'])

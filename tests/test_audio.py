@@ -209,6 +209,7 @@ def test_training_examples_are_shifted_and_masked(load):
         ({'num_frames': 2000}, 'at most 1001 in 1000 samples'),
         ({'test_filter': 'nobody'}, 'match some recordings and not all'),
         ({'test_filter': 'wav'}, 'match some recordings and not all'),
+        ({'test_split': 'train'}, '`test_split` must not be set beside'),
         ({'name': 'gratings'}, 'one Audio and one ClassLabel'),
     ],
 )

@@ -17,7 +17,6 @@ import zipfile
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from backends import run_apart, start
 from small_runs import (
     LINEAR,
@@ -312,24 +311,6 @@ def test_a_second_process_is_refused_until_the_first_ends(run):
     assert files(workdir) == before
     assert not checkpoints.is_locked(workdir)
     run(epochs=2)
-
-
-def test_any_error_on_a_full_disk_is_one_line(tmp_path, monkeypatch):
-    """TensorBoard raises errors of TensorFlow; other errors stay."""
-
-    def fail():
-        with checkpoints.room_on_disk(tmp_path):
-            raise tf.errors.ResourceExhaustedError(None, None, 'No space left')
-
-    with pytest.raises(tf.errors.ResourceExhaustedError):
-        fail()
-    monkeypatch.setattr(
-        checkpoints.tempfile,
-        'TemporaryFile',
-        lambda dir: open('/dev/full', 'wb', buffering=0),
-    )
-    with pytest.raises(Stop, match=r'No space left.*same command continues'):
-        fail()
 
 
 # Processes.

@@ -207,3 +207,10 @@ def test_wrong_arguments_end_in_one_line(workdir, run, tmp_path):
         (export, ['x'], "Unknown arguments: ['x']"),
     ):
         assert message in run(command, workdir, *arguments, fails=True)
+    (settings := workdir / 'config.gin').write_text(
+        'import diffstride.examples.audio\n'
+        'train.load_data_fn = @audio.load_datasets'
+    )
+    message = run(predict, workdir, tmp_path / 'text.jpg', fails=True)
+    settings.write_text('')
+    assert '--workdir must be a training on images' in message

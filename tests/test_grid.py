@@ -109,8 +109,8 @@ def test_runs_that_fail_are_told_and_the_others_are_made(
     # Another variant of this name makes its runs; finished ones stay.
     run_with([])
     assert len(commands) == 3 and len(folders(tmp_path)) == 2
-    with pytest.raises(SystemExit, match='steps_per_epoch was None and is 1'):
-        run_with(['train.steps_per_epoch = 1'])
+    with pytest.raises(SystemExit, match='jit_compile was'):
+        run_with(['train.jit_compile = False'])
 
 
 @pytest.mark.parametrize('late', [False, True])
@@ -143,6 +143,10 @@ def test_processes_share_the_runs(run, commands, tmp_path, monkeypatch, late):
         (
             "grid.variants = {'a': ['nowhere.x = 1']}",
             "grid.variants['a']: No configurable matching 'nowhere'",
+        ),
+        (
+            "grid.strides_parameter = 'nowhere.x'",
+            "grid.strides_parameter: No configurable matching 'nowhere'",
         ),
     ],
 )

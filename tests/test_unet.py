@@ -59,10 +59,3 @@ def test_shapes_are_drawn_where_they_are_labelled():
     assert 0.7 < inside.mean() < 0.8
     again, _ = unet.draw(20, np.random.default_rng(0))
     assert np.array_equal(again, images)
-
-
-def test_mean_iou_by_hand():
-    expected = np.array([[0, 0, 1, 1], [2, 2, 2, 2]])
-    predicted = np.array([[0, 1, 1, 1], [2, 2, 2, 0]])
-    values = [1 / 3, 2 / 3, 3 / 4]
-    assert unet.mean_iou(predicted, expected) == pytest.approx(np.mean(values))

@@ -22,7 +22,6 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from diffstride.examples import data, rules, sources
-from diffstride.examples.folders import AUTOTUNE
 from diffstride.validation import require
 
 # Lower levels, relative to the loudest part of a recording, are raised to this.
@@ -42,7 +41,7 @@ def load_datasets(
     frequency_shift: rules.CountOrZero = 0,
     time_mask: rules.Number = 0.0,
     frequency_mask: rules.CountOrZero = 0,
-    train_split: rules.Split = 'train',
+    train_split: rules.Text = 'train',
     validation_split: rules.SplitOrShare | None = 'auto',
     test_split: rules.SplitOrShare = 'test',
     test_filter: rules.Pattern | None = None,
@@ -69,6 +68,8 @@ def load_datasets(
         duration: The length that is kept of each recording, in seconds.
         num_mel_bins: The number of frequencies of a spectrogram.
         num_frames: The number of points in time of a spectrogram, at least 2.
+            They are a whole number of samples apart, so many of them may not
+            reach the end.
         time_shift: The largest shift in time of a training example, in
             seconds, which is random; 0 turns it off.
         frequency_shift: The largest shift of a training spectrogram towards
@@ -92,6 +93,11 @@ def load_datasets(
         ValueError: If an argument is wrong, or if the dataset does not fit.
     """
     rules.check(load_datasets, locals())
+    require(
+        test_filter is None or test_split == 'test',
+        '`test_split` must not be set beside `test_filter`, which replaces it',
+        test_split=test_split,
+    )
     bins = num_mel_bins if features == 'log_mel' else 1
     for key, value, limit, rule in (
         ('time_shift', time_shift, duration, '`duration`'),
@@ -211,7 +217,7 @@ def _read(source, pieces, samples, extract):
         text = tf.strings.join(texts, '\n') if texts else ''
         return waveform, example[source.label], text
 
-    batches = source.examples(pieces).map(cut, AUTOTUNE).batch(256)
+    batches = source.examples(pieces).map(cut, data.AUTOTUNE).batch(256)
     batches = batches.map(lambda waves, *others: (extract(waves), *others))
     arrays = zip(*batches.as_numpy_iterator())
     inputs, labels, texts = map(np.concatenate, arrays)

@@ -14,7 +14,6 @@ workdir/
 import collections
 import contextlib
 import dataclasses
-import filecmp
 import json
 import os
 import pathlib
@@ -22,11 +21,10 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import filelock
@@ -126,7 +124,10 @@ def unfinished(path: pathlib.Path) -> Iterator[pathlib.Path]:
             os.close(descriptor)
         os.replace(temporary, path)
     except OSError as error:
-        raise _cannot_be_written(path, error) from error
+        raise Stop(
+            f'{path} cannot be written ({error.strerror or error}). Earlier '
+            'files are whole: make room, and the same command continues'
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             _remove(temporary)
@@ -137,33 +138,6 @@ def _remove(path):
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _cannot_be_written(path, error):
-    return Stop(
-        f'{path} cannot be written ({error.strerror or error}). Earlier '
-        'files are whole: make room, and the same command continues'
-    )
-
-
-@contextlib.contextmanager
-def room_on_disk(workdir: pathlib.Path) -> Iterator[None]:
-    """Turns any error within into a `Stop` if the folder cannot be written.
-
-    TensorBoard and others write files of their own, and raise errors of many
-    kinds on a full disk.
-    """
-    try:
-        yield
-    except Stop:
-        raise
-    except Exception:
-        try:
-            with tempfile.TemporaryFile(dir=workdir) as file:
-                file.write(bytes(2**20))
-        except OSError as error:
-            raise _cannot_be_written(workdir, error) from error
-        raise
 
 
 def write(path: pathlib.Path, content: Any) -> None:
@@ -184,21 +158,10 @@ def read(path: pathlib.Path) -> Any:
         return None
 
 
-def write_figure(
-    path: pathlib.Path, plot: Callable[..., Any], *args: Any
-) -> bool:
-    """Writes the figure that a function returns for its arguments.
-
-    Without matplotlib it only logs a warning. It returns whether it wrote.
-    """
-    try:
-        figure = plot(*args)
-    except ImportError:
-        logging.warning(f'No {path.name}: pip install diffstride[plot]')
-        return False
+def write_figure(path: pathlib.Path, figure: Any) -> None:
+    """Writes a figure of Matplotlib."""
     with unfinished(path) as temporary:
         figure.savefig(temporary, dpi=120)
-    return True
 
 
 # Checkpoints.
@@ -302,11 +265,8 @@ def _tidy(workdir, history):
     for old in epoch_folders(workdir)[2:]:
         shutil.rmtree(old)
     path = epoch_folders(workdir)[0] / 'model.keras'
-    best = workdir / 'best.keras'
-    if best_epoch(history) == len(history) and not (
-        best.exists() and filecmp.cmp(path, best, shallow=False)
-    ):
-        with unfinished(best) as temporary:
+    if best_epoch(history) == len(history):
+        with unfinished(workdir / 'best.keras') as temporary:
             shutil.copyfile(path, temporary)
 
 
@@ -344,8 +304,8 @@ def restore(
     if before != steps_per_epoch:
         raise Stop(
             f'{folder} is of epochs of {before} steps, and not of '
-            f'{steps_per_epoch}: set the batch size and train.steps_per_epoch '
-            'as before, or another train.workdir'
+            f'{steps_per_epoch}: set the data and the batch size as before, or '
+            'another train.workdir'
         )
     for old, reason in damaged.items():
         name = f'damaged_{time.strftime("%Y%m%d_%H%M%S")}_{old.name}'

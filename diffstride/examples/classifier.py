@@ -26,7 +26,6 @@ _WORKDIR = flags.DEFINE_string(
     'workdir',
     None,
     'The folder of a training that has finished an epoch.',
-    allow_override=True,  # `main` has a flag of this name, for a hint alone.
 )
 OUTPUT = flags.DEFINE_string(
     'output', None, 'The folder to write files to; it is made if need be.'
@@ -103,7 +102,7 @@ def classifier(run: Run) -> keras.Model:
     return keras.Model(images, outputs, name='classifier')
 
 
-def read_image(path: str, image_shape: tuple[int, int, int]) -> np.ndarray:
+def read_image(path: str, run: Run) -> np.ndarray:
     """Reads a picture the way training does, and resizes it.
 
     Returns:
@@ -111,9 +110,12 @@ def read_image(path: str, image_shape: tuple[int, int, int]) -> np.ndarray:
         of 16-bit files are divided by 257.
 
     Raises:
-        ValueError: If the file cannot be read or is no picture.
+        ValueError: If the file cannot be read or is no picture, or if the run
+            was trained on recordings.
     """
-    *size, channels = image_shape
+    if '@audio.load_datasets' in run.settings:
+        raise ValueError('--workdir must be a training on images')
+    *size, channels = run.image_shape
     try:
         contents = tf.io.read_file(path)
         image = folders.decode_image(contents, channels, tf.uint16)
@@ -125,6 +127,7 @@ def read_image(path: str, image_shape: tuple[int, int, int]) -> np.ndarray:
 def output_folder(default: str) -> pathlib.Path:
     """Makes and returns the folder of --output, or the default in --workdir."""
     folder = pathlib.Path(OUTPUT.value or f'{_WORKDIR.value}/{default}')
+    folder = folder.expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -19,9 +19,9 @@ import numpy as np
 import tensorflow as tf
 
 from diffstride.examples import augmentation, folders, rules, sources
-from diffstride.examples.folders import AUTOTUNE
 from diffstride.validation import require
 
+AUTOTUNE = tf.data.AUTOTUNE
 # A split whose pixels take less is kept decoded in memory.
 CACHE_BYTES = 2**30
 # These give a mean and a standard deviation to within a level of 255.
@@ -74,7 +74,7 @@ def load_datasets(
     normalization: Literal['dataset', 'unit'] | None = 'dataset',
     image_size: rules.Size | None = None,
     channels: Literal[1, 3] | None = None,
-    train_split: rules.Split = 'train',
+    train_split: rules.Text = 'train',
     validation_split: rules.SplitOrShare | None = 'auto',
     test_split: rules.SplitOrShare = 'test',
     class_weights: Literal['balanced'] | None = None,

@@ -11,7 +11,7 @@ It prints the accuracy and the classes with the lowest recall. The folder of
     classes.csv      images, recall and precision of each class
     confusion.csv    the number of images of each class (row) that were taken
                      for each class (column)
-    confusion.png    the same as a picture, with matplotlib
+    confusion.png    the same as a picture
 """
 
 import re
@@ -21,6 +21,7 @@ import gin
 import keras
 import numpy as np
 from absl import flags
+from matplotlib.figure import Figure
 
 from diffstride.examples import checkpoints, classifier, data, folders
 
@@ -69,8 +70,8 @@ def evaluate(arguments: Sequence[str]) -> None:
         [['class', *names], *([x, *row] for x, row in zip(names, counts))],
     )
     path = folder / 'confusion.png'
-    if checkpoints.write_figure(path, _figure, counts, names):
-        print(f'Wrote {path}')
+    checkpoints.write_figure(path, _figure(counts, names))
+    print(f'Wrote {path}')
 
 
 def _of_data(run):
@@ -105,7 +106,7 @@ def _of_folder(run):
         for start in range(0, len(paths), _BATCH):
             part = slice(start, start + _BATCH)
             images = np.stack(
-                [classifier.read_image(x, run.image_shape) for x in paths[part]]
+                [classifier.read_image(path, run) for path in paths[part]]
             )
             yield model.predict_on_batch(images), labels[part]
 
@@ -132,8 +133,6 @@ def _print(names, counts, recall, precision):
 
 def _figure(counts, names):
     """Returns the confusion matrix in shares of each class."""
-    from matplotlib.figure import Figure
-
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     size = 2 + 0.3 * min(len(names), 60)
     figure = Figure(figsize=(size + 1, size), layout='constrained')

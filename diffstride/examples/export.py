@@ -13,11 +13,9 @@ height, width, channels], and puts out the probabilities of the classes, float32
 are part of the model; resizing is not: pictures must come in the height and
 width of the training, as Pillow's `image.resize((width, height),
 Image.BILINEAR)` makes them. A model that was trained in bfloat16 is exported in
-float32. An ONNX file holds the class names in its metadata too, as JSON under
-`class_names`.
+float32.
 """
 
-import json
 import pathlib
 import shutil
 import tempfile
@@ -49,8 +47,6 @@ def export(arguments: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         path = pathlib.Path(temporary) / target.name
         model.export(str(path), format=_FORMAT.value, verbose=False)
-        if _FORMAT.value == 'onnx':
-            _add_metadata(path, class_names=json.dumps(run.class_names))
         if target.is_dir():
             shutil.rmtree(target)
         path.replace(target)
@@ -62,15 +58,6 @@ def export(arguments: Sequence[str]) -> None:
         f'It takes float32 [batch, {shape}] in the range 0..255 and puts out '
         f'the probabilities of {len(run.class_names)} classes.'
     )
-
-
-def _add_metadata(path, **metadata):
-    """Adds texts to the metadata of an ONNX file."""
-    import onnx
-
-    model = onnx.load(path)
-    onnx.helper.set_model_props(model, metadata)
-    onnx.save(model, path)
 
 
 if __name__ == '__main__':

@@ -30,8 +30,6 @@ SUFFIXES = set(
 _MAGIC = [b'\x89P', b'\xff\xd8', b'GI', b'BM']
 _SYSTEM_FOLDERS = {'__MACOSX', '$RECYCLE.BIN', '@eaDir', 'lost+found'}
 
-AUTOTUNE = tf.data.AUTOTUNE
-
 # A part of a split is its name and where the part starts and stops.
 Piece = tuple[str, int, int]
 
@@ -113,7 +111,7 @@ class ImageFolder:
         """Raises a ValueError that names the first broken image, if any is."""
         for path in self._select(pieces)[0]:
             try:
-                decode_image(self.contents(path), 0)
+                decode_image(self.contents(path), 3)
             except (tf.errors.OpError, OSError) as error:
                 raise ValueError(f'cannot decode the image {path}') from error
 
@@ -231,8 +229,8 @@ def decode_image(
     """Decodes an image file, or the first image of an animation.
 
     With 1 or 3 channels, colors become grey and grey becomes RGB as needed; an
-    alpha channel is dropped. 0 keeps what the file has. With tf.uint16, the
-    values of files of 8 bits are multiplied by 257, so that 255 becomes 65,535.
+    alpha channel is dropped. With tf.uint16, the values of files of 8 bits are
+    multiplied by 257, so that 255 becomes 65,535.
 
     Returns:
         The image, [height, width, channels].
@@ -245,8 +243,6 @@ def decode_image(
         ),
     )
     image = tf.ensure_shape(image, (None, None, None))
-    if channels == 0:
-        return image
     has_colors = tf.shape(image)[-1] > 2
     image = image[..., : tf.where(has_colors, 3, 1)]
     if channels == 1:

@@ -27,16 +27,9 @@ import gin
 from diffstride.examples import checkpoints, report, rules, settings
 from diffstride.examples.checkpoints import Stop
 from diffstride.examples.train import checked_workdir
-from diffstride.validation import is_integer, require
+from diffstride.validation import require
 
 _POLL_SECONDS = 5
-_POOLINGS = {
-    'DiffStride': ['resnet.Resnet.pooling_cls = @pooling.DiffStride'],
-    'FixedSpectralPooling': [
-        'resnet.Resnet.pooling_cls = @pooling.FixedSpectralPooling'
-    ],
-    'strided convolution': ['resnet.Resnet.pooling_cls = None'],
-}
 
 
 def _are_texts(values):
@@ -52,7 +45,7 @@ def _are_variants(values):
 
 
 def _are_seeds(values):
-    return rules.are(values, lambda x: is_integer(x, least=0) and x < 2**32)
+    return rules.are(values, rules.is_seed)
 
 
 Variants = Annotated[
@@ -74,7 +67,6 @@ def grid(
     strides: Texts | None = None,
     seeds: Seeds = (0,),
     strides_parameter: rules.Text = 'resnet.resnet18.strides',
-    note: str = '',
 ) -> 'Grid':
     """Prepares the commands of all runs; writes nothing yet.
 
@@ -82,19 +74,19 @@ def grid(
     of `train` and log.txt, and the files of `report`.
 
     Args:
-        variants: Maps a name to a list of gin bindings, strings; None for
-            DiffStride, FixedSpectralPooling and strided convolution.
+        variants: Maps a name to a list of gin bindings, strings; None for one
+            variant, as the other settings are.
         strides: Values of `strides_parameter`, each a string; None to leave it
             as it is.
         seeds: Seeds of the runs, see `train`.
         strides_parameter: The gin parameter that takes initial strides.
-        note: Text to print above the table, such as what to look at.
 
     Raises:
         ValueError: If something is set wrong.
     """
     rules.check(grid, locals())
-    variants = _POOLINGS if variants is None else variants
+    variants = variants or {'network': []}
+    starts = strides or ['']
     workdir = None
     with contextlib.suppress(ValueError):  # It is not bound.
         workdir = gin.query_parameter('train.train.workdir')
@@ -107,8 +99,11 @@ def grid(
             text = '\n'.join(bindings)
             with settings.naming(f'grid.variants[{name!r}]', text):
                 gin.parse_config(text)
+        if strides:
+            text = f'{strides_parameter} = {strides[0]!r}'
+            with settings.naming('grid.strides_parameter', text):
+                gin.parse_config(text)
     runs: dict[str, list[str]] = {}
-    starts = strides or ['']
     for seed, start, name in itertools.product(seeds, starts, variants):
         words = re.findall(r'[\w.]+', f'{name} {start} seed {seed}')
         run = '-'.join(words)
@@ -125,7 +120,7 @@ def grid(
             f'train.labels = {labels!r}',
             f'train.workdir = {str(workdir / run)!r}',
         ]
-    return Grid(workdir, config, runs, note)
+    return Grid(workdir, config, runs)
 
 
 @dataclasses.dataclass
@@ -139,7 +134,6 @@ class Grid:
     workdir: pathlib.Path
     config: str
     runs: dict[str, list[str]]
-    note: str = ''
 
     def run(self) -> None:
         """Trains unfinished runs, then reports on all runs in the workdir.
@@ -154,7 +148,7 @@ class Grid:
         self.workdir.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(self.workdir / 'lock'):
             before = path.read_text() if path.exists() else self.config
-            changes, _ = settings.changes(before, self.config)
+            changes = settings.changes(before, self.config)
             if changes:
                 raise Stop(
                     f'{self.workdir} is a grid of other settings: '
@@ -169,8 +163,6 @@ class Grid:
         ]:
             if not any([self._try(run, failed) for run in left]):
                 time.sleep(_POLL_SECONDS)  # Other processes have the rest.
-        if self.note:
-            print(f'\n{self.note}')
         with filelock.FileLock(self.workdir / 'lock'):
             report.write(self.workdir)
         if failed:

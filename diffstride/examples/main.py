@@ -8,23 +8,25 @@ command continues a training that was stopped at any point.
 """
 
 import re
+from typing import Any
 
+import gin
 from absl import app, flags, logging
 
 from diffstride.examples import (
     checkpoints,
     external_configurables,  # noqa: F401
+    rules,
     settings,
+    train,
 )
+from diffstride.validation import require
 
 _CONFIG = flags.DEFINE_multi_string(
     'gin_config', [], 'A gin file: a path, or the name of a packaged one.'
 )
 _BINDINGS = flags.DEFINE_multi_string(
     'gin_bindings', [], 'Gin bindings, which override those of the files.'
-)
-_WORKDIR = flags.DEFINE_string(
-    'workdir', None, 'Not in use: bind train.workdir instead.'
 )
 # Wrong settings raise these. Other errors are faults of the code.
 _OF_SETTINGS = (ImportError, OSError, RuntimeError, TypeError, ValueError)
@@ -44,34 +46,27 @@ def main(argv: list[str]) -> None:
     ctrl_c = 'interrupted; the same command continues'
     with checkpoints.one_line_errors(interrupted=ctrl_c):
         try:
-            prepared = _prepared()
+            settings.parse(_CONFIG.value, _BINDINGS.value)
+            prepared = run()
         except _OF_SETTINGS as error:
             line = checkpoints.first_line(error)
             where = re.search(r"In call to configurable '(\w+)'", str(error))
-            if where and where[1] != 'train':
+            if where and where[1] not in ('run', 'train'):
                 line += f' (in {where[1]})'
             raise checkpoints.Stop(line) from error
         prepared.run()
 
 
-def _prepared():
-    if _WORKDIR.value is not None:
-        raise ValueError(
-            '--workdir is now the setting train.workdir: '
-            f'--gin_bindings="train.workdir = {_WORKDIR.value!r}"'
-        )
-    settings.parse(_CONFIG.value, _BINDINGS.value)
-    job = settings.run()
-    if not callable(job):
-        raise ValueError(
-            f'run.job must be a function, such as @grid.grid. Received: {job!r}'
-        )
+@gin.configurable(module='main')
+def run(job: rules.Factory = train.train) -> Any:
+    """Prepares the job that gin binds, such as `@grid.grid`, or a training."""
+    rules.check(run, locals())
     prepared = job()
-    if not hasattr(prepared, 'run'):
-        raise ValueError(
-            'run.job must return an object with a method `run`. '
-            f'Received: {prepared!r}'
-        )
+    require(
+        hasattr(prepared, 'run'),
+        '`job` must return an object with a method `run`',
+        job=job,
+    )
     return prepared
 
 

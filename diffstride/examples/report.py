@@ -3,7 +3,7 @@
     python3 -m diffstride.examples.report /tmp/exp/diffstride/grid
 
 It reads */results.json, prints a table, and writes runs.csv, one line per run,
-table.md and, with matplotlib, accuracy_macs.png.
+table.md and accuracy_macs.png.
 """
 
 import collections
@@ -113,7 +113,7 @@ def write(folder: pathlib.Path) -> None:
         deviation = statistics.stdev(accuracies) if len(group) > 1 else 0.0
         points[variant].append((macs, statistics.mean(accuracies), deviation))
     path = folder / 'accuracy_macs.png'
-    checkpoints.write_figure(path, plots.accuracy_macs, points)
+    checkpoints.write_figure(path, plots.accuracy_macs(points))
 
 
 def main(argv: list[str]) -> None:

@@ -72,6 +72,11 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and value != ''
 
 
+def is_seed(value: Any) -> bool:
+    """Tells whether NumPy and all backends take a value as a seed."""
+    return is_integer(value, least=0) and value < 2**32
+
+
 def are(values: Any, is_allowed: Callable[[Any], bool]) -> bool:
     """Tells whether all values of a list are allowed and different."""
     return (
@@ -104,13 +109,7 @@ Count = Annotated[
 CountOrZero = Annotated[
     int, Rule('an integer, at least 0', lambda x: is_integer(x, least=0))
 ]
-Seed = Annotated[
-    int,
-    Rule(
-        'an integer in [0, 2**63)',
-        lambda x: is_integer(x, least=0) and x < 2**63,
-    ),
-]
+Seed = Annotated[int, Rule('an integer in [0, 2**32)', is_seed)]
 Number = Annotated[
     float, Rule('a finite number, at least 0', lambda x: is_finite(x, least=0))
 ]
@@ -128,9 +127,6 @@ Factory = Annotated[Callable, Rule('a class or another callable', callable)]
 Size = Annotated[
     tuple[int, int],
     Rule('(height, width), two integers of at least 1', _is_size),
-]
-Split = Annotated[
-    str, Rule('the name of a split, a slice of one or a sum of slices', is_text)
 ]
 SplitOrShare = Annotated[
     str | float,

@@ -8,7 +8,7 @@ import difflib
 import pathlib
 import re
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import gin
 from gin import config, config_parser
@@ -20,6 +20,7 @@ _PACKAGED = pathlib.Path(__file__).parent
 _bound: dict[str, set] = {'command': set(), 'files': set()}
 # These have no effect on the result of a training.
 _FREE = {
+    'audio.load_datasets.data_dir',
     'data.load_datasets.cache',
     'data.load_datasets.data_dir',
     'main.run.job',
@@ -28,30 +29,6 @@ _FREE = {
     'train.on_changed_settings',
     'train.workdir',
 }
-# A training can go on with other values of these, and of no others.
-_CONTINUABLE = (
-    'callbacks.',
-    'data.load_datasets.class_weights',
-    'data.load_datasets.crop_padding',
-    'data.load_datasets.flip',
-    'data.load_datasets.mixup_alpha',
-    'keras.callbacks.',
-    'keras.losses.',
-    'keras.optimizers.',
-    'schedules.',
-    'train.callbacks',
-    'train.deterministic',
-    'train.distribution',
-    'train.jit_compile',
-    'train.loss_cls',
-    'train.seed',
-)
-
-
-@gin.configurable(module='main')
-def run(job: Callable | None = None) -> Callable:
-    """Returns the job that gin binds, such as `@grid.grid`, or a training."""
-    return job or gin.get_configurable('train.train')
 
 
 def parse(files: list[str], bindings: list[str]) -> None:
@@ -194,12 +171,8 @@ def _outer(scopes):
     return {'', *('/'.join(parts[: i + 1]) for i in range(len(parts)))}
 
 
-def changes(before: str, after: str) -> tuple[list[str], bool]:
-    """Returns a line for each setting that differs between two texts.
-
-    It also returns whether a training can go on with the settings after
-    instead of those before.
-    """
+def changes(before: str, after: str) -> list[str]:
+    """Returns a line for each setting that differs between two texts."""
     old, new = _bindings_in(before), _bindings_in(after)
     changed = [
         key
@@ -208,13 +181,7 @@ def changes(before: str, after: str) -> tuple[list[str], bool]:
     ]
     # Settings that come or go with those in both texts say nothing more.
     changed = [key for key in changed if key in old and key in new] or changed
-    lines = [
+    return [
         f'{_name(key)} was {old.get(key)!r} and is {new.get(key)!r}'
         for key in changed
     ]
-    return lines, all(map(_is_continuable, map(_name, changed)))
-
-
-def _is_continuable(name):
-    # Averages of weights that begin later would begin at 0.
-    return name.startswith(_CONTINUABLE) and not name.endswith('.use_ema')

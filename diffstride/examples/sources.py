@@ -9,7 +9,6 @@ import math
 import operator
 import os
 import re
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import filelock
@@ -21,6 +20,7 @@ from diffstride.examples import (
     folders,
     gratings,  # noqa: F401, registers 'gratings'
 )
+from diffstride.examples.checkpoints import first_line
 from diffstride.examples.folders import Piece
 from diffstride.validation import require
 
@@ -132,7 +132,7 @@ def _builder(name, data_dir):
     # A wrong config, version or namespace raises errors of many types.
     except Exception as error:
         raise ValueError(
-            f'cannot open the dataset {name!r}: {_one_line(error)}'
+            f'cannot open the dataset {name!r}: {first_line(error)}'
         ) from error
 
 
@@ -154,7 +154,7 @@ def _prepared(builder, name, data_dir):
     except Exception as error:
         raise ValueError(
             f'dataset {name!r} is not in {builder.data_dir} and could not be '
-            f'downloaded and prepared there ({_one_line(error)}); copy a '
+            f'downloaded and prepared there ({first_line(error)}); copy a '
             'prepared one and set data.load_datasets.data_dir, or connect to '
             'the network'
         ) from error
@@ -179,10 +179,6 @@ def _supervised_keys(builder, kind):
         f'dataset {builder.name!r} must have one {kind.__name__} and one '
         f'ClassLabel among its features. It has: {kinds}'
     )
-
-
-def _one_line(error):
-    return textwrap.shorten(str(error), 400) or type(error).__name__
 
 
 def open_images(

@@ -36,29 +36,19 @@ from diffstride.validation import require
 _CHECK_STEPS = 100  # The loss is checked this rarely because it costs time.
 
 
-def _is_policy_of_floats(name):
-    try:
-        policy = keras.dtype_policies.get(name)
-    except (TypeError, ValueError):
-        return False
-    return (
-        bool(name)
-        and keras.backend.is_float_dtype(policy.compute_dtype)
-        and getattr(policy, 'quantization_mode', None) is None
-    )
-
-
 def _are_callbacks(values):
     return isinstance(values, (list, tuple)) and all(
         isinstance(value, keras.callbacks.Callback) for value in values
     )
 
 
-Policy = Annotated[
-    str,
-    rules.Rule(
-        "a policy of floats, such as 'mixed_bfloat16'", _is_policy_of_floats
-    ),
+Policy = Literal[
+    'float32',
+    'float64',
+    'bfloat16',
+    'float16',
+    'mixed_bfloat16',
+    'mixed_float16',
 ]
 Callbacks = Annotated[
     Sequence[keras.callbacks.Callback],
@@ -78,14 +68,13 @@ def train(
     optimizer_cls: rules.Factory = keras.optimizers.SGD,
     loss_cls: rules.Factory = keras.losses.CategoricalCrossentropy,
     num_epochs: rules.Count = 400,
-    steps_per_epoch: rules.Count | None = None,
     data_format: Literal['auto', 'channels_first', 'channels_last'] = 'auto',
     dtype_policy: Policy = 'float32',
     jit_compile: bool | Literal['auto'] = 'auto',
     distribution: str = 'auto',
     callbacks: Callbacks = (),
     strides_from: rules.Path | None = None,
-    seed: rules.CountOrZero = 0,
+    seed: rules.Seed = 0,
     deterministic: bool = False,
     on_changed_settings: Literal['refuse', 'continue'] = 'refuse',
     labels: Labels | None = None,
@@ -103,7 +92,6 @@ def train(
             (`use_ema`), the averages are validated and kept.
         loss_cls: Returns the loss, of one-hot labels.
         num_epochs: Total number of epochs, with those before a resumption.
-        steps_per_epoch: Steps of an epoch; None for the whole training set.
         data_format: 'channels_first', 'channels_last' or 'auto': channels_first
             on a GPU and channels_last on a CPU, whose convolutions need it.
         dtype_policy: A dtype policy of Keras, such as 'mixed_bfloat16'.
@@ -121,8 +109,8 @@ def train(
         deterministic: Whether two runs of one seed on one machine, interrupted
             or not, must give equal numbers, at the cost of speed.
         on_changed_settings: 'refuse' to continue a training under other
-            settings, or 'continue' to allow another learning rate, loss,
-            callback, seed or augmentation. More epochs are always allowed.
+            settings, or 'continue' to do so with all that its weights fit. More
+            epochs are always allowed.
         labels: Words that name the run in a report, such as
             {'variant': 'DiffStride'}.
 
@@ -140,8 +128,8 @@ def train(
         devices.make_deterministic()
     keras.config.set_dtype_policy(dtype_policy)
     datasets = _returned('load_data_fn', load_data_fn, data.Datasets, seed=seed)
-    steps_per_epoch = steps_per_epoch or datasets.steps_per_epoch
-    with scope, schedules.training_of(steps_per_epoch, num_epochs):
+    steps = datasets.steps_per_epoch
+    with scope, schedules.training_of(steps, num_epochs):
         optimizer = _returned(
             'optimizer_cls', optimizer_cls, keras.optimizers.Optimizer
         )
@@ -173,7 +161,6 @@ def train(
         datasets=datasets,
         callbacks=_prepared(callbacks, model, datasets, workdir, num_epochs),
         num_epochs=num_epochs,
-        steps_per_epoch=steps_per_epoch,
         settings=gin.operative_config_str(),
         seed=seed,
         labels=labels or {},
@@ -300,7 +287,6 @@ class Training:
     datasets: data.Datasets
     callbacks: list[keras.callbacks.Callback]
     num_epochs: int
-    steps_per_epoch: int
     settings: str
     seed: int
     labels: dict
@@ -309,26 +295,26 @@ class Training:
     def check_changes(self, on_changed_settings: str) -> None:
         """Compares the settings with those of the training in the workdir."""
         folders = checkpoints.epoch_folders(self.workdir)
-        before = folders and checkpoints.read(folders[0] / 'state.json')
+        states = [checkpoints.read(x / 'state.json') for x in folders]
+        before = next(filter(None, states), None)
         if not before:
             return
-        self.changes, can_continue = settings.changes(
-            before['settings'], self.settings
-        )
+        self.changes = settings.changes(before['settings'], self.settings)
         known = checkpoints.read(self.workdir / 'data.json') or {}
         for key in ('class_names', 'image_shape'):
             value = list(getattr(self.datasets, key))
             if known.get(key, value) != value:
                 self.changes.append(f'{key} were {known[key]} and are {value}')
-                can_continue = False
+        # Averages of weights that begin later would begin at 0.
+        has_new_averages = any('.use_ema was' in x for x in self.changes)
         if self.changes and (
-            not can_continue or on_changed_settings == 'refuse'
+            has_new_averages or on_changed_settings == 'refuse'
         ):
             advice = "train.on_changed_settings = 'continue' to go on, or "
             raise ValueError(
                 f'The training in {self.workdir} began under other settings: '
                 f'{"; ".join(self.changes)}. Set '
-                f'{advice if can_continue else ""}train.workdir to another '
+                f'{"" if has_new_averages else advice}train.workdir to another '
                 'folder'
             )
 
@@ -343,8 +329,7 @@ class Training:
         with checkpoints.locked(self.workdir):
             state = self._restored()
             if len(state.history) < self.num_epochs and not state.ended:
-                with checkpoints.room_on_disk(self.workdir):
-                    self._fit(state)
+                self._fit(state)
             results = self._results(state)
         text = (
             f'{results["epochs"]} epochs of {self.num_epochs} are done in '
@@ -361,7 +346,7 @@ class Training:
         optimizer = self.model.optimizer
         rate = float(optimizer.learning_rate)
         state = checkpoints.restore(
-            self.model, self.workdir, self.steps_per_epoch
+            self.model, self.workdir, self.datasets.steps_per_epoch
         )
         done = len(state.history)
         if done > self.num_epochs:
@@ -388,7 +373,7 @@ class Training:
         print(
             f'{datasets.summary}\n'
             f'Epochs {done + 1} to {self.num_epochs}, of '
-            f'{self.steps_per_epoch:,} steps, in {self.workdir}',
+            f'{datasets.steps_per_epoch:,} steps, in {self.workdir}',
             flush=True,
         )
         averages = []
@@ -399,7 +384,7 @@ class Training:
             datasets.train(done),
             epochs=self.num_epochs,
             initial_epoch=done,
-            steps_per_epoch=self.steps_per_epoch,
+            steps_per_epoch=datasets.steps_per_epoch,
             shuffle=False,
             validation_data=datasets.validation,
             class_weight=weights and dict(enumerate(weights)),
@@ -476,7 +461,7 @@ class Training:
             }
             initial = {k: x['initial_strides'] for k, x in layers.items()}
             path = self.workdir / 'strides.png'
-            checkpoints.write_figure(path, plots.strides, strides, initial)
+            checkpoints.write_figure(path, plots.strides(strides, initial))
         return results
 
 

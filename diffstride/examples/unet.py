@@ -118,16 +118,6 @@ def draw(
     return images[..., None].astype('float32'), classes
 
 
-def mean_iou(predicted: np.ndarray, expected: np.ndarray) -> float:
-    """Returns intersection over union, averaged over the CLASSES that occur."""
-    pairs = [(predicted == i, expected == i) for i in range(len(CLASSES))]
-    return float(
-        np.mean(
-            [np.sum(a & b) / np.sum(a | b) for a, b in pairs if np.any(a | b)]
-        )
-    )
-
-
 def train(
     model: keras.Model,
     data: tuple[np.ndarray, np.ndarray],
@@ -162,8 +152,9 @@ def main(strides: float = 4.0, epochs: int = 8, seed: int = 0) -> None:
         keras.utils.set_random_seed(seed)
         model = unet(len(CLASSES), (8, 16, 32), strides, pooling_cls)
         train(model, training_data, epochs)
-        predicted = np.argmax(model.predict(images, verbose=0), axis=-1)
-        print(f'{name}: mean IoU {mean_iou(predicted, classes):.3f}\n')
+        mean_iou = keras.metrics.MeanIoU(len(CLASSES), sparse_y_pred=False)
+        value = mean_iou(classes, model.predict(images, verbose=0))
+        print(f'{name}: mean IoU {float(value):.3f}\n')
 
 
 if __name__ == '__main__':
