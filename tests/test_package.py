@@ -2,13 +2,11 @@
 
 import doctest
 import inspect
-import json
 import pathlib
 import re
 import shutil
 import subprocess
 import sys
-import tokenize
 import zipfile
 
 import keras
@@ -20,6 +18,7 @@ from backends import (
     environment,
     error_of,
     image,
+    only,
     output_of,
     sequential,
 )
@@ -49,6 +48,7 @@ def test_import_needs_no_other_backend_no_datasets_and_no_example():
     assert {name.split('.')[0] for name in names} <= allowed
 
 
+@only('tensorflow', 'the wheel is the same')
 def test_wheel_holds_the_package_alone_and_asks_for_no_backend(tmp_path):
     for name in ('LICENSE', 'README.md', 'pyproject.toml'):
         shutil.copy(ROOT / name, tmp_path)
@@ -77,49 +77,6 @@ def test_wheel_holds_the_package_alone_and_asks_for_no_backend(tmp_path):
     assert needed == ['gin-config', 'keras', 'numpy']
     extras = re.findall('^Provides-Extra: (.+)$', metadata, re.M)
     assert {'tensorflow', 'jax', 'torch', 'train', 'export'} <= set(extras)
-
-
-def test_comments_begin_like_sentences():
-    riddle = re.compile(r'#+ *(As|Not|Of|What|Which|Whose) ')
-    paths = [
-        path
-        for folder in ('benchmarks', 'diffstride', 'docs', 'tests')
-        for path in (ROOT / folder).rglob('*')
-        if path.suffix in ('.py', '.gin')
-    ]
-    assert len(paths) > 60
-    for path in paths:
-        with tokenize.open(path) as file:
-            for token in tokenize.generate_tokens(file.readline):
-                if token.type == tokenize.COMMENT:
-                    assert not riddle.match(token.string), (path, token)
-
-
-def public_functions(name, value):
-    """Yields the public functions of a module or class, by their names."""
-    value = getattr(value, '__func__', getattr(value, 'fget', value))
-    if inspect.isfunction(value):
-        yield name, value
-    elif inspect.isclass(value) or inspect.ismodule(value):
-        for key, member in vars(value).items():
-            is_public = key == '__init__' or not key.startswith('_')
-            is_own = getattr(member, '__module__', '') == value.__name__
-            if is_public and (is_own or inspect.isclass(value)):
-                yield from public_functions(f'{name}.{key}', member)
-
-
-def test_public_functions_have_type_hints():
-    functions = {}
-    for name in diffstride.__all__:
-        functions |= public_functions(name, getattr(diffstride, name))
-    assert len(functions) > 60
-    for name, function in functions.items():
-        signature = inspect.signature(inspect.unwrap(function))
-        given = set(signature.parameters) - {'self', 'cls'}
-        hints = [signature.parameters[key].annotation for key in given]
-        if not name.endswith('.__init__'):
-            hints.append(signature.return_annotation)
-        assert inspect.Parameter.empty not in hints, name
 
 
 # The public classes and functions of some modules, by name.
@@ -235,26 +192,18 @@ STRANGE = {
 }
 
 
-@pytest.fixture(scope='module')
-def members(tmp_path_factory):
-    """The members of a saved model that has objects in its configuration."""
-    path = tmp_path_factory.mktemp('saved') / 'model.keras'
-    sequential(
-        SHAPE,
-        resnet.ResidualLayer(2, 3, 2, pooling.DiffStride, project=True),
-        pooling.DiffStride(2.0, strides_regularizer='l1'),
-    ).save(path)
-    with zipfile.ZipFile(path) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
+OWNERS = {
+    'pooling_cls': resnet.ResidualLayer(
+        2, 3, 2, pooling.DiffStride, project=True
+    ),
+    'strides_regularizer': pooling.DiffStride(2.0, strides_regularizer='l1'),
+}
 
 
 @pytest.mark.parametrize('strange', STRANGE)
-@pytest.mark.parametrize(
-    'owner, key',
-    [('ResidualLayer', 'pooling_cls'), ('DiffStride', 'strides_regularizer')],
-)
+@pytest.mark.parametrize('key', OWNERS)
 def test_no_configuration_calls_what_a_stranger_names(
-    tmp_path, monkeypatch, members, owner, key, strange
+    tmp_path, monkeypatch, key, strange
 ):
     """Nor imports it: the module leaves a file where it is imported."""
     (tmp_path / 'stranger.py').write_text(
@@ -263,20 +212,9 @@ def test_no_configuration_calls_what_a_stranger_names(
         '\nclass Called: __init__ = from_config = called\n'
     )
     monkeypatch.syspath_prepend(tmp_path)
-
-    def edited(entry):
-        if entry.get('class_name') == owner:
-            entry['config'][key] = STRANGE[strange]
-        return entry
-
-    config = json.loads(members['config.json'], object_hook=edited)
-    assert config != json.loads(members['config.json'])
-    with zipfile.ZipFile(tmp_path / 'model.keras', 'w') as archive:
-        edited = {**members, 'config.json': json.dumps(config)}
-        for name, content in edited.items():
-            archive.writestr(name, content)
+    config = {**OWNERS[key].get_config(), key: STRANGE[strange]}
     with pytest.raises((ValueError, TypeError, AttributeError)):
-        keras.models.load_model(tmp_path / 'model.keras')
+        type(OWNERS[key]).from_config(config)
     assert 'stranger' not in sys.modules
     assert not (tmp_path / 'imported').exists()
     assert not (tmp_path / 'called').exists()
