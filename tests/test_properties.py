@@ -23,46 +23,34 @@ strides = st.one_of(
 
 
 @st.composite
-def diffstride_arguments(draw, rank):
-    shared = draw(st.booleans())
-    values = draw(st.lists(strides, min_size=rank, max_size=rank))
-    values = values[:1] * rank if shared else values
-    lower = draw(st.none() | st.floats(1, min(values)))
-    upper = draw(st.none() | st.floats(max(values), 200))
-    ramp = draw(st.sampled_from(RAMPS))
-    return {
-        'strides': values,
-        'shared_stride': shared,
-        'smoothness_factor': draw(st.floats(0.01, 50)),
-        'ramp': ramp,
-        'cropping': ramp == 'straight_through' or draw(st.booleans()),
-        'lower_limit_stride': lower,
-        'upper_limit_stride': upper,
-    }
-
-
-@st.composite
 def cases(draw):
     """A layer of any rank and an input that it must take."""
     rank = draw(st.sampled_from([1, 2, 2, 3]))
     learned, fixed = DIFFSTRIDES[rank], FIXED[rank]
     cls = draw(st.sampled_from([learned, learned, fixed]))
-    arguments = (
-        draw(diffstride_arguments(rank))
-        if cls is learned
-        else {'strides': draw(st.lists(strides, min_size=rank, max_size=rank))}
-    )
-    data_format = draw(st.sampled_from(FORMATS))
-    layer = cls(
-        **arguments,
-        data_format=data_format,
-        method=draw(st.sampled_from(METHODS)),
-        norm=draw(st.sampled_from(NORMS)),
-        dtype=draw(st.sampled_from(list(TOLERANCES))),
-    )
+    values = draw(st.lists(strides, min_size=rank, max_size=rank))
+    choices = {
+        'data_format': FORMATS,
+        'method': METHODS,
+        'norm': NORMS,
+        'dtype': list(TOLERANCES),
+    }
+    if cls is learned:
+        choices['ramp'] = RAMPS
+        choices |= dict.fromkeys(('shared_stride', 'cropping'), (True, False))
+    arguments = {k: draw(st.sampled_from(v)) for k, v in choices.items()}
+    if cls is learned:
+        values = values[:1] * rank if arguments['shared_stride'] else values
+        arguments['cropping'] |= arguments['ramp'] == 'straight_through'
+        arguments |= {
+            'smoothness_factor': draw(st.floats(0.01, 50)),
+            'lower_limit_stride': draw(st.none() | st.floats(1, min(values))),
+            'upper_limit_stride': draw(st.none() | st.floats(max(values), 200)),
+        }
+    layer = cls(values, **arguments)
     size = st.integers(1, LARGEST[rank])
     sizes = draw(st.lists(size, min_size=rank, max_size=rank))
-    x = image(sizes, data_format, channels=draw(st.integers(1, 5)))
+    x = image(sizes, layer.data_format, channels=draw(st.integers(1, 5)))
     return layer, ops.convert_to_tensor(x, layer.compute_dtype)
 
 
