@@ -101,15 +101,6 @@ def test_other_calls_are_those_of_keras(case):
         np.testing.assert_allclose(array(mine), array(other), atol=1e-6)
 
 
-def test_it_is_restored():
-    model = keras.Sequential(
-        [keras.Input((3,)), BatchNormalization(momentum=0.5)]
-    )
-    copy = keras.models.clone_model(model)
-    assert type(copy.layers[0]) is BatchNormalization
-    assert copy.layers[0].momentum == 0.5
-
-
 @only('tensorflow', 'no other backend has this operation')
 def test_one_operation_normalizes_in_training():
     layer = built((None, 4, 4, 3))
