@@ -5,6 +5,7 @@ import inspect
 import pathlib
 import pkgutil
 import re
+import runpy
 import unittest
 
 import gin
@@ -143,3 +144,22 @@ def test_reference_has_all_public_names():
     for name in public - set(reference):
         assert inspect.ismodule(pkgutil.resolve_name(name)), name
         assert any(other.startswith(name) for other in reference)
+
+
+FIGURES = ROOT / 'docs/figures'
+COMMITTED = {path.name for path in FIGURES.glob('*.*') if path.suffix != '.py'}
+
+
+@pytest.mark.slow
+def test_commands_draw_the_committed_figures(tmp_path):
+    scripts = list(FIGURES.glob('*.py'))
+    for path in scripts:
+        runpy.run_path(str(path))['main'](tmp_path)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == COMMITTED
+    assert len(drawn) >= len(scripts) > 0
+
+
+def test_figures_are_small():
+    for name in COMMITTED:
+        assert (FIGURES / name).stat().st_size < 150_000, name

@@ -7,13 +7,7 @@ import gin
 import keras
 import numpy as np
 import pytest
-from backends import (
-    array,
-    dtype_of,
-    error_of,
-    random,
-    refusals,
-)
+from backends import array, dtype_of, error_of, random, refusals
 from keras import layers, ops
 
 from diffstride import models, resnet

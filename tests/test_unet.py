@@ -37,8 +37,7 @@ def test_every_stride_is_trained_at_any_sizes(capsys, without_tracing):
 
 
 @pytest.mark.parametrize(
-    'pooling_cls',
-    [FixedSpectralPooling, DiffStride, keras.layers.MaxPooling2D],
+    'pooling_cls', [FixedSpectralPooling, DiffStride, keras.layers.MaxPooling2D]
 )
 def test_output_has_the_sizes_of_the_input(pooling_cls):
     model = unet.unet(3, (2, 3), strides=[2], pooling_cls=pooling_cls)
