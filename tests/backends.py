@@ -72,6 +72,15 @@ def sequential(shape, *layers, **kwargs):
     return keras.Sequential([keras.Input(shape), *layers], **kwargs)
 
 
+def randomized(model):
+    """Changes every weight, strides and statistics too; returns the model."""
+    random = np.random.default_rng(1)
+    for weight in model.weights:
+        if 'record' not in weight.path:
+            weight.assign_add(0.1 + 0.3 * random.random(weight.shape))
+    return model
+
+
 def only(backend, reason):
     """Marks a test that is about one backend."""
     return pytest.mark.skipif(

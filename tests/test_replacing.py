@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import reference
-from backends import EAGER, array, random, refusals, sequential
+from backends import EAGER, array, random, randomized, refusals, sequential
 from keras import layers, ops
 
 from diffstride import DiffStride, SpectralResizing, diffstride_layers, models
@@ -23,14 +23,6 @@ ANY_SIZE = (None, None, 3)
 def functional(function, shape=SHAPE):
     inputs = keras.Input(shape)
     return keras.Model(inputs, function(inputs))
-
-
-def randomized(model):
-    """Gives every weight other values, so that copies are seen."""
-    rng = np.random.default_rng(1)
-    for weight in model.weights:
-        weight.assign(rng.uniform(0.1, 0.5, weight.shape))
-    return model
 
 
 def assert_same_weights(model, other):

@@ -7,7 +7,7 @@ import gin
 import keras
 import numpy as np
 import pytest
-from backends import array, dtype_of, error_of, random, refusals
+from backends import array, dtype_of, error_of, random, randomized, refusals
 from keras import layers, ops
 
 from diffstride import models, resnet
@@ -50,14 +50,6 @@ def layers_of(model, cls):
 
 def residual_layers(model):
     return layers_of(model, resnet.ResidualLayer)
-
-
-def randomize(model):
-    """Changes every weight, strides and statistics too."""
-    random = np.random.default_rng(1)
-    for weight in model.weights:
-        if 'record' not in weight.path:
-            weight.assign_add(0.1 + 0.3 * random.random(weight.shape))
 
 
 @every_pooling
@@ -210,7 +202,7 @@ def test_layer_is_the_pre_activation_formula(pooling_cls, project, pool_after):
     )
     x = ops.convert_to_tensor(random(2, 11, 12, 6))
     layer(x)
-    randomize(layer)
+    randomized(layer)
     pool = layer.pool or (lambda x: x)
     pools_late = pool_after == 'activation'
     strides = (2, 3) if project and pooling_cls is None else 1
@@ -262,7 +254,7 @@ def test_losses_penalize_kernels_the_last_bias_and_strides(pooling_cls):
     weights = {'weight_decay': 0.25, 'stride_cost': 0.5}
     model = small_resnet('1, 2, (3, 1)', pooling_cls=pooling_cls, **weights)
     model.build((None, 16, 16, 3))
-    randomize(model)
+    randomized(model)
     model(random(1, 16, 16, 3))
     penalized = [
         *(layer.kernel for layer in layers_of(model, layers.Conv2D)),
@@ -343,7 +335,7 @@ def test_copies_are_the_same_whatever_gin_says(pooling_cls, tmp_path):
     model = small_resnet('2, 1, (2, 3)', pooling_cls=pooling_cls, num_layers=1)
     x = random(2, 24, 17, 3)
     model(x)
-    randomize(model)
+    randomized(model)
     assert dtype_of(model(x)) == 'float32'
     model.save(tmp_path / 'model.keras')
     keras.config.set_dtype_policy('float32')
