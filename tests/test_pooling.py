@@ -246,8 +246,8 @@ CASES = [
     ((32, 16), (100, 20), {'ramp': 'inside'}),
     ((32, 16), (0.5, 0.5), {'ramp': 'inside'}),
     ((4, 6), (1, 1), {}),
-    ((32, 16), (2, 8), {'lower_limit_stride': 3.1}),
-    ((32, 16), (3, 8), {'upper_limit_stride': 2.3, 'ramp': 'inside'}),
+    ((32, 16), (2, 8), {'lower_limit_stride': 9}),
+    ((32, 16), (3, 8), {'upper_limit_stride': 1.1}),
     # The ramp is in the gradient alone.
     ((33, 20), (1.7, 5.3), {**STRAIGHT, 'smoothness_factor': 2.5}),
     ((32, 24), (2, 3), {**STRAIGHT, 'smoothness_factor': 4}),

@@ -50,29 +50,6 @@ def test_fixed_sizes_are_the_exact_ones_of_numbers_and_tensors():
             assert list(map(int, actual)) == expected, size
 
 
-@pytest.mark.parametrize(
-    'stride, kind, limits, expected',
-    [
-        (2.0, 'outside', {}, 2.0),
-        (1.0, 'outside', {}, 32 / 28),
-        (99.0, 'outside', {}, 16.0),
-        (0.0, 'inside', {}, 1.0),
-        (99.0, 'inside', {}, 16.0),
-        (2.0, 'outside', {'lower': 3}, 3.0),
-        (2.0, 'outside', {'upper': 1.5}, 1.5),
-        (1.0, 'outside', {'upper': 1.0}, 1.0),
-        (99.0, 'outside', {'lower': 20}, 20.0),
-    ],
-)
-def test_clipping_has_a_gradient_of_one(stride, kind, limits, expected):
-    ramp = Ramp(kind, 4.0, **limits)
-    assert ramp.clip(stride, 32) == pytest.approx(expected, rel=1e-12)
-    tensor = ops.convert_to_tensor(stride, 'float32')
-    clipped = ramp.clip(tensor, 32)
-    assert float(clipped) == pytest.approx(expected, rel=1e-6)
-    assert gradients(lambda s: ramp.clip(s, 32), [tensor])[0] == 1
-
-
 @every_kind
 def test_responses_of_tensors_and_numbers_agree_with_reference(kind):
     for size, width, stride in some(
