@@ -49,12 +49,14 @@ def save(folder):
     sgd = keras.optimizers.SGD(0.1, momentum=0.9)
     model.compile(sgd, 'mse', run_eagerly=True)
     model.fit(images(), np.eye(2), verbose=0)
+    values = [layer.stride_values for layer in (first, second, third)]
+    assert values[1] == (1.5, 1.5) and 2.0 not in values[0] + values[2]
     folder.mkdir(parents=True, exist_ok=True)
     model.save(folder / f'{BACKEND}.keras')
     np.savez(
         folder / f'{BACKEND}.npz',
         outputs=array(model(images(), training=False)),
-        strides=[layer.stride_values for layer in (first, second, third)],
+        strides=values,
     )
 
 
