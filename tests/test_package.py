@@ -159,6 +159,8 @@ def test_models_are_saved_without_code_and_load_in_safe_mode(name, tmp_path):
     assert '__lambda__' not in config and 'Lambda' not in config
     loaded = keras.models.load_model(path, safe_mode=True)
     assert error_of(loaded(x), array(model(x))) <= 1e-6
+    losses = [float(array(sum(each.losses))) for each in (loaded, model)]
+    assert losses[0] == pytest.approx(losses[1])
 
 
 CODE = {'code': '4wAA', 'defaults': None, 'closure': None}
