@@ -81,6 +81,16 @@ def randomized(model):
     return model
 
 
+class NotTold(keras.layers.Layer):
+    """A layer whose config does not tell how to make it."""
+
+    def __init__(self, thing):
+        super().__init__(name='not_told')
+
+    def call(self, x):
+        return x
+
+
 def only(backend, reason):
     """Marks a test that is about one backend."""
     return pytest.mark.skipif(

@@ -6,7 +6,15 @@ import keras
 import numpy as np
 import pytest
 import reference
-from backends import EAGER, array, random, randomized, refusals, sequential
+from backends import (
+    EAGER,
+    NotTold,
+    array,
+    random,
+    randomized,
+    refusals,
+    sequential,
+)
 from keras import layers, ops
 
 from diffstride import DiffStride, SpectralResizing, diffstride_layers, models
@@ -339,16 +347,6 @@ def test_any_callable_is_a_pooling_cls():
 
 
 POOL = layers.MaxPooling2D(2, name='down')
-
-
-class NotTold(layers.Layer):
-    """A layer whose config does not tell how to make it."""
-
-    def __init__(self, thing):
-        super().__init__(name='not_told')
-
-    def call(self, x):
-        return x
 
 
 test_wrong_arguments = refusals(
