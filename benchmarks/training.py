@@ -9,8 +9,9 @@ with the ramp 'straight_through', and with 'outside' (stride 2, R = 4); the
 latter by the textbook's FFTs; and free pooling, a slice of its sizes. The time
 that DiffStride takes beyond free pooling is the cost of pooling. The time that
 free pooling takes beyond strided convolutions is the cost of larger maps, as
-the MACs show. Two rows at the end of each case show 'outside' in mixed_bfloat16
-and with XLA (with static sizes).
+the MACs show. Two rows show 'outside' in mixed_bfloat16 and with XLA (with
+static sizes). The last three show strided convolutions in mixed_bfloat16, and
+in both dtypes with Keras's batch normalization in place of the package's.
 
 It writes benchmarks/results/training.json and .md. The case 32,64,32 takes
 about ten minutes at 3 rounds on two CPU cores.
@@ -19,6 +20,7 @@ about ten minutes at 3 rounds on two CPU cores.
 import argparse
 import functools
 import time
+from unittest import mock
 
 import keras
 import numpy as np
@@ -42,6 +44,7 @@ from diffstride import (
     resnet,
 )
 
+KERAS = {'norm_cls': keras.layers.BatchNormalization}
 POOLINGS = {
     'strided convolution': (None, {}),
     'max pooling': (keras.layers.MaxPooling2D, {}),
@@ -55,6 +58,12 @@ POOLINGS = {
     'textbook': (TextbookPooling, {}),
     'DiffStride, mixed_bfloat16': (DiffStride, {'policy': 'mixed_bfloat16'}),
     'DiffStride, XLA': (DiffStride, {'jit_compile': True}),
+    'strided, Keras normalization': (None, KERAS),
+    'strided, mixed_bfloat16': (None, {'policy': 'mixed_bfloat16'}),
+    'strided, mixed_bfloat16, Keras normalization': (
+        None,
+        {'policy': 'mixed_bfloat16', **KERAS},
+    ),
 }
 if BACKEND == 'jax':
     del POOLINGS['DiffStride, XLA']  # All of them are compiled by XLA.
@@ -63,12 +72,19 @@ if BACKEND == 'jax':
 CASES = ((32, 32, 32), (128, 32, 32), (32, 64, 32), (32, 32, 64))
 
 
-def model_of(pooling_cls, width, policy='float32', jit_compile=False):
+def model_of(
+    pooling_cls,
+    width,
+    policy='float32',
+    jit_compile=False,
+    norm_cls=resnet.BatchNormalization,
+):
     keras.config.set_dtype_policy(policy)
     keras.utils.set_random_seed(0)
-    model = resnet.resnet18(
-        width=width, num_output_classes=10, pooling_cls=pooling_cls
-    )
+    with mock.patch.object(resnet, 'BatchNormalization', norm_cls):
+        model = resnet.resnet18(
+            width=width, num_output_classes=10, pooling_cls=pooling_cls
+        )
     keras.config.set_dtype_policy('float32')
     if jit_compile:
         for layer in diffstride_layers(model):

@@ -99,8 +99,6 @@ class SpectralPooling(SpectralResampling):
     ) -> int:
         """Returns the output size of one spatial axis, a number.
 
-        A call of the layer does not need it: `_plan` returns sizes.
-
         Args:
             size: N, the size of the axis in the input.
             index: The spatial axis, counted from 0.
@@ -132,7 +130,7 @@ class SpectralPooling(SpectralResampling):
     def _plan(self) -> Callable:
         """Returns a function of (index, size) for the spatial axes.
 
-        It returns the output size and the `Response`, or None for ones.
+        It returns the output size and the `Response`, or None for weights of 1.
         """
         raise NotImplementedError
 
@@ -175,9 +173,9 @@ class SpectralPooling(SpectralResampling):
         Returns:
             A float32 array of these sizes, for the frequencies
             f = -(N // 2) .. (N - 1) // 2 along each axis, in cycles per N
-            samples. Cropped frequencies have a weight of 0. A cosine of the
-            largest frequency that M < N samples hold, M / 2, comes out at half
-            of its weight.
+            samples. Cropped frequencies have a weight of 0. If the
+            output is smaller, M < N, a cosine of frequency M / 2 comes out at
+            half of its weight.
         """
         validation.require(
             len(sizes) == self.rank,
@@ -322,8 +320,8 @@ class DiffStride(SpectralPooling):
         self.strides_regularizer = keras.regularizers.get(strides_regularizer)
         validation.require(
             self.cropping or ramp != 'straight_through',
-            "`cropping` must be True with `ramp='straight_through'`, whose "
-            'only effect on the output it is',
+            "`cropping` must be True with `ramp='straight_through'`, which "
+            'changes nothing else in the output',
             cropping=cropping,
         )
         self._check_shared(self._initial_strides)

@@ -50,9 +50,10 @@ class Ramp:
 
         With 'outside', S is at least N / (N - min(R, N / 2)), so that a part
         of the ramp lies within the spectrum. S is at most N / 2, so that a band
-        of one frequency stays. The limits come last, so they win, though a
-        `StrideState` has applied them before. The gradient
-        passes straight through, so that a stride beyond a limit can come back.
+        of one frequency stays. The limits come last, so they win. `StrideState`
+        has applied them too, but the size may have moved the stride since. The
+        gradient passes straight through, so that a stride beyond a limit can
+        come back.
         """
         length, least = real(size), 1.0
         if self.kind == 'outside':
@@ -103,8 +104,7 @@ class Ramp:
         if known(output_size, edge):
             return Response(self.constant_weights(output_size, edge))
         frequencies = ops.arange(output_size // 2 + 1, dtype='int32')
-        weights = ops.stop_gradient(self.weights(frequencies, edge))
-        return Response(weights)
+        return Response(self.weights(frequencies, edge))
 
     def varying_frequencies(
         self, size: Any, output_size: Any, edge: Any

@@ -33,8 +33,8 @@ METHODS = ('auto', 'fft', 'matmul')
 NORMS = ('forward', 'backward', 'ortho')
 
 # A number this near an integer counts as that integer, where it is rounded up
-# or down. It is above the rounding errors of float32 and below any difference
-# in size that matters.
+# or down. The tolerance is above the rounding errors of float32 and below any
+# difference in size that matters.
 TOLERANCE = 2.0**-19
 
 # A matrix with more values is slower than the FFT.
@@ -45,8 +45,8 @@ class Response(NamedTuple):
     """The weights of the frequencies of an axis, some of which may vary.
 
     Attributes:
-        weights: Tensor or NumPy array [min(M, N) // 2 + 1], a constant of the
-            forward pass; None for ones.
+        weights: Tensor or NumPy array [min(M, N) // 2 + 1]; None for ones.
+            Their gradient is not used.
         frequencies: int32 tensor [count], the frequencies whose weights receive
             a gradient; None for none. Fewer are faster.
         varying: Tensor [count], the weights at these frequencies as a function
@@ -88,6 +88,8 @@ def resample(
         response = Response()
     dtype = _table_dtype(inputs[0])
     weights = response.weights
+    if weights is not None and not isinstance(weights, np.ndarray):
+        weights = ops.stop_gradient(weights)  # `varying` has the gradient.
     if method == 'auto':
         shape = backend.shape_of(inputs[0])
         method = _fastest_method(shape, axis, output_size)

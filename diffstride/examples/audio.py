@@ -68,8 +68,8 @@ def load_datasets(
         duration: The length that is kept of each recording, in seconds.
         num_mel_bins: The number of frequencies of a spectrogram.
         num_frames: The number of points in time of a spectrogram, at least 2.
-            They are a whole number of samples apart, so many of them may not
-            reach the end.
+            They are a whole number of samples apart, so with many points the
+            last part of the recording may be left out.
         time_shift: The largest shift in time of a training example, in
             seconds, which is random; 0 turns it off.
         frequency_shift: The largest shift of a training spectrogram towards

@@ -14,6 +14,7 @@ workdir/
 import collections
 import contextlib
 import dataclasses
+import filecmp
 import json
 import os
 import pathlib
@@ -265,8 +266,11 @@ def _tidy(workdir, history):
     for old in epoch_folders(workdir)[2:]:
         shutil.rmtree(old)
     path = epoch_folders(workdir)[0] / 'model.keras'
-    if best_epoch(history) == len(history):
-        with unfinished(workdir / 'best.keras') as temporary:
+    best = workdir / 'best.keras'
+    if best_epoch(history) == len(history) and not (
+        best.exists() and filecmp.cmp(path, best, shallow=False)
+    ):
+        with unfinished(best) as temporary:
             shutil.copyfile(path, temporary)
 
 

@@ -75,7 +75,7 @@ def grid(
 
     Args:
         variants: Maps a name to a list of gin bindings, strings; None for one
-            variant, as the other settings are.
+            variant, with the other settings alone.
         strides: Values of `strides_parameter`, each a string; None to leave it
             as it is.
         seeds: Seeds of the runs, see `train`.
@@ -148,7 +148,7 @@ class Grid:
         self.workdir.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(self.workdir / 'lock'):
             before = path.read_text() if path.exists() else self.config
-            changes = settings.changes(before, self.config)
+            changes, _ = settings.changes(before, self.config)
             if changes:
                 raise Stop(
                     f'{self.workdir} is a grid of other settings: '

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
         except _OF_SETTINGS as error:
             line = checkpoints.first_line(error)
             where = re.search(r"In call to configurable '(\w+)'", str(error))
-            if where and where[1] not in ('run', 'train'):
+            if where and where[1] != 'train':
                 line += f' (in {where[1]})'
             raise checkpoints.Stop(line) from error
         prepared.run()

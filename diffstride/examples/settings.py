@@ -16,6 +16,12 @@ from gin import config, config_parser
 from diffstride.examples.checkpoints import first_line
 
 _PACKAGED = pathlib.Path(__file__).parent
+# A training cannot go on with other values of these, whatever its user allows.
+_FINAL = re.compile(
+    r'train\.(load_data_fn|model_cls|optimizer_cls|strides_from)'
+    # Averages of weights that begin later would begin at 0.
+    r'|.*\.(use_ema|strides)'
+)
 # Keys of the bindings of the last call of `parse`, by where they stood.
 _bound: dict[str, set] = {'command': set(), 'files': set()}
 # These have no effect on the result of a training.
@@ -171,8 +177,11 @@ def _outer(scopes):
     return {'', *('/'.join(parts[: i + 1]) for i in range(len(parts)))}
 
 
-def changes(before: str, after: str) -> list[str]:
-    """Returns a line for each setting that differs between two texts."""
+def changes(before: str, after: str) -> tuple[list[str], bool]:
+    """Returns a line for each setting that differs between two texts.
+
+    It also returns whether a training can go on with the settings after.
+    """
     old, new = _bindings_in(before), _bindings_in(after)
     changed = [
         key
@@ -181,7 +190,8 @@ def changes(before: str, after: str) -> list[str]:
     ]
     # Settings that come or go with those in both texts say nothing more.
     changed = [key for key in changed if key in old and key in new] or changed
-    return [
+    lines = [
         f'{_name(key)} was {old.get(key)!r} and is {new.get(key)!r}'
         for key in changed
     ]
+    return lines, not any(_FINAL.fullmatch(_name(key)) for key in changed)

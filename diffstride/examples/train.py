@@ -109,8 +109,9 @@ def train(
         deterministic: Whether two runs of one seed on one machine, interrupted
             or not, must give equal numbers, at the cost of speed.
         on_changed_settings: 'refuse' to continue a training under other
-            settings, or 'continue' to do so with all that its weights fit. More
-            epochs are always allowed.
+            settings, or 'continue' to do so, but for another network, other
+            strides, another optimizer, or averages of weights that begin or
+            end. More epochs are always allowed.
         labels: Words that name the run in a report, such as
             {'variant': 'DiffStride'}.
 
@@ -299,22 +300,23 @@ class Training:
         before = next(filter(None, states), None)
         if not before:
             return
-        self.changes = settings.changes(before['settings'], self.settings)
+        self.changes, can_continue = settings.changes(
+            before['settings'], self.settings
+        )
         known = checkpoints.read(self.workdir / 'data.json') or {}
         for key in ('class_names', 'image_shape'):
             value = list(getattr(self.datasets, key))
             if known.get(key, value) != value:
                 self.changes.append(f'{key} were {known[key]} and are {value}')
-        # Averages of weights that begin later would begin at 0.
-        has_new_averages = any('.use_ema was' in x for x in self.changes)
+                can_continue = False
         if self.changes and (
-            has_new_averages or on_changed_settings == 'refuse'
+            not can_continue or on_changed_settings == 'refuse'
         ):
             advice = "train.on_changed_settings = 'continue' to go on, or "
             raise ValueError(
                 f'The training in {self.workdir} began under other settings: '
                 f'{"; ".join(self.changes)}. Set '
-                f'{"" if has_new_averages else advice}train.workdir to another '
+                f'{advice if can_continue else ""}train.workdir to another '
                 'folder'
             )
 
