@@ -44,7 +44,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
             return super().call(inputs, training=training, mask=mask)
         import tensorflow as tf
 
-        shape, channels = tf.shape(inputs), inputs.shape[-1]
+        # A graph may not know the channels of the input.
+        shape, channels = tf.shape(inputs), self.moving_mean.shape[0]
         ones = tf.ones(channels)
         x = ops.cast(inputs, self.compute_dtype)
         if len(inputs.shape) != 4:

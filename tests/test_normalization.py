@@ -10,6 +10,7 @@ from backends import (
     dtype_of,
     error_of,
     gradients,
+    of_unknown_sizes,
     only,
     random,
     skip_unless_there_is,
@@ -117,6 +118,17 @@ def test_other_calls_are_those_of_keras(case):
     assert error_of(ours(x, **call), keras_layer(x, **call)) <= 1e-6
     for mine, other in zip(ours.weights, keras_layer.weights):
         np.testing.assert_allclose(array(mine), array(other), atol=1e-6)
+
+
+@pytest.mark.parametrize('rank', [2, 3, 4])
+def test_shapes_may_be_unknown(rank):
+    x = 2 * random(8, 5, 4, 3)[(0,) * (4 - rank)] + 5
+    layer = built(x.shape)
+    call = of_unknown_sizes(
+        lambda x: layer(x, training=True), ([None] * rank, 'float32')
+    )
+    expected, _, _ = normalized(x)
+    assert error_of(call(ops.array(x)), GAMMA * expected + BETA) <= 1e-5
 
 
 @only('tensorflow', 'no other backend has this operation')

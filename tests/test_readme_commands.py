@@ -1,11 +1,9 @@
 """The README's commands lead from a training to a file that stands alone."""
 
-import json
 import pathlib
 import re
 import shlex
 
-import onnxruntime
 import pytest
 from backends import output_of
 from PIL import Image
@@ -83,6 +81,3 @@ def test_from_a_training_to_the_class_of_a_jpeg_without_this_package(
     for name in NAMES:
         exec(snippet.replace('cat.jpg', f'{name}.jpg'), {})
     assert capsys.readouterr().out.split() == list(NAMES)
-    session = onnxruntime.InferenceSession(f'{workdir}/export/model.onnx')
-    metadata = session.get_modelmeta().custom_metadata_map
-    assert json.loads(metadata['class_names']) == list(NAMES)
