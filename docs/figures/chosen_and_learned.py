@@ -62,6 +62,7 @@ def draw_digits(axes):
         ('strided convolution, 13 to 52 filters', ''): 'other',
         ('max pooling, 10 to 38 filters', ''): 'other',
         ('blurred stride, 10 to 38 filters', ''): 'other',
+        ('average pooling, 10 to 38 filters', ''): 'other',
     }
     runs = collections.defaultdict(list)
     for kind, row in read('spoken_digit', kinds):
