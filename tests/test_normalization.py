@@ -1,5 +1,7 @@
 """Batch normalization against NumPy, and against Keras where it must agree."""
 
+import inspect
+
 import keras
 import numpy as np
 import pytest
@@ -102,6 +104,9 @@ CASES = {
     'integers': ({'dtype': 'bfloat16'}, {'training': True}),
     'masked': ({}, {'training': True, 'mask': np.arange(12).reshape(4, 3) % 2}),
 }
+
+if 'renorm' in inspect.signature(keras.layers.BatchNormalization).parameters:
+    CASES['renorm'] = {'renorm': True}, {'training': True}
 
 
 @pytest.mark.parametrize('case', CASES)

@@ -203,7 +203,7 @@ def test_other_settings_are_refused_or_explicitly_continued(run, monkeypatch):
         go_on = [] if can_go_on else [GO_ON]
         with pytest.raises(SystemExit, match=f'{setting} was ') as error:
             run(f'{setting} = {value}', *go_on, epochs=3)
-        assert str(value) in error.value.code
+        assert f' and is {value!r}' in error.value.code
         assert (GO_ON in error.value.code) == can_go_on
     with pytest.raises(SystemExit, match='cannot be continued: it is damaged'):
         run('small_data.linear.units = 2', GO_ON, epochs=3)

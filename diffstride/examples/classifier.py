@@ -102,7 +102,13 @@ def classifier(run: Run) -> keras.Model:
     return keras.Model(images, outputs, name='classifier')
 
 
-def read_image(path: str, run: Run) -> np.ndarray:
+def require_images(run: Run) -> None:
+    """Raises a ValueError if a run was trained on recordings."""
+    if '@audio.load_datasets' in run.settings:
+        raise ValueError('--workdir must be a training on images')
+
+
+def read_image(path: str, image_shape: tuple[int, int, int]) -> np.ndarray:
     """Reads a picture the way training does, and resizes it.
 
     Returns:
@@ -110,12 +116,9 @@ def read_image(path: str, run: Run) -> np.ndarray:
         of 16-bit files are divided by 257.
 
     Raises:
-        ValueError: If the file cannot be read or is no picture, or if the run
-            was trained on recordings.
+        ValueError: If the file cannot be read or is no picture.
     """
-    if '@audio.load_datasets' in run.settings:
-        raise ValueError('--workdir must be a training on images')
-    *size, channels = run.image_shape
+    *size, channels = image_shape
     try:
         contents = tf.io.read_file(path)
         image = folders.decode_image(contents, channels, tf.uint16)

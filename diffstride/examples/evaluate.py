@@ -89,6 +89,7 @@ def _of_data(run):
 
 def _of_folder(run):
     """Returns class names and pairs (outputs, labels) of a folder."""
+    classifier.require_images(run)
     folder = folders.ImageFolder(_FOLDER.value)
     for note in folder.notes:
         print(note)
@@ -106,7 +107,7 @@ def _of_folder(run):
         for start in range(0, len(paths), _BATCH):
             part = slice(start, start + _BATCH)
             images = np.stack(
-                [classifier.read_image(path, run) for path in paths[part]]
+                [classifier.read_image(x, run.image_shape) for x in paths[part]]
             )
             yield model.predict_on_batch(images), labels[part]
 

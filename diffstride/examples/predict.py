@@ -29,7 +29,8 @@ def predict(paths: Sequence[str]) -> None:
     if not paths:
         raise ValueError('Name the pictures after the flags, as in: cat.jpg')
     run = classifier.load_run()
-    images = [classifier.read_image(path, run) for path in paths]
+    classifier.require_images(run)
+    images = [classifier.read_image(path, run.image_shape) for path in paths]
     model = classifier.classifier(run)
     probabilities = keras.ops.convert_to_numpy(
         model.predict(np.stack(images), verbose=0)
