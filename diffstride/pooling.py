@@ -203,6 +203,13 @@ class _TracedConstants:
     held: tuple[float, ...] | None
     sizes: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)
 
+    def are_those_of(self, layer: 'DiffStride') -> bool:
+        """Tells whether a function that is traced now would take the same."""
+        return self.held == layer.state.held_strides and all(
+            layer.output_size(size, index) == output_size
+            for (index, size), output_size in self.sizes.items()
+        )
+
 
 @_register
 class DiffStride(SpectralPooling):
@@ -306,16 +313,10 @@ class DiffStride(SpectralPooling):
         self.smoothness_factor = validation.finite(
             'smoothness_factor', smoothness_factor, above=0
         )
-        self.cropping = validation.one_of('cropping', cropping, (True, False))
-        self.shared_stride = validation.one_of(
-            'shared_stride', shared_stride, (True, False)
-        )
-        self.lower_limit_stride = _limit(
-            'lower_limit_stride', lower_limit_stride
-        )
-        self.upper_limit_stride = _limit(
-            'upper_limit_stride', upper_limit_stride
-        )
+        self.cropping = validation.boolean('cropping', cropping)
+        self.shared_stride = validation.boolean('shared_stride', shared_stride)
+        limits = _limits(lower_limit_stride, upper_limit_stride)
+        self.lower_limit_stride, self.upper_limit_stride = limits
         self.ramp = validation.one_of('ramp', ramp, RAMPS)
         self.strides_regularizer = keras.regularizers.get(strides_regularizer)
         validation.require(
@@ -324,15 +325,13 @@ class DiffStride(SpectralPooling):
             'changes nothing else in the output',
             cropping=cropping,
         )
-        self._check_shared(self._initial_strides)
         lower, upper = self.lower_limit_stride or 1.0, self.upper_limit_stride
         self._ramp = Ramp(ramp, self.smoothness_factor, lower, upper)
         self._traced: _TracedConstants | None = None
         with keras.name_scope(self.name):
             self.state = StrideState(
-                # One for all axes if they share it.
-                self._initial_strides[: 1 if shared_stride else None],
-                self.rank,
+                self._initial_strides,
+                self.shared_stride,
                 lower,
                 upper,
                 self._on_change,
@@ -350,13 +349,6 @@ class DiffStride(SpectralPooling):
         self.state.variable.trainable = trainable
         self._on_change()
 
-    def _check_shared(self, strides):
-        validation.require(
-            not self.shared_stride or len(set(strides)) == 1,
-            '`strides` must be equal on all axes with `shared_stride=True`',
-            strides=strides,
-        )
-
     @property
     def strides(self) -> keras.Variable:
         """The learned strides, a variable."""
@@ -364,9 +356,7 @@ class DiffStride(SpectralPooling):
 
     @strides.setter
     def strides(self, values: Any) -> None:
-        values = validation.standardize_strides(values, self.rank)
-        self._check_shared(values)
-        self.state.assign(values[: self.state.variable.shape[0]])
+        self.state.assign(validation.standardize_strides(values, self.rank))
 
     @property
     def stride_values(self) -> tuple[float, ...]:
@@ -477,14 +467,9 @@ class DiffStride(SpectralPooling):
         )
         if self._traced is None:
             return
-        held = self.state.held_strides
-        sizes = {
-            (index, size): self.output_size(size, index)
-            for index, size in self._traced.sizes
-        }
         # Functions that XLA has compiled would keep the old sizes.
-        is_stale = bool(sizes) and not self.supports_jit
-        if is_stale or self._traced != _TracedConstants(held, sizes):
+        is_stale = bool(self._traced.sizes) and not self.supports_jit
+        if is_stale or not self._traced.are_those_of(self):
             self._traced = None
             models.recompile_models_with(self)
 
@@ -526,8 +511,12 @@ class DiffStride(SpectralPooling):
         return layer
 
 
-def _limit(name, value):
-    return None if value is None else validation.finite(name, value, least=1)
+def _limits(lower, upper):
+    limits = {'lower_limit_stride': lower, 'upper_limit_stride': upper}
+    return [
+        None if value is None else validation.finite(name, value, least=1)
+        for name, value in limits.items()
+    ]
 
 
 @_register

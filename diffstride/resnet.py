@@ -19,6 +19,7 @@ from diffstride.costs import ActivationCost
 from diffstride.normalization import BatchNormalization
 from diffstride.pooling import SpectralPooling, diffstride_layers
 from diffstride.validation import (
+    boolean,
     finite,
     integer,
     is_integer,
@@ -108,7 +109,7 @@ class ResidualLayer(keras.layers.Layer):
         self.filters = integer('filters', filters, least=1)
         self.kernel_size = kernel_size
         self.strides = standardize_strides(strides, 2)
-        self.project = one_of('project', project, (True, False))
+        self.project = boolean('project', project)
         require(
             project or self.strides == (1, 1),
             '`strides` must be 1 in a residual layer with project=False',

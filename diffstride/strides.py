@@ -26,27 +26,27 @@ class StrideState:
     of the strides at one time. Held strides have static sizes.
 
     Args:
-        initial: The initial strides, one number or one per axis.
-        rank: The number of spatial axes.
+        initial: The initial strides, one per spatial axis.
+        shared: Whether all axes share one stride.
         lower: The least stride in use, at least 1.
         upper: The largest stride in use, or None.
         changed: A function that is called, outside of tracing, after a value
             has changed.
 
     Raises:
-        ValueError: If the lower limit is above the upper one, or if an initial
-            stride is outside of them.
+        ValueError: If the lower limit is above the upper one, if an initial
+            stride is outside of them, or if shared strides differ.
 
     Attributes:
         variable: The strides, a trainable float32 variable [n], where n is the
-            rank, or 1 for a stride that all axes share.
+            number of axes, or 1 if they share a stride.
         record: The rest of the state, a non-trainable variable [1 + n].
     """
 
     def __init__(
         self,
         initial: Sequence[float],
-        rank: int,
+        shared: bool,
         lower: float,
         upper: float | None,
         changed: Callable[[], None],
@@ -57,16 +57,27 @@ class StrideState:
             lower_limit_stride=lower,
             upper_limit_stride=upper,
         )
-        self.rank = rank
+        self.rank = len(initial)
+        self.shared = shared
         self.lower = lower
         self.upper = math.inf if upper is None else upper
-        self._check_limits(initial)
-        self.variable = _Variable(initial, 'strides', True, changed)
+        self._check(initial)
+        stored = self._values_to_store(initial)
+        self.variable = _Variable(stored, 'strides', True, changed)
         self.variable.constraint = self._clipped
-        zeros = [0.0] * (1 + len(initial))
+        zeros = [0.0] * (1 + len(stored))
         self.record = _Variable(zeros, 'stride_record', False, changed)
 
-    def _check_limits(self, strides):
+    def _values_to_store(self, strides):
+        """Returns the values to store of strides, one per axis."""
+        return strides[:1] if self.shared else strides
+
+    def _check(self, strides):
+        validation.require(
+            not self.shared or len(set(strides)) == 1,
+            '`strides` must be equal on all axes with `shared_stride=True`',
+            strides=strides,
+        )
         rounding = 1e-6  # Strides may have gone through float32.
         validation.require(
             all(
@@ -104,11 +115,6 @@ class StrideState:
         return self.held_strides or self._clipped_per_axis(
             self.variable.numbers()
         )
-
-    @property
-    def _values_to_store(self):
-        """The strides in use: one if all axes share it."""
-        return self.values[: self.variable.shape[0]]
 
     @property
     def size_strides(self) -> tuple[float, ...]:
@@ -170,7 +176,7 @@ class StrideState:
         self._fix_sizes(held=0.0)
 
     def _fix_sizes(self, held):
-        values = self._values_to_store
+        values = self._values_to_store(self.values)
         validation.require(
             all(map(math.isfinite, values)),
             '`strides` must be finite for static sizes',
@@ -180,18 +186,18 @@ class StrideState:
 
     def release(self) -> None:
         """Resumes learning from the strides in use; sizes follow them."""
-        self.variable.assign(self._values_to_store)
+        self.variable.assign(self._values_to_store(self.values))
         self.record.assign([0.0] * self.record.shape[0])
 
     def assign(self, strides: Sequence[float]) -> None:
-        """Sets learned strides to new values. Static sizes stay."""
-        self._check_limits(strides)
+        """Sets learned strides, one per axis. Static sizes stay."""
+        self._check(strides)
         validation.require(
             not self.held,
             '`strides` must be released by `release()` before they change',
             held=True,
         )
-        self.variable.assign(strides)
+        self.variable.assign(self._values_to_store(strides))
 
     def get_config(self) -> dict[str, Any] | None:
         """Returns the state as plain numbers, or None if sizes follow."""

@@ -25,6 +25,16 @@ def one_of(name: str, value: Any, allowed: Collection) -> Any:
     return value
 
 
+def boolean(name: str, value: Any) -> bool:
+    """Returns the argument `name` if it is True or False."""
+    require(
+        isinstance(value, bool),
+        f'`{name}` must be True or False',
+        **{name: value},
+    )
+    return value
+
+
 def finite(
     name: str, value: Any, least: float = -math.inf, above: float = -math.inf
 ) -> float:
