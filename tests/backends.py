@@ -33,16 +33,19 @@ FIXED = {
 
 def random(*shape, seed=0):
     """Returns normal noise, float32."""
-    values = np.random.default_rng(seed).normal(size=shape)
-    return values.astype('float32')
+    return np.random.default_rng(seed).normal(size=shape).astype('float32')
+
+
+def shape_of(sizes, data_format='channels_last', channels=2, batch=None):
+    """Returns the shape of a batch with these spatial sizes."""
+    if data_format == 'channels_first':
+        return (batch, channels, *sizes)
+    return (batch, *sizes, channels)
 
 
 def image(sizes, data_format='channels_last', batch=2, channels=2, seed=0):
     """Returns a batch of noise with these spatial sizes, float32."""
-    first = (batch, channels, *sizes)
-    last = (batch, *sizes, channels)
-    shape = first if data_format == 'channels_first' else last
-    return random(*shape, seed=seed)
+    return random(*shape_of(sizes, data_format, channels, batch), seed=seed)
 
 
 def array(tensor):
@@ -51,10 +54,7 @@ def array(tensor):
 
 
 def error_of(actual, expected):
-    """Returns the largest difference relative to the largest value.
-
-    It is infinite if the shapes differ or a value is not finite.
-    """
+    """Returns the largest relative error; infinite for another shape or NaN."""
     actual, expected = array(actual), array(expected)
     if actual.shape != expected.shape:
         return np.inf
@@ -122,40 +122,32 @@ def some(cases):
 
 
 def gradients(function, tensors=(), variables=()):
-    """Returns the gradients of the scalar function(*tensors).
-
-    They are those in the tensors, then those in the variables.
-    """
+    """Returns the gradients of a scalar in the tensors, then the variables."""
     tensors = [ops.convert_to_tensor(x) for x in tensors]
-    variables = list(variables)
+    values = [variable.value for variable in variables]
     if BACKEND == 'tensorflow':
         import tensorflow as tf
 
         with tf.GradientTape() as tape:
             tape.watch(tensors)
             loss = function(*tensors)
-        found = tape.gradient(loss, tensors + [v.value for v in variables])
+        found = tape.gradient(loss, tensors + values)
         return [x if x is None else tf.convert_to_tensor(x) for x in found]
     if BACKEND == 'jax':
         import jax
 
         def loss_of(tensors, values):
-            scope = keras.StatelessScope(list(zip(variables, values)))
-            with scope:
+            with keras.StatelessScope(list(zip(variables, values))):
                 return function(*tensors)
 
-        found = jax.grad(loss_of, (0, 1))(tensors, [v.value for v in variables])
-        return found[0] + found[1]
+        of_tensors, of_values = jax.grad(loss_of, (0, 1))(tensors, values)
+        return of_tensors + of_values
     import torch
 
     tensors = [x.clone().requires_grad_() for x in tensors]
-    found = torch.autograd.grad(
-        function(*tensors),
-        tensors + [v.value for v in variables],
-        create_graph=True,
-        materialize_grads=True,
-    )
-    return list(found)
+    loss = function(*tensors)
+    kwargs = {'create_graph': True, 'materialize_grads': True}
+    return list(torch.autograd.grad(loss, tensors + values, **kwargs))
 
 
 def central_differences(function, x, step=1e-6):
@@ -178,41 +170,28 @@ def traced(function, jit_compile=None):
     return function
 
 
-COMPILERS = {
-    'tensorflow': {
-        'eager': lambda f: f,
-        'graph': traced,
-        'xla': lambda f: traced(f, jit_compile=True),
-    },
-    'jax': {'eager': lambda f: f, 'xla': traced},
-    'torch': {'eager': lambda f: f},
-}[BACKEND]
+COMPILERS = {'eager': lambda f: f}
+if BACKEND == 'tensorflow':
+    COMPILERS['graph'] = traced
+if BACKEND != 'torch':
+    COMPILERS['xla'] = lambda f: traced(f, jit_compile=True)
 # JAX compiles a whole function in less time than each of its operations.
 USUAL = 'xla' if BACKEND == 'jax' else 'eager'
 
 
 def of_unknown_sizes(function, *signature):
-    """Traces a function once for all sizes on TensorFlow, and only there.
-
-    Its signature is for each tensor its shape, None for an unknown size, and
-    its dtype.
-    """
+    """Traces a function on TensorFlow once, for a (shape, dtype) per tensor."""
     if BACKEND != 'tensorflow':
         return function
     import tensorflow as tf
 
-    return tf.function(
-        function,
-        input_signature=[tf.TensorSpec(*each) for each in signature],
-        autograph=False,
-    )
+    specs = [tf.TensorSpec(*each) for each in signature]
+    return tf.function(function, input_signature=specs, autograph=False)
 
 
-def of_any_image(layer, channels=2):
+def of_any_image(layer):
     """Returns a layer, compiled on TensorFlow for images of every size."""
-    shape = [None, *[None] * layer.rank, channels]
-    if layer.data_format == 'channels_first':
-        shape = [None, channels, *[None] * layer.rank]
+    shape = shape_of([None] * layer.rank, layer.data_format)
     pool = of_unknown_sizes(layer, (shape, 'float32'))
     return lambda x: pool(ops.convert_to_tensor(x))
 
@@ -225,12 +204,9 @@ def environment(**variables):
 
 def run_apart(*arguments, **kwargs):
     """Runs Python, with these arguments, apart; returns how it ended."""
-    return subprocess.run(
-        [sys.executable, *arguments],
-        **{'env': environment(), **kwargs},
-        capture_output=True,
-        text=True,
-    )
+    kwargs = {'env': environment(), 'text': True, **kwargs}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, **kwargs)
 
 
 def output_of(*arguments, **kwargs):
@@ -242,8 +218,5 @@ def output_of(*arguments, **kwargs):
 
 def start(*arguments, **kwargs):
     """Starts Python in a process of its own; see `run_apart`."""
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        **{'env': environment(), **kwargs},
-        text=True,
-    )
+    kwargs = {'env': environment(), 'text': True, **kwargs}
+    return subprocess.Popen([sys.executable, *arguments], **kwargs)

@@ -5,6 +5,7 @@ shortest repr shows, so that 33 / 1.1 is 30. A Fraction may be given instead.
 """
 
 import math
+import operator
 from fractions import Fraction
 
 import numpy as np
@@ -89,15 +90,6 @@ def resize(x, sizes, norm='forward', data_format='channels_last'):
     return x
 
 
-def fixed_spectral_pooling(
-    x, strides, norm='forward', data_format='channels_last'
-):
-    """Pools a batch with fixed strides, one per spatial axis."""
-    axes = _axes(x, data_format)
-    sizes = [fixed_size(x.shape[a], s) for a, s in zip(axes, strides)]
-    return resize(x, sizes, norm, data_format)
-
-
 def diffstride(
     x,
     strides,
@@ -136,28 +128,24 @@ def diffstride(
     return x
 
 
-def of_layer(layer, x, strides=None, sizes=None):
+# The arguments of `diffstride` that a layer has.
+_arguments = operator.attrgetter(
+    *('smoothness_factor', 'ramp', 'norm', 'cropping'),
+    *('lower_limit_stride', 'upper_limit_stride', 'data_format'),
+)
+
+
+def of_layer(layer, x, strides=None):
     """Returns what a DiffStride or FixedSpectralPooling layer returns.
 
     Without `strides` they are those of the layer, as decimals of float32.
     """
     strides = np.float32(layer.stride_values) if strides is None else strides
-    if not hasattr(layer, 'ramp'):
-        return fixed_spectral_pooling(x, strides, layer.norm, layer.data_format)
-    return diffstride(x, strides, *_arguments(layer), sizes)
-
-
-def _arguments(layer):
-    """Returns the arguments of `diffstride` that a layer has."""
-    return (
-        layer.smoothness_factor,
-        layer.ramp,
-        layer.norm,
-        layer.cropping,
-        layer.lower_limit_stride,
-        layer.upper_limit_stride,
-        layer.data_format,
-    )
+    if hasattr(layer, 'ramp'):
+        return diffstride(x, strides, *_arguments(layer))
+    axes = _axes(x, layer.data_format)
+    sizes = [fixed_size(x.shape[a], s) for a, s in zip(axes, strides)]
+    return resize(x, sizes, layer.norm, layer.data_format)
 
 
 def stride_gradient_of_layer(layer, x, weights, strides, epsilon=1e-6):

@@ -24,19 +24,19 @@ def images(seed=0, validation=True, brightness=1.0, class_weights=None):
 
     def batches(*limits):
         part = slice(*limits)
-        return tf.data.Dataset.from_tensor_slices(
-            (pixels[part], labels[part])
-        ).batch(8, drop_remainder=True)
+        arrays = pixels[part], labels[part]
+        examples = tf.data.Dataset.from_tensor_slices(arrays)
+        return examples.batch(8, drop_remainder=True)
 
-    def noisy(epoch, x, y):
+    def noisy_batches(epoch):
         key = tf.stack([tf.constant(seed, tf.int64), epoch])
-        return x + 0.1 * tf.random.stateless_normal(x.shape, key), y
+        return batches(0, 8 * EPOCH).map(
+            lambda x, y: (x + 0.1 * tf.random.stateless_normal(x.shape, key), y)
+        )
 
     def train(initial_epoch=0):
         return tf.data.Dataset.range(initial_epoch, 10**6).flat_map(
-            lambda epoch: batches(0, 8 * EPOCH).map(
-                lambda x, y: noisy(epoch, x, y)
-            )
+            noisy_batches
         )
 
     return Datasets(
@@ -56,16 +56,11 @@ def images(seed=0, validation=True, brightness=1.0, class_weights=None):
 @gin.register(module='small_data')
 def linear(num_output_classes, channels_first, units=0):
     """Returns the smallest classifier."""
-    del channels_first
-    units = int(units)  # A grid gives a string.
-    hidden = [keras.layers.Dense(units)] if units else []
-    return keras.Sequential(
-        [
-            keras.layers.GlobalAveragePooling2D(),
-            *hidden,
-            keras.layers.Dense(num_output_classes, activation='softmax'),
-        ]
-    )
+    layers = [keras.layers.GlobalAveragePooling2D()]
+    if int(units):  # A grid gives a string.
+        layers.append(keras.layers.Dense(int(units)))
+    layers.append(keras.layers.Dense(num_output_classes, activation='softmax'))
+    return keras.Sequential(layers)
 
 
 class LocalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):

@@ -67,10 +67,8 @@ def run_apart_in_turn(commands, **variables):
 def prepared(*bindings, gin_config=()):
     """Returns a `train.Training` that is prepared and not run."""
     gin.clear_config()
-    settings.parse(
-        [str(path) for path in gin_config],
-        ["train.workdir = 'never_made'", *bindings],
-    )
+    bindings = ["train.workdir = 'never_made'", *bindings]
+    settings.parse(list(map(str, gin_config)), bindings)
     return train.train()
 
 

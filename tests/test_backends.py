@@ -1,5 +1,6 @@
 """Models that one backend saved on the others; training on devices of JAX."""
 
+import functools
 import importlib.util
 import os
 import pathlib
@@ -35,45 +36,36 @@ def images():
 def save(folder):
     """Saves a trained model, its outputs and its strides, of this backend."""
     keras.utils.set_random_seed(0)
-    model = resnet.Resnet(
-        [2, 4, 4],
-        '2, 1.5, 2',
-        2,
-        num_layers=1,
-        pooling_cls=lambda **kwargs: DiffStride(smoothness_factor=1, **kwargs),
-    )
+    pooling_cls = functools.partial(DiffStride, smoothness_factor=1)
+    kwargs = {'num_layers': 1, 'pooling_cls': pooling_cls}
+    model = resnet.Resnet([2, 4, 4], '2, 1.5, 2', 2, **kwargs)
     model.build((None, 12, 16, 3))
-    first, second, third = diffstride_layers(model)
-    first.make_sizes_static()
-    second.hold()
+    pools = diffstride_layers(model)
+    pools[0].make_sizes_static()
+    pools[1].hold()
     sgd = keras.optimizers.SGD(0.1, momentum=0.9)
     model.compile(sgd, 'mse', run_eagerly=True)
     model.fit(images(), np.eye(2), verbose=0)
-    values = [layer.stride_values for layer in (first, second, third)]
+    values = [layer.stride_values for layer in pools]
     assert values[1] == (1.5, 1.5) and 2.0 not in values[0] + values[2]
     folder.mkdir(parents=True, exist_ok=True)
     model.save(folder / f'{BACKEND}.keras')
-    np.savez(
-        folder / f'{BACKEND}.npz',
-        outputs=array(model(images(), training=False)),
-        strides=values,
-    )
+    outputs = array(model(images(), training=False))
+    np.savez(folder / f'{BACKEND}.npz', outputs=outputs, strides=values)
 
 
 def check(folder, backend):
     """Checks that a model of another backend is the same model on this one."""
     # Keras saves an optimizer of PyTorch that no other backend can load.
     has_optimizer = BACKEND == backend or backend != 'torch'
-    model = keras.models.load_model(
-        folder / f'{backend}.keras', compile=has_optimizer
-    )
+    path = folder / f'{backend}.keras'
+    model = keras.models.load_model(path, compile=has_optimizer)
     with np.load(folder / f'{backend}.npz') as saved:
         expected = dict(saved)
-    layers = diffstride_layers(model)
-    np.testing.assert_array_equal(
-        [layer.stride_values for layer in layers], expected['strides']
-    )
-    states = [(x.state.has_static_sizes, x.held) for x in layers]
+    pools = diffstride_layers(model)
+    strides = [layer.stride_values for layer in pools]
+    np.testing.assert_array_equal(strides, expected['strides'])
+    states = [(x.state.has_static_sizes, x.held) for x in pools]
     assert states == [(True, False), (True, True), (False, False)]
     outputs = model(images(), training=False)
     assert error_of(outputs, expected['outputs']) <= 2e-5
@@ -96,12 +88,8 @@ test_backends.save(folder)
 
 def test_single_batches_are_trained_on_tested_and_predicted():
     """On JAX variables have no values while these functions are traced."""
-    model = sequential(
-        (12, 16, 3),
-        DiffStride(2.0, ramp='inside'),
-        keras.layers.GlobalAveragePooling2D(),
-        keras.layers.Dense(2),
-    )
+    layers = keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(2)
+    model = sequential((12, 16, 3), DiffStride(2.0, ramp='inside'), *layers)
     model.compile('sgd', 'mse', run_eagerly=EAGER)
     x, y = images(), np.eye(2)
     before = model.predict_on_batch(x)
@@ -173,15 +161,10 @@ def trained(count, address=''):
     """
     devices = 3 - count
     flags = f'--xla_force_host_platform_device_count={devices}'
-    processes = [
-        start(
-            *('-W', 'ignore', '-c', DISTRIBUTED),
-            *(str(count), str(process), address),
-            env=environment(XLA_FLAGS=flags),
-            stdout=subprocess.PIPE,
-        )
-        for process in range(count)
-    ]
+    command = '-W', 'ignore', '-c', DISTRIBUTED, str(count)
+    kwargs = {'env': environment(XLA_FLAGS=flags), 'stdout': subprocess.PIPE}
+    numbers = map(str, range(count))
+    processes = [start(*command, i, address, **kwargs) for i in numbers]
     texts = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * count
     # Gloo prints something first.

@@ -8,7 +8,7 @@ import re
 import keras
 import numpy as np
 import pytest
-from backends import array, central_differences, refusals, sequential
+from backends import array, central_differences, random, refusals, sequential
 from keras import layers
 
 from diffstride import SpectralResizing, complexity, diffstride_layers
@@ -25,20 +25,14 @@ def conv(filters=4):
 
 def chain(**kwargs):
     """Three pooling layers, of which the last one shares its stride."""
-    return sequential(
-        SHAPE,
-        conv(),
-        DiffStride((1.5, 2.0), 1.0, name='a', **kwargs),
-        conv(8),
-        FixedSpectralPooling((1.0, 1.5)),
-        DiffStride(2.0, 1.0, name='b', **kwargs),
-        layers.ZeroPadding2D((1, 2)),
-        layers.Conv2D(8, 3),
-        DiffStride(2.0, 1.0, shared_stride=True, name='c', **kwargs),
-        conv(8),
-        layers.GlobalAveragePooling2D(),
-        layers.Dense(10),
-    )
+    a = DiffStride((1.5, 2.0), 1.0, name='a', **kwargs)
+    b = DiffStride(2.0, 1.0, name='b', **kwargs)
+    c = DiffStride(2.0, 1.0, shared_stride=True, name='c', **kwargs)
+    fixed = FixedSpectralPooling((1.0, 1.5))
+    padded = layers.ZeroPadding2D((1, 2)), layers.Conv2D(8, 3)
+    head = layers.GlobalAveragePooling2D(), layers.Dense(10)
+    pooled = conv(), a, conv(8), fixed, b, *padded, c, conv(8)
+    return sequential(SHAPE, *pooled, *head)
 
 
 def residual():
@@ -69,25 +63,17 @@ def branches():
 
 
 def sound():
-    return sequential(
-        (400, 2),
-        layers.Conv1D(4, 9),
-        DiffStride1D(2.5),
-        layers.Conv1D(8, 5, data_format='channels_last'),
-        DiffStride1D(3.0),
-        layers.Conv1D(8, 3),
-        layers.GlobalAveragePooling1D(),
-    )
-
-
-MODELS = [chain, residual, unet, branches, sound]
+    a, b, c = layers.Conv1D(4, 9), layers.Conv1D(8, 5), layers.Conv1D(8, 3)
+    first, second = DiffStride1D(2.5), DiffStride1D(3.0)
+    mean = layers.GlobalAveragePooling1D()
+    return sequential((400, 2), a, first, b, second, c, mean)
 
 
 def macs_of(model):
     return MacsOfStrides(model, None, diffstride_layers(model))
 
 
-@pytest.mark.parametrize('make', MODELS)
+@pytest.mark.parametrize('make', [chain, residual, unet, branches, sound])
 def test_macs_at_all_strides_are_those_of_complexity(make):
     model = make()
     function = macs_of(model)
@@ -102,13 +88,6 @@ def test_macs_at_all_strides_are_those_of_complexity(make):
         assert function.count(strides) == expected
 
 
-def test_gradient_of_the_smooth_macs():
-    function = macs_of(chain(ramp='inside'))
-    strides = function.strides() + 0.1
-    expected = central_differences(function, strides)
-    np.testing.assert_allclose(function.gradient(strides), expected, rtol=1e-5)
-
-
 def test_the_ramp_outside_adds_its_width_to_a_size():
     model = sequential((64, 1), DiffStride1D(2.0, 3.0), layers.Conv1D(8, 1))
     # 64 / 2.5 + 2 3 samples; the least stride that changes a size is 64 / 58.
@@ -119,17 +98,18 @@ def test_the_ramp_outside_adds_its_width_to_a_size():
     assert function([1e6]) == pytest.approx(8 * (64 + 8))
 
 
-@pytest.mark.parametrize('share', [0.5, 1.2])
-def test_projection_is_the_nearest_point_of_the_budget(share):
+def test_projection_is_the_nearest_point_of_the_budget():
     """The way in logarithms is along the gradient: Lagrange's condition."""
     function = macs_of(chain(ramp='inside'))
     start = function.strides() + 0.1
-    budget = share * function(start)
-    found = function.project(start, budget)
-    assert function(found) == pytest.approx(budget)
-    way, normal = np.log(found / start), found * function.gradient(found)
-    factor = way @ normal / (normal @ normal)
-    np.testing.assert_allclose(way, factor * normal, atol=0.1 * max(abs(way)))
+    slopes = central_differences(function, start)
+    np.testing.assert_allclose(function.gradient(start), slopes, rtol=1e-5)
+    for budget in (0.5 * function(start), 1.2 * function(start)):
+        found = function.project(start, budget)
+        assert function(found) == pytest.approx(budget)
+        way, normal = np.log(found / start), found * function.gradient(found)
+        along = way @ normal / (normal @ normal) * normal
+        np.testing.assert_allclose(way, along, atol=0.1 * max(abs(way)))
 
 
 def test_steps_along_the_budget_keep_the_macs():
@@ -143,13 +123,9 @@ def test_steps_along_the_budget_keep_the_macs():
         np.testing.assert_allclose(np.log(moved / start), length * tangent)
         change = function(moved) / function(start) - 1
         assert abs(change) < 5 * length**2
-    lowest = np.ones(len(start))
-    moved = function.along(lowest, -0.1 * np.eye(len(start))[0])
-    assert moved[0] == 1
-    highest = start.copy()
-    highest[-1] = 100.0
-    moved = function.along(highest, 0.1 * np.eye(len(start))[-1])
-    assert moved[-1] == 100
+    steps = 0.1 * np.eye(len(start))
+    assert function.along(np.ones(len(start)), -steps[0])[0] == 1
+    assert function.along(np.append(start[:-1], 100.0), steps[-1])[-1] == 100
 
 
 def test_projection_starts_anywhere_and_stays_within_limits():
@@ -188,24 +164,17 @@ def test_a_budget_is_used_up_by_sizes_that_cannot_grow(make, share):
         assert not macs < function.count(grown) <= budget
 
 
-def test_a_budget_of_long_axes_is_used_up_at_once():
+def test_a_budget_of_long_axes_is_used_up_at_once(monkeypatch):
     """An FFT has MACs that are not linear in a size; a step is 2 of 8000."""
-    model = sequential(
-        (8000, 2),
-        layers.Conv1D(4, 9, padding='same'),
-        DiffStride1D(8.0, ramp='inside', method='fft'),
-        layers.Conv1D(8, 9, padding='same'),
-        DiffStride1D(8.0, ramp='inside', method='fft'),
-        layers.Conv1D(8, 9, padding='same'),
+    a, b, c = (layers.Conv1D(n, 9, padding='same') for n in (4, 8, 8))
+    pools = [DiffStride1D(8.0, ramp='inside', method='fft') for _ in 'ab']
+    model = sequential((8000, 2), a, pools[0], b, pools[1], c)
+    counted, total = [], MacsOfStrides.total
+    monkeypatch.setattr(
+        MacsOfStrides, 'total', lambda *x: counted.append(x) or total(*x)
     )
-    counted = []
     before = complexity(model).macs
-    with pytest.MonkeyPatch.context() as patch:
-        total = MacsOfStrides.total
-        patch.setattr(
-            MacsOfStrides, 'total', lambda *x: counted.append(x) or total(*x)
-        )
-        macs = set_budget(model, macs=2 * before)
+    macs = set_budget(model, macs=2 * before)
     assert macs == complexity(model).macs
     assert 0.999 * 2 * before <= macs <= 2 * before
     assert len(counted) < 3000
@@ -239,13 +208,8 @@ def test_no_map_is_halved_for_one_that_was_rounded_up():
 
 
 def test_strides_that_are_not_trainable_stay():
-    model = sequential(
-        SHAPE,
-        DiffStride(2.0, trainable=False),
-        DiffStride(2.0, cropping=False),
-        DiffStride(2.0),
-        conv(8),
-    )
+    fixed = DiffStride(2.0, trainable=False), DiffStride(2.0, cropping=False)
+    model = sequential(SHAPE, *fixed, DiffStride(2.0), conv(8))
     set_budget(model, share=0.9)
     *fixed, learned = (x.stride_values for x in diffstride_layers(model))
     assert fixed == [(2.0, 2.0), (2.0, 2.0)]
@@ -297,31 +261,25 @@ test_budgets_that_are_refused = refusals(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize('as_pairs', [False, True])
-def test_recalibration_averages_over_batches(as_pairs):
+def test_recalibration_averages_over_batches():
     """Against NumPy, for batches of unequal sizes, in two layers in turn."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(2, 3, (10, 4)).astype('float32')
+    x = 3 * random(10, 4) + 2
     batches = [x[:6], x[6:]]
     frozen = layers.BatchNormalization(momentum=0.9, trainable=False)
-    model = sequential(
-        (4,),
-        frozen,
-        layers.Dropout(0.5),
-        layers.Dense(3, kernel_initializer='ones'),
-        layers.BatchNormalization(),
-    )
-    kernel = array(model.layers[2].kernel)
-    recalibrate(model, [(x, None) for x in batches] if as_pairs else batches)
+    dense = layers.Dense(3, kernel_initializer='ones')
+    norm = layers.BatchNormalization()
+    model = sequential((4,), frozen, layers.Dropout(0.5), dense, norm)
+    kernel = array(dense.kernel)
+    recalibrate(model, [batches[0], (batches[1], None)])
     normalized = [(x - x.mean(0)) / np.sqrt(x.var(0) + 1e-3) for x in batches]
     inner = [x @ kernel for x in normalized]
-    for layer, values in ((frozen, batches), (model.layers[-1], inner)):
+    for layer, values in ((frozen, batches), (norm, inner)):
         mean = (6 * values[0].mean(0) + 4 * values[1].mean(0)) / 10
         var = (6 * values[0].var(0) + 4 * values[1].var(0)) / 10
         np.testing.assert_allclose(array(layer.moving_mean), mean, atol=1e-5)
         np.testing.assert_allclose(array(layer.moving_variance), var, rtol=1e-4)
     assert frozen.momentum == 0.9 and not frozen.trainable
-    np.testing.assert_array_equal(array(model.layers[2].kernel), kernel)
+    np.testing.assert_array_equal(array(dense.kernel), kernel)
     with pytest.raises(ValueError, match='at least one example'):
         recalibrate(model, [x[:0]])
 
@@ -329,29 +287,20 @@ def test_recalibration_averages_over_batches(as_pairs):
 def test_recalibration_averages_over_calls_of_a_shared_layer():
     norm, inputs = layers.BatchNormalization(), keras.Input((3,))
     model = keras.Model(inputs, norm(2.0 * norm(inputs) + 6.0))
-    x = np.random.default_rng(0).normal(50, 1, (8, 3)).astype('float32')
+    x = random(8, 3) + 50
     recalibrate(model, [x[:0], x, x[:0]])
     # The layer sees x, and then values around 6.
-    np.testing.assert_allclose(
-        array(norm.moving_mean), (x.mean(0) + 6) / 2, rtol=1e-4
-    )
+    mean = (x.mean(0) + 6) / 2
+    np.testing.assert_allclose(array(norm.moving_mean), mean, rtol=1e-4)
 
 
 @pytest.mark.parametrize('ramp', ['inside', 'outside'])
 def test_no_budget_leaves_an_empty_map(ramp):
     first = DiffStride(1.5, 0.5, ramp=ramp, shared_stride=True)
     second, third = (DiffStride(1.0, 0.5, ramp=ramp) for _ in range(2))
-    shape = (20, 16, 1)
-    model = sequential(
-        shape,
-        first,
-        layers.Conv2D(2, 5),  # The padding is 'valid'.
-        second,
-        layers.Conv2D(2, 3),
-        third,
-        conv(),
-        layers.GlobalAveragePooling2D(),
-    )
+    a, b = layers.Conv2D(2, 5), layers.Conv2D(2, 3)  # The padding is 'valid'.
+    shape, mean = (20, 16, 1), layers.GlobalAveragePooling2D()
+    model = sequential(shape, first, a, second, b, third, conv(), mean)
     with pytest.raises(ValueError, match='at least') as error:
         set_budget(model, macs=1)
     least = re.search(r'least ([\d,]+)', str(error.value))[1].replace(',', '')

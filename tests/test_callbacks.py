@@ -1,7 +1,6 @@
 """What the logs receive, sizes that follow by epochs, strides in a budget."""
 
 import glob
-import os
 
 import keras
 import numpy as np
@@ -24,15 +23,11 @@ from diffstride.pooling import DiffStride, DiffStride1D, DiffStride3D
 
 
 def small_model(**kwargs):
-    model = sequential(
-        (16, 12, 3),
-        DiffStride((2.0, 1.5), 1.0, name='first', **kwargs),
-        layers.ReLU(),
-        DiffStride(2.0, 1.0, shared_stride=True, name='second', **kwargs),
-        layers.ReLU(),  # Without it the mean would not depend on strides.
-        layers.GlobalAveragePooling2D(),
-        layers.Dense(3),
-    )
+    first = DiffStride((2.0, 1.5), 1.0, name='first', **kwargs)
+    second = DiffStride(2.0, 1.0, shared_stride=True, name='second', **kwargs)
+    # Without the last ReLU the mean would not depend on strides.
+    head = layers.ReLU(), layers.GlobalAveragePooling2D(), layers.Dense(3)
+    model = sequential((16, 12, 3), first, layers.ReLU(), second, *head)
     model.compile(keras.optimizers.SGD(0.3, 0.9), 'mse', run_eagerly=EAGER)
     return model
 
@@ -50,39 +45,28 @@ def logs_of(model, **kwargs):
     return logs
 
 
-def test_stride_logger_logs_each_stride_and_size_and_the_macs():
-    model = small_model()
-    assert logs_of(model) == {
-        'stride/first/height': 2.0,
-        'stride/first/width': 1.5,
-        'stride/second/height': 2.0,
-        'stride/second/width': 2.0,
-        'size/first/height': 10,
-        'size/first/width': 10,
-        'size/second/height': 8,
-        'size/second/width': 8,
-        'macs': complexity(model, (16, 12, 3)).macs,
-    }
+AXES = {
+    DiffStride1D: ['time'],
+    DiffStride: ['height', 'width'],
+    DiffStride3D: ['depth', 'height', 'width'],
+}
 
 
-@pytest.mark.parametrize(
-    'layer, axes',
-    [
-        (DiffStride1D((2.5,), 1.0, name='p'), ['time']),
-        (DiffStride3D(2.0, 1.0, name='p'), ['depth', 'height', 'width']),
-    ],
-)
-def test_stride_logger_names_the_axes_of_each_rank(layer, axes, tmp_path):
-    shape = (*[12] * layer.rank, 1)
-    model = sequential(shape, layer)
+@pytest.mark.parametrize('cls', AXES)
+def test_stride_logger_logs_each_stride_and_size_and_the_macs(cls, tmp_path):
+    strides, sizes = [2.5, 2.0, 1.5][: cls.rank], [(8, 6), (8, 6), (10, 8)]
+    first = cls(strides, 1.0, name='first')
+    second = cls(2.0, 1.0, shared_stride=True, name='second')
+    model = sequential((*[12] * cls.rank, 1), first, second)
     has_images = BACKEND == 'tensorflow'
     logs = logs_of(model, log_dir=tmp_path if has_images else None)
-    sizes = complexity(model, shape).layers[0].output_shape[:-1]
-    assert logs == {
-        **{f'stride/p/{a}': s for a, s in zip(axes, layer.stride_values)},
-        **{f'size/p/{axis}': size for axis, size in zip(axes, sizes)},
-        'macs': complexity(model, shape).macs,
-    }
+    expected = {'macs': complexity(model).macs}
+    for axis, stride, (size, smaller) in zip(AXES[cls], strides, sizes):
+        expected[f'stride/first/{axis}'] = stride
+        expected[f'stride/second/{axis}'] = 2.0
+        expected[f'size/first/{axis}'] = size
+        expected[f'size/second/{axis}'] = smaller
+    assert logs == expected
     assert has_images == bool(glob.glob(str(tmp_path / 'masks' / '*')))
 
 
@@ -127,9 +111,8 @@ def test_masks_are_images_for_tensorboard(tmp_path):
     width, height, png = images[-2][2]
     assert (int(width), int(height)) == (12, 16)
     pixels = tf.io.decode_png(png).numpy()[..., 0] / 255
-    np.testing.assert_allclose(
-        pixels, model.get_layer('first').mask((16, 12)), atol=1 / 255
-    )
+    mask = model.get_layer('first').mask((16, 12))
+    np.testing.assert_allclose(pixels, mask, atol=1 / 255)
 
 
 @only('tensorflow', 'sizes follow by themselves elsewhere')
@@ -157,6 +140,8 @@ def test_sizes_of_a_compiled_model_follow_by_epochs():
 TARGET = np.float32([[1.2, 2.0], [1.5, 1.1]])
 SCALE = np.float32([[1.0, 2.0], [0.5, 3.0]])
 CHANNELS = 2
+STARTS = [((4, 1), (2, 2)), ((1, 1), (1, 1)), ((5, 5), (5, 5))]
+BEST = [2.725, 2.371, 2.061, 1.209]
 
 
 class AddedLoss(layers.Layer):
@@ -177,17 +162,13 @@ def quadratic(inputs, strides):
     return ops.sum(ops.multiply(distance, SCALE)) / 2
 
 
-def quadratic_model(strides, optimizer, function=quadratic, **compiled):
+def quadratic_model(optimizer, function=quadratic):
     kwargs = {'ramp': 'straight_through', 'method': 'matmul'}
-    pools = [DiffStride(s, 1.0, **kwargs) for s in strides]
-    model = sequential(
-        (32, 32, 1),
-        *pools,
-        layers.Conv2D(CHANNELS, 3, padding='same', trainable=False),
-        layers.GlobalAveragePooling2D(),
-        AddedLoss(function, pools),
-    )
-    model.compile(optimizer, lambda y, p: 0 * ops.sum(p, -1), **compiled)
+    pools = [DiffStride(strides, 1.0, **kwargs) for strides in STARTS[0]]
+    conv = layers.Conv2D(CHANNELS, 3, padding='same', trainable=False)
+    head = conv, layers.GlobalAveragePooling2D(), AddedLoss(function, pools)
+    model = sequential((32, 32, 1), *pools, *head)
+    model.compile(optimizer, lambda y, p: 0 * ops.sum(p, -1))
     return model
 
 
@@ -205,10 +186,6 @@ def assert_best(strides, atol):
     pull = SCALE.ravel() * (strides - TARGET.ravel())
     np.testing.assert_allclose(pull, slopes * (pull @ slopes), atol=atol)
     assert smooth_macs(*strides) == pytest.approx(2e4, rel=1e-4)
-
-
-STARTS = [((4, 1), (2, 2)), ((1, 1), (1, 1)), ((5, 5), (5, 5))]
-BEST = [2.725, 2.371, 2.061, 1.209]
 
 
 def rest(model, start, steps, spread=0.0):
@@ -232,13 +209,13 @@ def rest(model, start, steps, spread=0.0):
 
 
 def test_learned_strides_are_the_best_ones_of_the_budget():
-    model = quadratic_model(STARTS[0], keras.optimizers.SGD(0.1))
+    model = quadratic_model(keras.optimizers.SGD(0.1))
     found = [rest(model, start, 120) for start in STARTS]
     np.testing.assert_allclose(found, [BEST] * len(found), atol=1e-2)
     assert_best(found[0], atol=3e-2)
     # Steps of Adam are not along the gradient, so neither is the way back.
     rate = keras.optimizers.schedules.CosineDecay(0.05, 150)
-    model = quadratic_model(STARTS[0], keras.optimizers.Adam(rate))
+    model = quadratic_model(keras.optimizers.Adam(rate))
     assert_best(rest(model, STARTS[0], 150), atol=5e-2)
 
 
@@ -250,8 +227,7 @@ def test_strides_that_are_drawn_leave_a_poor_start():
         depth = ops.exp(-10 * ops.sum(ops.square(distance)))
         return quadratic(inputs, strides) - 4 * depth
 
-    sgd = keras.optimizers.SGD(0.1)
-    model = quadratic_model(STARTS[0], sgd, with_a_dip)
+    model = quadratic_model(keras.optimizers.SGD(0.1), with_a_dip)
     stuck, found = (rest(model, STARTS[0], 80, x) for x in (0.0, 0.8))
     np.testing.assert_allclose(stuck, np.ravel(STARTS[0]), rtol=0.3)
     np.testing.assert_allclose(found, BEST, rtol=0.2)
@@ -276,14 +252,10 @@ def test_each_batch_has_one_vote_on_the_strides(optimizer):
     slope = AddedLoss(lambda x, strides: ops.mean(x) * strides[0, 0], [pool])
     model = sequential((32, 32, 1), first, pool, slope, last)
     model.compile(optimizer(), lambda y, p: 0 * ops.sum(p, (1, 2, 3)))
-    model.fit(
-        np.ones((42, 32, 32, 1)) * np.reshape([1, 1, -100] * 14, (-1, 1, 1, 1)),
-        np.zeros(42),
-        batch_size=1,
-        shuffle=False,
-        verbose=0,
-        callbacks=[StrideBudget(share=1.0, learn=1.0)],
-    )
+    x = np.ones((42, 32, 32, 1)) * np.reshape([1, 1, -100] * 14, (-1, 1, 1, 1))
+    callbacks = [StrideBudget(share=1.0, learn=1.0)]
+    kwargs = {'batch_size': 1, 'shuffle': False, 'verbose': 0}
+    model.fit(x, np.zeros(42), callbacks=callbacks, **kwargs)
     # The start is square, and the gradient is along the height alone. Were all
     # agreed, the width would be e^2.6 times the height.
     height, width = pool.stride_values
@@ -357,21 +329,13 @@ def test_weights_restored_from_the_first_phase_are_held_within_the_budget():
 def test_a_training_that_was_interrupted_goes_on_alike(tmp_path):
     """From the end of each epoch: while strides are learned, and held."""
     spread = 0.0 if BACKEND == 'jax' else 0.5  # Its sizes are constants.
+    path = str(tmp_path / '{epoch}.keras')
+    kwargs = {'batch_size': 4, 'epochs': 4, 'shuffle': False, 'verbose': 0}
 
     def fit(model, first):
-        path = os.path.join(tmp_path, '{epoch}.keras')
-        model.fit(
-            *data(),
-            batch_size=4,
-            initial_epoch=first,
-            epochs=4,
-            shuffle=False,
-            verbose=0,
-            callbacks=[
-                StrideBudget(share=0.6, spread=spread),
-                keras.callbacks.ModelCheckpoint(path),
-            ],
-        )
+        budget = StrideBudget(share=0.6, spread=spread)
+        callbacks = [budget, keras.callbacks.ModelCheckpoint(path)]
+        model.fit(*data(), initial_epoch=first, callbacks=callbacks, **kwargs)
         return [*map(np.array, model.get_weights())]
 
     expected = fit(small_model(ramp='inside'), 0)

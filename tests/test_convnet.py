@@ -10,23 +10,23 @@ from diffstride.examples.convnet import ResidualConv, convnet, convnet1d
 
 
 def test_each_axis_is_downsampled():
-    model = convnet(
-        5, None, '(2, 1), (1, 4), 2', FixedSpectralPooling, [3, 4, 6]
-    )
+    strides = '(2, 1), (1, 4), 2'
+    model = convnet(5, None, strides, FixedSpectralPooling, [3, 4, 6])
     y = keras.ops.convert_to_numpy(model(random(2, 16, 24, 1)))
     np.testing.assert_allclose(y.sum(-1), [1, 1], atol=1e-6)
     residual = [x for x in model.layers if isinstance(x, ResidualConv)]
     shapes = [layer.output.shape[1:] for layer in residual]
     assert shapes == [(8, 24, 3), (8, 6, 4), (4, 2, 6)]
+    with pytest.raises(ValueError, match='`strides` must be those of 3 stages'):
+        convnet(2, strides='2, 2')
 
 
 def test_channels_first_is_the_same_network():
     x, outputs = random(2, 16, 16, 2), []
+    arguments = [1, (2, 1)], FixedSpectralPooling, [4, 4]
     for channels_first in False, True:
         keras.utils.set_random_seed(0)
-        model = convnet(
-            3, channels_first, [1, (2, 1)], FixedSpectralPooling, [4, 4]
-        )
+        model = convnet(3, channels_first, *arguments)
         model.build(x.shape)
         try:
             outputs.append(keras.ops.convert_to_numpy(model(x)))
@@ -52,11 +52,5 @@ def test_nets_learn_and_are_saved(tmp_path, net, shape):
     assert after != before
     model.save(tmp_path / 'model.keras')
     loaded = keras.saving.load_model(tmp_path / 'model.keras')
-    np.testing.assert_allclose(
-        loaded.predict(x, verbose=0), model.predict(x, verbose=0), atol=1e-6
-    )
-
-
-def test_strides_must_be_as_many_as_filters():
-    with pytest.raises(ValueError, match='`strides` must be those of 3 stages'):
-        convnet(2, strides='2, 2')
+    outputs = [each.predict(x, verbose=0) for each in (loaded, model)]
+    np.testing.assert_allclose(*outputs, atol=1e-6)

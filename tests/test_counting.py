@@ -19,8 +19,6 @@ LAYERS = [
     (layers.Conv1D(8, 5), (20, 3), (16, 8), 5 * 3 * 8 + 8, 16 * 8 * 5 * 3),
     (layers.Conv2D(8, (3, 5), strides=2, padding='same', groups=2),
      (12, 10, 4), (6, 5, 8), 3 * 5 * 2 * 8 + 8, (6 * 5) * 8 * (3 * 5 * 2)),
-    (layers.Conv2D(8, 3, dilation_rate=2, use_bias=False),
-     (12, 10, 4), (8, 6, 8), 3 * 3 * 4 * 8, (8 * 6) * 8 * (3 * 3 * 4)),
     (layers.Conv3D(2, 3),
      (5, 6, 7, 3), (3, 4, 5, 2), 27 * 3 * 2 + 2, (3 * 4 * 5) * 2 * (27 * 3)),
     (layers.Conv1DTranspose(4, 3, strides=2),
@@ -37,7 +35,6 @@ LAYERS = [
      (10, 4), (8, 6), 3 * 4 * 2 + 8 * 6 + 6, 8 * (4 * 2 * 3 + 8 * 6)),
     (layers.SeparableConv2D(6, (3, 5), strides=2, padding='same'),
      (10, 8, 4), (5, 4, 6), 3 * 5 * 4 + 4 * 6 + 6, 20 * (4 * 3 * 5 + 4 * 6)),
-    (layers.Dense(7), (5,), (7,), 5 * 7 + 7, 5 * 7),
     (layers.Dense(7), (3, 4, 5), (3, 4, 7), 5 * 7 + 7, (3 * 4) * 5 * 7),
     (layers.EinsumDense('abc,cde->abde', (None, 2, 6), bias_axes='de'),
      (4, 5), (4, 2, 6), 5 * 2 * 6 + 2 * 6, 4 * 5 * 2 * 6),
@@ -47,7 +44,6 @@ LAYERS = [
     (layers.BatchNormalization(), (4, 4, 3), (4, 4, 3), 4 * 3, 0),
     (layers.LayerNormalization((1, 2)), (4, 3), (4, 3), 2 * 4 * 3, 0),
     (layers.PReLU(), (4, 3), (4, 3), 4 * 3, 0),
-    (layers.MaxPooling2D(2), (6, 6, 3), (3, 3, 3), 0, 0),
     (SpatialPooling(strides=3), (8, 8, 3), (3, 3, 3), 0, 0),
     # With R = 4, 32 becomes 24 at stride 2 and 20 at stride 3, and 4 stays 4.
     (DiffStride((2.0, 3.0)),
@@ -58,8 +54,6 @@ LAYERS = [
      (1.25 * (32 * 5 + 16 * 4) * 4 + 1.25 * (4 * 2 + 2 * 1) * 16) * 5),
     (DiffStride((2.0, 3.0), data_format='channels_first'),
      (5, 32, 32), (5, 24, 20), 5, (32 * 24 * 32 + 32 * 20 * 24) * 5),
-    (FixedSpectralPooling((1.6, 3.0)),
-     (32, 32, 5), (20, 10, 5), 0, (32 * 20 * 32 + 32 * 10 * 20) * 5),
     # An axis that stays as it is costs nothing.
     (FixedSpectralPooling((1.0, 2.0)),
      (9, 8, 5), (9, 4, 5), 0, (8 * 4 * 9) * 5),
@@ -101,14 +95,7 @@ def test_the_table_of_nested_models_is_in_the_order_of_calls():
     dense = layers.Dense(3, name='dense')
     model = keras.Sequential([inner, layers.ReLU(name='relu'), dense])
     result = complexity(model, (32, 32, 2))
-    assert [row.macs for row in result.layers] == [
-        (32 * 32) * 4 * (3 * 3 * 2),
-        (32 * 24 * 32 + 32 * 24 * 24) * 4,
-        0,
-        (24 * 24) * 4 * 3,
-    ]
-    assert result.activations == 32 * 32 * 4 + 24 * 24 * (4 + 4 + 3)
-    assert result.parameters == (3 * 3 * 2 * 4 + 4) + 5 + (4 * 3 + 3)
+    # MACs: 32 32 4 (3 3 2), (32 24 32 + 32 24 24) 4 and 24 24 4 3.
     assert str(result).splitlines() == [
         'layer       class       output   parameters  activations     MACs',
         'inner/conv  Conv2D      32x32x4          76        4,096   73,728',
@@ -192,14 +179,12 @@ def test_weights_of_containers_and_of_idle_layers_are_counted():
     assert result.parameters == 4 + 15 + 3 + 12 == model.count_params()
 
 
+RECURRENT = layers.LSTM(3), layers.Bidirectional(layers.GRU(3))
+
+
 @pytest.mark.parametrize(
     'layer',
-    [
-        layers.LSTM(3),
-        layers.Bidirectional(layers.GRU(3)),
-        layers.MultiHeadAttention(2, 4),
-        WithOwnWeights((2, 4)),
-    ],
+    [*RECURRENT, layers.MultiHeadAttention(2, 4), WithOwnWeights((2, 4))],
     ids=lambda layer: type(layer).__name__,
 )
 def test_unknown_macs_make_the_total_a_lower_bound(layer):
@@ -209,7 +194,6 @@ def test_unknown_macs_make_the_total_a_lower_bound(layer):
     model = keras.Model(x, layers.Dense(3)(y))
     result = complexity(model, (2, 4))
     assert result.is_lower_bound
-    assert None in [row.macs for row in result.layers]
     assert result.macs == sum(row.macs or 0 for row in result.layers) > 0
     assert result.parameters == model.count_params()
     lines = str(result).splitlines()
@@ -226,50 +210,37 @@ def test_an_embedding_that_multiplies_is_unknown():
     assert complexity(model).is_lower_bound
 
 
-class Mapped(layers.Layer):
-    def __init__(self):
-        super().__init__()
-        self.dense = layers.Dense(3)
-
-    def build(self, input_shape):
-        self.dense.build(input_shape)
-        self.built = True
-
+class Mapped(layers.Wrapper):
     def call(self, inputs):
-        return ops.vectorized_map(self.dense, inputs)
+        return ops.vectorized_map(self.layer, inputs)
 
 
 @only('tensorflow', 'graphs')
 def test_a_layer_that_is_traced_is_unknown():
-    assert complexity(Mapped(), (6, 4)).is_lower_bound
+    assert complexity(Mapped(layers.Dense(3)), (6, 4)).is_lower_bound
 
 
-class Stateful(layers.Layer):
+class Stateful(layers.Wrapper):
     """Changes its state at every call, in inference too."""
 
     def __init__(self):
-        super().__init__()
+        super().__init__(layers.BatchNormalization())
         self.calls = self.add_weight(name='calls', trainable=False)
-        self.norm = layers.BatchNormalization()
         self.dropout = layers.Dropout(0.5)
         self.fails = False
-
-    def build(self, input_shape):
-        self.norm.build(input_shape)
-        self.built = True
 
     def call(self, inputs):
         self.calls.assign_add(1.0)
         self.add_loss(ops.sum(inputs))
         if self.fails:
             raise RuntimeError('as asked')
-        return self.dropout(self.norm(inputs + 1, training=True), training=True)
+        x = self.layer(inputs + 1, training=True)
+        return self.dropout(x, training=True)
 
 
 @pytest.mark.parametrize('fails', [False, True])
 def test_nothing_of_a_built_model_changes(fails):
-    layer = Stateful()
-    pool = DiffStride(strides=2.0)
+    layer, pool = Stateful(), DiffStride(strides=2.0)
     pool.call = own_call = pool.call  # The user set it.
     model = sequential((12, 12, 2), layer, pool)
     model(np.ones((2, 12, 12, 2), 'float32'))
@@ -305,10 +276,8 @@ def test_wrong_shapes_are_named(shape):
 
 
 def test_a_model_that_knows_no_sizes_needs_a_shape():
-    known, unknown = (
-        sequential(shape, layers.Conv2D(2, 3))
-        for shape in ((8, 8, 1), (None, None, 1))
-    )
+    known = sequential((8, 8, 1), layers.Conv2D(2, 3))
+    unknown = sequential((None, None, 1), layers.Conv2D(2, 3))
     assert complexity(known) == complexity(known, (8, 8, 1))
     for model in unknown, keras.Sequential([layers.Dense(3)]):
         with pytest.raises(ValueError, match='`input_shape` must be given'):

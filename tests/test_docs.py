@@ -19,15 +19,10 @@ from diffstride.examples import main  # noqa: F401, registers configurables
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = ROOT / 'diffstride/examples'
-PAGES = {
-    path.name: path.read_text()
-    for path in [
-        ROOT / 'README.md',
-        ROOT / 'CHANGELOG.md',
-        ROOT / 'CONTRIBUTING.md',
-        *sorted((ROOT / 'docs').glob('*.md')),
-    ]
-}
+NAMES = 'README.md', 'CHANGELOG.md', 'CONTRIBUTING.md'
+FILES = [*map(ROOT.joinpath, NAMES), *sorted((ROOT / 'docs').glob('*.md'))]
+PATHS = {path.name: path for path in FILES}
+PAGES = {name: path.read_text() for name, path in PATHS.items()}
 
 
 def check_commands(example):
@@ -69,11 +64,6 @@ PYPROJECT = (ROOT / 'pyproject.toml').read_text()
 CODE = re.compile(r'^```.*?^```$', re.M | re.S)
 
 
-def path_of(page):
-    in_docs = ROOT / 'docs' / page
-    return in_docs if in_docs.exists() else ROOT / page
-
-
 @pytest.mark.parametrize('page', PAGES)
 def test_code_blocks_run_in_order_and_print_what_they_say(
     page, monkeypatch, tmp_path, capsys, request
@@ -81,7 +71,7 @@ def test_code_blocks_run_in_order_and_print_what_they_say(
     if page != 'README.md':  # Its code runs as a user runs it.
         request.getfixturevalue('without_tracing')
     expected = []
-    document = SYBIL.parse(path_of(page))
+    document = SYBIL.parse(PATHS[page])
     monkeypatch.chdir(tmp_path)
     for example in document.examples():
         try:
@@ -96,21 +86,6 @@ def test_code_blocks_run_in_order_and_print_what_they_say(
     assert [line for line in printed if line in expected] == expected
 
 
-@pytest.mark.parametrize('page', PAGES)
-def test_code_blocks_are_of_languages_that_run_and_files_exist(page):
-    languages = set(re.findall(r'^```(\w+)', PAGES[page], re.M))
-    assert languages <= {'python', 'gin', 'bash', 'text', 'bibtex'}
-    folders = 'benchmarks|diffstride|docs|images|results|tests'
-    for name in re.findall(
-        rf'(?<![\w/.])(?:{folders})/[\w/.-]+\.\w+', PAGES[page]
-    ):
-        assert (ROOT / name).exists()
-    for name in re.findall(
-        r'\b(?:cifar10|quickstart|spoken)\w*\.gin', PAGES[page]
-    ):
-        assert (EXAMPLES / name).exists()
-
-
 def anchors(text):
     """Returns what Markdown makes of the headings."""
     headings = re.findall(r'^#+ (.+)$', CODE.sub('', text), re.M)
@@ -119,12 +94,19 @@ def anchors(text):
 
 
 @pytest.mark.parametrize('page', PAGES)
-def test_links_lead_to_files_and_headings(page):
-    folder = path_of(page).parent
-    for link in re.findall(r'\]\(([^)\s]+)\)', CODE.sub('', PAGES[page])):
+def test_languages_run_and_links_lead_to_files_and_headings(page):
+    text = PAGES[page]
+    languages = set(re.findall(r'^```(\w+)', text, re.M))
+    assert languages <= {'python', 'gin', 'bash', 'text', 'bibtex'}
+    folders = '(?:benchmarks|diffstride|docs|images|results|tests)'
+    for name in re.findall(rf'(?<![\w/.]){folders}/[\w/.-]+\.\w+', text):
+        assert (ROOT / name).exists()
+    for name in re.findall(r'\b(?:cifar10|quickstart|spoken)\w*\.gin', text):
+        assert (EXAMPLES / name).exists()
+    for link in re.findall(r'\]\(([^)\s]+)\)', CODE.sub('', text)):
         if not link.startswith('https://'):
             name, _, anchor = link.partition('#')
-            path = folder / (name or page)
+            path = PATHS[page].parent / (name or page)
             assert path.exists(), link
             assert not anchor or anchor in anchors(path.read_text()), link
 

@@ -73,15 +73,10 @@ def test_folder_without_splits_is_sliced_evenly(tmp_path):
     np.testing.assert_array_equal(sliced[0], parts[2][0])
 
 
-def test_split_called_val_is_for_validation(folder):
-    write_image(folder / 'val' / 'dog' / '0.png', level=7)
-    datasets = load_folder(folder, validation_split='auto')
-    images, labels = take(datasets.validation)
-    assert labels.tolist() == [[0, 1]] and (images == 7).all()
-    assert 'Classes without validation examples: cat.' in datasets.summary
-
-
-def test_what_is_no_class_and_no_image_is_skipped_and_named(folder):
+def test_what_is_no_class_and_no_image_is_named(folder, monkeypatch):
+    """Images of a class may lie deeper; a link that leads back ends there."""
+    write_image(folder / 'train/cat/black/deep/0.png')
+    (folder / 'train/cat/black/up').symlink_to('..')
     for name in ('.git/x/0', 'train/.ipynb_checkpoints/0', 'train/__MACOSX/0',
                  'train/cat/._0', 'train/outside'):  # fmt: skip
         write_image(folder / f'{name}.png')
@@ -89,9 +84,10 @@ def test_what_is_no_class_and_no_image_is_skipped_and_named(folder):
     (folder / 'docs/api').mkdir(parents=True)
     for name in 'labels.csv', 'train/cat/a.txt', 'docs/b.txt', 'docs/api/c.txt':
         (folder / name).write_text('text')
-    datasets = load_folder(folder)
+    monkeypatch.chdir(folder.parent)  # A folder beside is found by its name.
+    datasets = load_folder('photos')
     assert datasets.class_names == ('cat', 'dog')
-    assert '6 train (3 to 3 of a class)' in datasets.summary
+    assert '/photos: 7 train (3 to 4 of a class)' in datasets.summary
     assert datasets.summary.splitlines()[1:] == [
         'Skipped 1 images that are in no folder of a class.',
         'Skipped 4 files: 3 .txt, 1 .csv.',
@@ -99,37 +95,26 @@ def test_what_is_no_class_and_no_image_is_skipped_and_named(folder):
     ]
 
 
-def test_classes_of_one_split_or_of_two_cases_are_named(folder):
+def test_classes_that_a_split_lacks_or_of_two_cases_are_named(folder):
+    """A split called val is for validation."""
     write_image(folder / 'train/B/0.png')
+    write_image(folder / 'val/dog/0.png', level=7)
     write_image(folder / 'test/b/0.png')
-    datasets = load_folder(folder)
+    datasets = load_folder(folder, validation_split='auto')
+    images, labels = take(datasets.validation)
+    assert labels.tolist() == [[0, 0, 0, 1]] and (images == 7).all()
     assert datasets.class_names == ('B', 'b', 'cat', 'dog')
     assert datasets.summary.splitlines()[1:] == [
         'Classes without train examples: b.',
+        'Classes without validation examples: B, b, cat.',
         'Classes without test examples: B.',
         'Classes that differ in case alone: B and b.',
     ]
 
 
-def test_images_in_inner_folders_are_read(folder, monkeypatch):
-    write_image(folder / 'train' / 'cat' / 'black' / 'deep' / '0.png')
-    # A link that leads back is not followed for ever.
-    (folder / 'train' / 'cat' / 'black' / 'up').symlink_to('..')
-    monkeypatch.chdir(folder.parent)  # A folder beside is found by its name.
-    assert '/photos: 7 train' in load_folder('photos').summary
-
-
 IMAGE = np.indices((HEIGHT, WIDTH)).sum(0)[..., None] * [[[3, 2, 1]]] + 100
-# The names that Pillow has for these suffixes, and the greatest errors.
-FORMATS = {
-    'bmp': ('bmp', 0),
-    'gif': ('gif', 4),
-    'jpg': ('jpeg', 5),
-    'png': ('png', 0),
-    'PPM': ('ppm', 0),
-    'tif': ('tiff', 0),
-    'webp': ('webp', 0),
-}
+# The greatest error of an image by the suffix of its file.
+ERRORS = {'bmp': 0, 'gif': 4, 'jpg': 5, 'png': 0, 'PPM': 0, 'tif': 0, 'webp': 0}
 
 
 def encoded(suffix):
@@ -137,19 +122,20 @@ def encoded(suffix):
     options = {'jpg': {'quality': 95, 'subsampling': 0}}.get(suffix, {})
     options = {'lossless': True} if suffix == 'webp' else options
     buffer = io.BytesIO()
-    image.save(buffer, FORMATS[suffix][0], **options)
+    kind = {'jpg': 'jpeg', 'tif': 'tiff'}.get(suffix, suffix)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 @pytest.mark.parametrize('dtype', [tf.uint8, tf.uint16])
 @pytest.mark.parametrize('channels', [1, 3])
-@pytest.mark.parametrize('suffix', FORMATS)
+@pytest.mark.parametrize('suffix', ERRORS)
 def test_decode_image(suffix, channels, dtype):
     image = folders.decode_image(encoded(suffix), channels, dtype)
     expected = IMAGE if channels == 3 else IMAGE @ [[0.299], [0.587], [0.114]]
     assert image.dtype == dtype
     scale = 257 if dtype == tf.uint16 else 1
-    tolerance = FORMATS[suffix][1] + (0 if channels == 3 else 0.51)
+    tolerance = ERRORS[suffix] + (0 if channels == 3 else 0.51)
     np.testing.assert_allclose(image / scale, expected, atol=tolerance + 1e-3)
 
 
@@ -177,9 +163,8 @@ def test_16_bits_keep_small_values(tmp_path, suffix):
     else:
         PIL.Image.fromarray(values).save(path)
     all_of = {'batch_size': 1, 'test_split': 'train'}
-    images, _ = take(
-        load_folder(tmp_path, normalization='dataset', **all_of).test
-    )
+    datasets = load_folder(tmp_path, normalization='dataset', **all_of)
+    images, _ = take(datasets.test)
     expected = (values - values.mean()) / values.std()
     np.testing.assert_allclose(images[0, ..., 0], expected, atol=1e-4)
     write_image(path.with_name('8.png'), (HEIGHT, WIDTH, 1))
@@ -196,7 +181,7 @@ def test_colors_of_16_bits_keep_small_values(folder):
     np.testing.assert_allclose(images.min(), 7 / 257, rtol=1e-6)
 
 
-@pytest.mark.parametrize('suffix', FORMATS)
+@pytest.mark.parametrize('suffix', ERRORS)
 def test_a_broken_image_is_named(folder, suffix):
     path = folder / 'test' / 'cat' / f'broken.{suffix}'
     path.write_bytes(b'no image')

@@ -19,16 +19,13 @@ def splits(data_dir):
     }
 
 
-def test_splits_are_balanced_and_share_no_image(splits):
+def test_splits_are_balanced_and_load_as_training_data(data_dir, splits):
     for split, count in (('train', 4000), ('test', 1000)):
         images, labels = splits[split]
         assert images.shape == (count, N, N)
         np.testing.assert_array_equal(np.bincount(labels), [count // 8] * 8)
     images = [*splits['train'][0], *splits['test'][0]]
     assert len({image.tobytes() for image in images}) == 5000
-
-
-def test_loads_as_training_data_without_files_of_its_own(data_dir, splits):
     builder = tfds.builder('gratings', data_dir=data_dir)
     assert builder.info.supervised_keys == ('image', 'label')
     assert builder.info.features['image'].dtype == np.uint8

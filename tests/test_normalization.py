@@ -24,6 +24,7 @@ from diffstride.normalization import BatchNormalization
 
 TOLERANCES = {'float32': 1e-5, 'mixed_float16': 2e-3, 'mixed_bfloat16': 1e-2}
 GAMMA, BETA = np.array([0.5, -1.0, 2.0]), np.array([1.0, 0.0, -3.0])
+CLASSES = BatchNormalization, keras.layers.BatchNormalization
 
 
 def built(shape, cls=BatchNormalization, **kwargs):
@@ -65,19 +66,17 @@ def test_training_agrees_with_numpy(compiler, shape, dtype):
 
 def test_gradients_agree_with_numpy():
     layer = built((6, 4, 4, 3))
-    x, weights = 2 * random(6, 4, 4, 3) + 5, random(6, 4, 4, 3, seed=1)
-    found = gradients(
-        lambda x: ops.sum(layer(x, training=True) * ops.array(weights)),
-        [x],
-        [layer.gamma, layer.beta],
-    )
+    x, slopes = 2 * random(6, 4, 4, 3) + 5, array(random(6, 4, 4, 3, seed=1))
+
+    def loss(x):
+        return ops.sum(layer(x, training=True) * ops.array(slopes, 'float32'))
+
+    found = gradients(loss, [x], [layer.gamma, layer.beta])
     z, _, variance = normalized(x)
-    slopes = array(weights)
     # Ioffe and Szegedy, section 3.
     centred = slopes - slopes.mean((0, 1, 2)) - z * (slopes * z).mean((0, 1, 2))
-    assert (
-        error_of(found[0], GAMMA / np.sqrt(variance + 1e-3) * centred) <= 1e-5
-    )
+    expected = GAMMA / np.sqrt(variance + 1e-3) * centred
+    assert error_of(found[0], expected) <= 1e-5
     assert error_of(found[1], (slopes * z).sum((0, 1, 2))) <= 1e-5
     assert error_of(found[2], slopes.sum((0, 1, 2))) <= 1e-5
 
@@ -85,14 +84,11 @@ def test_gradients_agree_with_numpy():
 def test_averages_are_not_rounded_at_every_step():
     """In bfloat16, where 1 - 0.9 and 0.9 do not add up to 1."""
     x = random(64, 3) + 5
-    ours, keras_layer = (
-        built(x.shape, cls, dtype='bfloat16')
-        for cls in (BatchNormalization, keras.layers.BatchNormalization)
-    )
-    for layer in [ours, keras_layer] * 50:
+    ours, theirs = (built(x.shape, cls, dtype='bfloat16') for cls in CLASSES)
+    for layer in [ours, theirs] * 50:
         layer(x, training=True)
-    assert error_of(ours.moving_mean, keras_layer.moving_mean) <= 4e-3
-    assert error_of(ours.moving_variance, keras_layer.moving_variance) <= 4e-3
+    assert error_of(ours.moving_mean, theirs.moving_mean) <= 4e-3
+    assert error_of(ours.moving_variance, theirs.moving_variance) <= 4e-3
 
 
 CASES = {
@@ -116,12 +112,9 @@ def test_other_calls_are_those_of_keras(case):
     x = random(4, 3, 3)
     if case == 'integers':
         x = (300 * x).astype('int32')
-    ours, keras_layer = (
-        built(x.shape, cls, **kwargs)
-        for cls in (BatchNormalization, keras.layers.BatchNormalization)
-    )
-    assert error_of(ours(x, **call), keras_layer(x, **call)) <= 1e-6
-    for mine, other in zip(ours.weights, keras_layer.weights):
+    ours, theirs = (built(x.shape, cls, **kwargs) for cls in CLASSES)
+    assert error_of(ours(x, **call), theirs(x, **call)) <= 1e-6
+    for mine, other in zip(ours.weights, theirs.weights):
         np.testing.assert_allclose(array(mine), array(other), atol=1e-6)
 
 

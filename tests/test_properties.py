@@ -29,12 +29,8 @@ def cases(draw):
     learned, fixed = DIFFSTRIDES[rank], FIXED[rank]
     cls = draw(st.sampled_from([learned, learned, fixed]))
     values = draw(st.lists(strides, min_size=rank, max_size=rank))
-    choices = {
-        'data_format': FORMATS,
-        'method': METHODS,
-        'norm': NORMS,
-        'dtype': list(TOLERANCES),
-    }
+    choices = {'data_format': FORMATS, 'method': METHODS, 'norm': NORMS}
+    choices['dtype'] = list(TOLERANCES)
     if cls is learned:
         choices['ramp'] = RAMPS
         choices |= dict.fromkeys(('shared_stride', 'cropping'), (True, False))

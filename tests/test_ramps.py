@@ -75,41 +75,15 @@ def test_responses_of_tensors_and_numbers_agree_with_reference(kind):
         assert response[0] == constant[0] == 1
 
 
-def response_and_slopes(size, output_size, stride, ramp):
-    """Returns the weights and their derivatives in the stride."""
+def slopes_of(ramp, size, output_size, stride):
+    """Returns the derivatives of all weights in the stride."""
     frequencies = ops.arange(output_size // 2 + 1, dtype='int32')
 
-    def response(strides):
-        return ramp.weights(frequencies, ramp.band_edge(size, strides))
+    def total(strides):
+        return ops.sum(ramp.weights(frequencies, ramp.band_edge(size, strides)))
 
     strides = ops.full(frequencies.shape, stride, 'float32')
-    (slopes,) = gradients(lambda x: ops.sum(response(x)), [strides])
-    return array(response(strides)), array(slopes)
-
-
-@pytest.mark.parametrize(
-    'kind, size, stride, width, response, slopes',
-    [
-        # b = 2, db/dS = -1: corners at 2 (start) and 6 (end, cropped off).
-        ('outside', 8, 2, 4,
-         [1, 1, 1, 0.75, 0.5], [0, 0, -1 / 8, -1 / 4, -1 / 4]),
-        # b = 2.5, db/dS = -1.25: a corner at the end of the ramp alone.
-        ('outside', 10, 2, 1.5,
-         [1, 1, 1, 2 / 3, 0], [0, 0, 0, -5 / 6, -5 / 12]),
-        # b = 4, db/dS = -2: ramp from 2 to 4, corners at both ends.
-        ('inside', 16, 2, 2, [1, 1, 1, 0.5, 0], [0, 0, -1 / 2, -1, -1 / 2]),
-        # b = 2 = R: the ramp fills the band and is as wide as the smaller.
-        ('inside', 8, 2, 2,
-         [1, 0.5, 0], [0, -0.5 * (1 + 0.5) / 2, -0.5 * (1 / 2)]),
-        # R > b = 2: the ramp is b wide, m = 1 - f / b.
-        ('inside', 8, 2, 9, [1, 0.5, 0], [0, -1 / 4, -1 / 4]),
-    ],
-)  # fmt: skip
-def test_response_by_hand(kind, size, stride, width, response, slopes):
-    output_size = 2 * (len(response) - 1)
-    actual = response_and_slopes(size, output_size, stride, Ramp(kind, width))
-    np.testing.assert_allclose(actual[0], response, atol=1e-6)
-    np.testing.assert_allclose(actual[1], slopes, atol=1e-6)
+    return array(gradients(total, [strides])[0])
 
 
 @every_kind
@@ -123,5 +97,5 @@ def test_frequencies_hold_every_slope(kind):
         frequencies = array(ramp.varying_frequencies(size, output_size, edge))
         assert len(set(frequencies)) == len(frequencies) <= width + 2, case
         assert frequencies.max() <= output_size // 2, case
-        _, slopes = response_and_slopes(size, output_size, stride, ramp)
+        slopes = slopes_of(ramp, size, output_size, stride)
         assert set(np.flatnonzero(slopes)) <= set(frequencies), case

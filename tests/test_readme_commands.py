@@ -26,15 +26,12 @@ resnet.Resnet.num_layers = 1
 
 
 def blocks(page, language):
-    return re.findall(
-        rf'^```{language}\n(.*?)^```$', (ROOT / page).read_text(), re.M | re.S
-    )
+    text = (ROOT / page).read_text()
+    return re.findall(rf'^```{language}\n(.*?)^```$', text, re.M | re.S)
 
 
 @pytest.mark.slow
-def test_from_a_training_to_the_class_of_a_jpeg_without_this_package(
-    tmp_path, monkeypatch, capsys
-):
+def test_from_a_training_to_the_class_of_a_jpeg(tmp_path, monkeypatch, capsys):
     style = {'size': (32, 32), 'brighter': 80}
     for channel, name in zip((2, 1, 0), NAMES):
         for split, first, count in (('train', 0, 24), ('test', 24, 4)):
@@ -47,8 +44,7 @@ def test_from_a_training_to_the_class_of_a_jpeg_without_this_package(
         arguments = shlex.split(command)
         assert arguments[0] == '.venv/bin/python'
         if 'main' in command:
-            bindings = SMALL.strip().splitlines()
-            arguments += [f'--gin_bindings={x}' for x in bindings]
+            arguments.append(f'--gin_bindings={SMALL}')
         return output_of(*arguments[1:], cwd=tmp_path)
 
     workdir = str(tmp_path / 'run')
@@ -60,9 +56,8 @@ def test_from_a_training_to_the_class_of_a_jpeg_without_this_package(
     ]
     jobs = [re.search(r'examples\.(\w+)', x)[1] for x in commands]
     assert jobs == ['main', 'evaluate', 'predict', 'export']
-    commands[2] = commands[2].replace(
-        'cat.jpg', ' '.join(f'{name}.jpg' for name in NAMES)
-    )
+    pictures = ' '.join(f'{name}.jpg' for name in NAMES)
+    commands[2] = commands[2].replace('cat.jpg', pictures)
     _, evaluated, predicted, _ = map(run, commands)
     settings = pathlib.Path(workdir, 'config.gin').read_text()
     assert 'label_smoothing = 0.1' in settings  # The packaged file was read.

@@ -6,15 +6,7 @@ import keras
 import numpy as np
 import pytest
 import reference
-from backends import (
-    EAGER,
-    NotTold,
-    array,
-    random,
-    randomized,
-    refusals,
-    sequential,
-)
+from backends import NotTold, array, random, randomized, refusals, sequential
 from keras import layers, ops
 
 from diffstride import DiffStride, SpectralResizing, diffstride_layers, models
@@ -22,8 +14,6 @@ from diffstride.pooling import DiffStride3D, FixedSpectralPooling
 from diffstride.replacing import replace_strides
 
 NARROW = {'ramp': 'inside', 'smoothness_factor': 1.0}
-
-
 SHAPE = (16, 16, 3)
 ANY_SIZE = (None, None, 3)
 
@@ -44,9 +34,8 @@ def assert_same_weights(model, other):
             and layer.get_weights()
         }
 
-    keras.tree.map_structure(
-        np.testing.assert_array_equal, weights_of(model), weights_of(other)
-    )
+    check = np.testing.assert_array_equal
+    keras.tree.map_structure(check, weights_of(model), weights_of(other))
 
 
 def move(model, *strides):
@@ -96,12 +85,10 @@ def test_layer_loses_its_stride_and_is_pooled(layer):
     assert unstrided.get_config() == config
     assert pool.name == f'{layer.name}_pooling'
     assert pool.stride_values == tuple(map(float, layer.strides))
-    assert pool.ramp == 'straight_through'
     assert_same_weights(result, model)
     x = random(2, *shape, 2)
-    expected = reference.diffstride(
-        array(unstrided(x)), layer.strides, ramp='straight_through'
-    )
+    y = array(unstrided(x))
+    expected = reference.diffstride(y, layer.strides, ramp='straight_through')
     np.testing.assert_allclose(array(result(x)), expected, atol=2e-5)
     batch, *sizes, channels = model(x).shape
     even = [size + size % 2 for size in sizes]
@@ -150,10 +137,8 @@ def test_only_chosen_layers_that_stride_are_replaced():
     assert [x.name for x in result.layers if x is not pool] == names
 
 
-def conv(x, name, filters=4, size=3, **kwargs):
-    return layers.Conv2D(filters, size, 2, padding='same', name=name, **kwargs)(
-        x
-    )
+def conv(name, filters=4, size=3, **kwargs):
+    return layers.Conv2D(filters, size, 2, padding='same', name=name, **kwargs)
 
 
 def down(x, size=2, name='down'):
@@ -162,32 +147,29 @@ def down(x, size=2, name='down'):
 
 def block(x, filters, name):
     """A residual block that strides in both branches."""
-    shortcut = conv(x, f'{name}_shortcut', filters, 1)
-    x = conv(x, f'{name}_main', filters, use_bias=False)
+    shortcut = conv(f'{name}_shortcut', filters, 1)(x)
+    x = conv(f'{name}_main', filters, use_bias=False)(x)
     x = layers.ReLU()(layers.BatchNormalization(name=f'{name}_norm')(x))
     x = layers.Conv2D(filters, 3, padding='same', name=f'{name}_last')(x)
     return layers.Add(name=f'{name}_add')([x, shortcut])
 
 
 def residual_network(x):
-    x = block(block(conv(x, 'stem'), 6, 'first'), 8, 'second')
+    x = block(block(conv('stem')(x), 6, 'first'), 8, 'second')
     return layers.Dense(3)(layers.GlobalAveragePooling2D()(x))
 
 
 def several_outputs(x):
     """Two shortcuts meet, and two other paths do not."""
-    shortcuts = [conv(x, name, size=1) for name in 'ab']
+    shortcuts = [conv(name, size=1)(x) for name in 'ab']
     maps = [layers.Add()(shortcuts), down(x, 2, 'c'), down(x, 2, 'd')]
     return [layers.GlobalMaxPooling2D()(y) for y in maps]
 
 
 def parallel_paths(x):
-    def path(x, name):
-        x = layers.MaxPooling2D(3, 2, padding='same', name=f'{name}1')(x)
-        x = layers.ReLU()(x)
-        return layers.AveragePooling2D(3, 2, padding='same', name=f'{name}2')(x)
-
-    return layers.Concatenate()([path(x, 'a'), path(x, 'b')])
+    maps = [layers.ReLU()(down(x, 2, f'{name}1')) for name in 'ab']
+    maps = [down(y, 2, f'{name}2') for y, name in zip(maps, 'ab')]
+    return layers.Concatenate()(maps)
 
 
 def padded_windows(x):
@@ -197,29 +179,29 @@ def padded_windows(x):
 
 
 def operators(x):
-    y = ops.relu(conv(x, 'a', 3)) * 2.0 + down(x, 2, 'b')
+    y = ops.relu(conv('a', 3)(x)) * 2.0 + down(x, 2, 'b')
     return ops.mean(y, axis=(1, 2))
 
 
 def squeeze_and_excitation(x):
-    x = conv(x, 'a')
+    x = conv('a')(x)
     y = layers.Reshape((1, 1, 4))(layers.GlobalAveragePooling2D()(x))
     return layers.Multiply()([x, layers.Conv2D(4, 1)(y)])
 
 
 def layer_called_twice(x):
-    conv = layers.Conv2D(3, 3, 2, padding='same', name='a')
-    return layers.GlobalMaxPooling2D()(conv(layers.ReLU()(conv(x))))
+    layer = conv('a', 3)
+    return layers.GlobalMaxPooling2D()(layer(layers.ReLU()(layer(x))))
 
 
 def features(x):
     """An output of a learned size, not upsampled."""
-    x = layers.ZeroPadding2D(1)(layers.UpSampling2D(2)(conv(x, 'a')))
+    x = layers.ZeroPadding2D(1)(layers.UpSampling2D(2)(conv('a')(x)))
     return layers.MaxPooling2D(2, name='b')(x)
 
 
 def autoencoder(x):
-    x = layers.Conv2DTranspose(4, 3, 2, padding='same')(conv(x, 'down'))
+    x = layers.Conv2DTranspose(4, 3, 2, padding='same')(conv('down')(x))
     return layers.Conv2D(1, 3, padding='valid', name='decoded')(x)
 
 
@@ -283,10 +265,8 @@ def flatten(x):
 
 def segmentation(x):
     x = layers.UpSampling2D((1, 2))(layers.ReLU()(down(x, 4)))
-    return {
-        'mean': layers.GlobalMaxPooling2D()(x),
-        'map': layers.Activation('softmax', name='decoded')(x),
-    }
+    decoded = layers.Activation('softmax', name='decoded')(x)
+    return {'mean': layers.GlobalMaxPooling2D()(x), 'map': decoded}
 
 
 def nested_autoencoder(x):
@@ -315,12 +295,11 @@ def test_sizes_that_could_come_apart_are_refused(network, shape, message):
         replace_strides(functional(network, shape))
 
 
-def averaged(x):
-    x = layers.AveragePooling2D(2, padding='same')(x)
-    return layers.UpSampling2D(2, name='meet')(x)
+def enlarged(x):
+    return layers.UpSampling2D(2, name='meet')(down(x))
 
 
-@pytest.mark.parametrize('network', [flatten, averaged])
+@pytest.mark.parametrize('network', [flatten, enlarged])
 def test_fixed_sizes_must_be_those_of_the_strided_layer(network):
     """A Dense layer needs them, and so does an output of the input's size."""
     model = randomized(functional(network))
@@ -339,7 +318,7 @@ def test_any_callable_is_a_pooling_cls():
         calls.append(kwargs)
         return layers.AveragePooling2D(2, **kwargs)
 
-    layer = layers.Conv2D(2, 3, 2, padding='same', name='conv', dtype='float16')
+    layer = conv('conv', 2, dtype='float16')
     result = replace_strides(sequential(SHAPE, layer), pooling_cls)
     names = {'data_format': 'channels_last', 'name': 'conv_pooling'}
     assert calls == [{'strides': (2, 2), 'dtype': layer.dtype_policy, **names}]
@@ -347,6 +326,7 @@ def test_any_callable_is_a_pooling_cls():
 
 
 POOL = layers.MaxPooling2D(2, name='down')
+replaced = functools.partial(replace_strides, sequential(SHAPE, POOL))
 
 
 test_wrong_arguments = refusals(
@@ -358,23 +338,17 @@ test_wrong_arguments = refusals(
      r'(?s)`model` must.*layer "not_told".*get_c'),
     (lambda: replace_strides(sequential(SHAPE, layers.Conv2D(4, 3))),
      'a layer to replace'),
-    (lambda: replace_strides(sequential(SHAPE, POOL), layers=['up']),
-     "`layers`.*'down'.*'up'"),
-    (lambda: replace_strides(sequential(SHAPE, POOL), layers=[]),
-     'a layer to replace'),
-    (lambda: replace_strides(sequential(SHAPE, POOL), layers=5),
-     '`layers` must be names.*=5'),
-    (lambda: replace_strides(sequential(SHAPE, POOL), 5),
-     '`pooling_cls` must be a class.*=5'),
-    (lambda: replace_strides(sequential(SHAPE, POOL), name='x'),
-     "`kwargs` must not.*'name'"),
+    (lambda: replaced(layers=['up']), "`layers`.*'down'.*'up'"),
+    (lambda: replaced(layers=[]), 'a layer to replace'),
+    (lambda: replaced(layers=5), '`layers` must be names.*=5'),
+    (lambda: replaced(5), '`pooling_cls` must be a class.*=5'),
+    (lambda: replaced(name='x'), "`kwargs` must not.*'name'"),
+    (lambda: replaced(smoothness_factor=-1.0), '`smoothness_factor`'),
     (lambda: replace_strides(functional(residual_network), layers='first_main'),
      r'first_add.*first_main'),
     (lambda: replace_strides(
         sequential((8, 2), layers.MaxPooling1D(2, name='down')), DiffStride3D),
      '`pooling_cls` must be a pooling over 1 axes.*"down"'),
-    (lambda: replace_strides(sequential(SHAPE, POOL), smoothness_factor=-1.0),
-     '`smoothness_factor`'),
 )  # fmt: skip
 
 
@@ -394,17 +368,11 @@ def test_the_given_model_is_left_as_it_is():
 
 
 def test_dtypes_formats_and_names_are_kept():
-    conv = functools.partial(
-        layers.Conv2D, 4, 3, padding='same', data_format='channels_first'
-    )
-    model = keras.Sequential(
-        [
-            keras.Input((3, 16, 16), name='pixels'),
-            conv(strides=(2, 4), dtype='mixed_bfloat16'),
-            conv(strides=2, dtype='float32'),
-        ],
-        name='network',
-    )
+    kwargs = {'padding': 'same', 'data_format': 'channels_first'}
+    inputs = keras.Input((3, 16, 16), name='pixels')
+    first = layers.Conv2D(4, 3, (2, 4), dtype='mixed_bfloat16', **kwargs)
+    second = layers.Conv2D(4, 3, 2, dtype='float32', **kwargs)
+    model = keras.Sequential([inputs, first, second], name='network')
     result = replace_strides(model)
     assert result.name == 'network'
     assert result.inputs[0].name == 'pixels'
@@ -417,8 +385,8 @@ def test_dtypes_formats_and_names_are_kept():
 
 def base_within(x):
     """An inner base with a learned stride of its own."""
-    inner = layers.Conv2D(4, 3, 2, padding='same', name='inner')
-    base = sequential(SHAPE, DiffStride(1.5, name='own'), inner, name='base')
+    own = DiffStride(1.5, name='own')
+    base = sequential(SHAPE, own, conv('inner'), name='base')
     return layers.GlobalMaxPooling2D()(down(base(x), 2, 'outer'))
 
 
@@ -461,8 +429,8 @@ def test_a_frozen_model_stays_frozen():
 
 def test_several_inputs_and_outputs_in_their_structures():
     inputs = {x: keras.Input(SHAPE, name=x) for x in ('left', 'right')}
-    conv = layers.Conv2D(4, 3, 2, padding='same', name='conv')
-    maps = [conv(x) for x in inputs.values()]
+    layer = conv('conv')
+    maps = [layer(x) for x in inputs.values()]
     outputs = {'left': maps[0], 'sum': layers.Add()(maps)}
     result = replace_strides(randomized(keras.Model(inputs, outputs)), **NARROW)
     (pool,) = diffstride_layers(result)
@@ -477,9 +445,8 @@ def test_several_inputs_and_outputs_in_their_structures():
 
 def nested_network():
     """A shared Sequential, then a Functional of a fixed input size."""
-    conv = layers.Conv2D(3, 3, 2, padding='same', name='stem')
-    stem = sequential((32, 32, 3), conv, name='stems')
-    inner = functional(layers.Conv2D(4, 3, 2, padding='same', name='inside'))
+    stem = sequential((32, 32, 3), conv('stem', 3), name='stems')
+    inner = functional(conv('inside'))
     inner.name = 'inner'
     left, right = keras.Input((32, 32, 3)), keras.Input((32, 32, 3))
     x = layers.Add()([stem(left), stem(right)])
@@ -487,23 +454,15 @@ def nested_network():
     return randomized(keras.Model([left, right], y))
 
 
-def sharing_network():
-    """A Sequential that meets a layer outside."""
-    branch = sequential(
-        SHAPE,
-        layers.Conv2D(4, 3, 2, padding='same', name='inside'),
-        layers.BatchNormalization(name='norm'),
-    )
+def test_a_model_that_shares_a_pooling_is_dissolved():
+    norm = layers.BatchNormalization(name='norm')
+    branch = sequential(SHAPE, conv('inside'), norm)
 
     def network(x):
         y = layers.Conv2D(4, 1, 2, name='outside')(x)
         return layers.Add()([branch(x, training=True), y])
 
-    return randomized(functional(network))
-
-
-def test_a_model_that_shares_a_pooling_is_dissolved():
-    model = sharing_network()
+    model = randomized(functional(network))
     result = replace_strides(model, **NARROW)
     assert_same_weights(result, model)
     assert names_of(diffstride_layers(result)) == ['inside']
@@ -530,31 +489,25 @@ def test_models_within_models_are_replaced(tmp_path):
     result.save(tmp_path / 'model.keras')
     loaded = keras.saving.load_model(tmp_path / 'model.keras')
     for strides in (1.5, 2.3), (2.7, 1.1):
-        outputs = []
-        for model in loaded, result:
-            move(model, strides, strides)
-            outputs.append(array(model(x)))
-        np.testing.assert_allclose(*outputs, rtol=1e-5)
+        move(loaded, strides, strides)
+        move(result, strides, strides)
+        expected = array(result(x))
+        np.testing.assert_allclose(array(loaded(x)), expected, rtol=1e-5)
 
 
 def test_preprocessing_and_functions_are_kept():
     factor = 3.0
     norm = layers.Normalization()
     norm.adapt(random(64, 16, 16, 3) * 3.0 + 5.0)
-    model = sequential(
-        SHAPE,
-        norm,
-        layers.Lambda(lambda x: ops.tanh(factor * x)),
-        layers.Lambda(lambda x: x[..., :2], output_shape=(16, 16, 2)),
-        layers.Conv2D(2, 1, 2, name='conv'),
-    )
+    first = layers.Lambda(lambda x: ops.tanh(factor * x))
+    second = layers.Lambda(lambda x: x[..., :2], output_shape=(16, 16, 2))
+    strided = layers.Conv2D(2, 1, 2, name='conv')
+    model = sequential(SHAPE, norm, first, second, strided)
     x = random(2, 16, 16, 3)
     actual = array(replace_strides(model, **NARROW)(x))
-    for layer in model.layers[:3]:
-        x = layer(x)
     # The strided convolution takes every second pixel.
-    x = pooled(x).repeat(2, 1).repeat(2, 2)
-    np.testing.assert_allclose(actual, array(model.layers[3](x)), atol=1e-5)
+    x = pooled(second(first(norm(x)))).repeat(2, 1).repeat(2, 2)
+    np.testing.assert_allclose(actual, array(strided(x)), atol=1e-5)
 
 
 def test_vocabularies_are_kept():
@@ -602,9 +555,8 @@ def test_classes_of_models_are_kept_or_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['ResNet50', 'MobileNetV2', 'EfficientNetB0'])
 def test_applications(name):
-    model = getattr(keras.applications, name)(
-        weights=None, classes=3, input_shape=(64, 64, 3)
-    )
+    kwargs = {'weights': None, 'classes': 3, 'input_shape': (64, 64, 3)}
+    model = getattr(keras.applications, name)(**kwargs)
     result = replace_strides(model, **NARROW)
     assert_same_weights(result, model)
     pools = diffstride_layers(result)
@@ -620,7 +572,7 @@ def test_applications(name):
     strides = {x.name: getattr(x, 'strides', (1,)) for x in model.layers[1:]}
     names = [name for name in strides if max(strides[name]) == 1]
     assert shapes(result, names) == shapes(model, names)
-    result.compile(keras.optimizers.SGD(0.1), 'mse', run_eagerly=EAGER)
+    result.compile(keras.optimizers.SGD(0.1), 'mse', run_eagerly=True)
     history = result.fit(x, y, verbose=0)
     assert np.isfinite(history.history['loss'][0])
     for pool in pools:

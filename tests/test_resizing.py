@@ -16,6 +16,7 @@ from backends import (
     image,
     of_unknown_sizes,
     only,
+    shape_of,
 )
 
 from diffstride import DiffStride, SpectralResizing
@@ -62,18 +63,17 @@ def test_values_agree_with_reference():
 
 def test_static_shapes_are_told():
     for sizes, new_sizes, data_format, *_ in CASES:
-        x = image(sizes, data_format).shape[1:]
-        like = image(new_sizes, data_format, channels=5).shape[1:]
-        expected = (None, *image(new_sizes, data_format).shape[1:])
+        x = shape_of(sizes, data_format)
+        like = shape_of(new_sizes, data_format, channels=5, batch=7)
+        expected = shape_of(new_sizes, data_format)
         by_size = SpectralResizing(new_sizes, data_format)
         by_like = SpectralResizing(data_format=data_format)
-        inputs = keras.Input(x), keras.Input(like)
-        assert by_size.compute_output_shape((None, *x)) == expected
+        inputs = [keras.Input(shape[1:]) for shape in (x, like)]
+        assert by_size.compute_output_shape(x) == expected
         assert by_size.compute_output_spec(inputs[0]).shape == expected
         assert by_size(inputs[0]).shape == expected
-        shapes = [(None, *x), (7, *like)]
-        assert by_like.compute_output_shape(shapes) == expected
-        assert by_like(list(inputs)).shape == expected
+        assert by_like.compute_output_shape([x, like]) == expected
+        assert by_like(inputs).shape == expected
 
 
 def test_unknown_sizes_of_like_stay_unknown():
@@ -86,9 +86,7 @@ def test_unknown_sizes_of_like_stay_unknown():
 @pytest.mark.parametrize('data_format', FORMATS)
 def test_graphs_follow_sizes_known_when_they_run(data_format):
     layer = SpectralResizing(data_format=data_format)
-    is_last = data_format == 'channels_last'
-    shape = [None, None, None, 2] if is_last else [None, 2, None, None]
-    spec = shape, 'float32'
+    spec = shape_of([None, None], data_format), 'float32'
     resize = of_unknown_sizes(lambda x, like: layer([x, like]), spec, spec)
     for sizes, new_sizes in [pair for pair in SIZES if len(pair[0]) == 2]:
         x, like = image(sizes, data_format), image(new_sizes, data_format)
@@ -99,10 +97,8 @@ def test_graphs_follow_sizes_known_when_they_run(data_format):
 def test_macs_are_counted_for_the_first_input_alone():
     inputs = keras.Input((12, 15, 2))
     pooled = DiffStride(3.0, 2.0)(inputs)
-    outputs = [
-        SpectralResizing()([pooled, inputs]),
-        SpectralResizing()([inputs, pooled]),
-    ]
+    pairs = [pooled, inputs], [inputs, pooled]
+    outputs = [SpectralResizing()(pair) for pair in pairs]
     pool, *resizings = complexity(keras.Model(inputs, outputs)).layers
     height, width, _ = pool.output_shape
     up = 12 * height * width + 15 * 12 * width

@@ -10,9 +10,9 @@ from diffstride import DiffStride
 from diffstride.ramps import RAMPS
 
 
-def meter(pool, optimizer='sgd', shape=(16, 12, 2)):
+def meter(pool, optimizer='sgd'):
     """Returns a model whose loss pulls the strides down."""
-    inputs = keras.Input(shape)
+    inputs = keras.Input((16, 12, 2))
     x = ops.mean(ops.square(pool(inputs)), axis=(1, 2))
     model = keras.Model(inputs, keras.layers.Dense(2)(x))
     # Without a graph there is less to wait for.
@@ -87,12 +87,10 @@ def test_strides_that_are_not_numbers_give_the_least_sizes(ramp, method):
 )
 def test_strides_stay_finite_and_within_their_limits(limits, optimizer, scale):
     lower, upper = limits
-    pool = DiffStride(
-        2.0, 2.0, lower_limit_stride=lower, upper_limit_stride=upper
-    )
-    model = meter(pool)
+    kwargs = {'lower_limit_stride': lower, 'upper_limit_stride': upper}
+    pool = DiffStride(2.0, 2.0, **kwargs)
+    model = meter(pool, optimizer)
     model.layers[-1].trainable = False  # Its weights are not in question.
-    model.compile(optimizer, 'mse', run_eagerly=True)
     fit(model, scale * image((16, 12), batch=4), epochs=5)
     strides = array(pool.strides)
     assert np.all(np.isfinite(strides) & (strides != 2))

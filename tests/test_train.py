@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import io
+import json
 import pathlib
 import re
 
@@ -13,48 +13,21 @@ import keras
 import numpy as np
 import pytest
 import small_data
+import small_runs
 import tensorflow as tf
 from backends import output_of
 from keras import ops
 from small_data import take
-from small_runs import (
-    GO_ON,
-    SMALL,
-    command,
-    files,
-    history_of,
-    prepared,
-    read,
-    run_apart_in_turn,
-    run_flags,
-    run_here,
-)
+from small_runs import GO_ON, files, history_of, prepared, read
 
 from diffstride import diffstride_layers
 from diffstride.counting import complexity
-from diffstride.examples import (
-    checkpoints,
-    classifier,
-    main,
-    schedules,
-    settings,
-)
+from diffstride.examples import checkpoints, classifier, schedules, settings
 
-EXAMPLES = pathlib.Path(main.__file__).parent
-RESULTS = pathlib.Path(__file__).parents[1] / 'results'
-GIN_FILES = sorted([*EXAMPLES.glob('*.gin'), *RESULTS.rglob('*.gin')])
+ROOT = pathlib.Path(__file__).parents[1]
+GIN_FILES = [*ROOT.glob('diffstride/*/*.gin'), *ROOT.glob('results/*/*.gin')]
 SGD = 'keras.optimizers.SGD'
 AVERAGES = f'{SGD}.use_ema = True', f'{SGD}.ema_momentum = 0.7'
-
-
-@pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-    """The workdir of a small network with learned strides, and its output."""
-    folder = tmp_path_factory.mktemp('trained')
-    (folder / 'small.gin').write_text(SMALL)
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        run_here(workdir=folder / 'run', gin_config=[folder / 'small.gin'])
-    return folder / 'run', output.getvalue()
 
 
 def model_of(workdir, epoch, name='model'):
@@ -62,11 +35,10 @@ def model_of(workdir, epoch, name='model'):
     return keras.models.load_model(folder / f'{name}.keras')
 
 
-# The files of a run.
-
-
-def test_a_run_leaves_all_its_outputs(trained):
-    workdir, output = trained
+def test_a_run_leaves_all_its_outputs(config, tmp_path, capsys):
+    workdir = tmp_path / 'run'
+    small_runs.run_here(workdir=workdir, gin_config=[config])
+    output = capsys.readouterr().out
     assert {path.name for path in workdir.iterdir()} == {
         *('best.keras', 'checkpoints', 'config.gin', 'data.json', 'lock'),
         *('logs', 'results.json', 'strides.png'),
@@ -85,10 +57,7 @@ def test_a_run_leaves_all_its_outputs(trained):
     assert f'Epochs 1 to 2, of 4 steps, in {workdir}\n' in output
     assert re.search(r'Test accuracy of epoch \d: [\d.]+%, [\d.]+ MMAC', output)
 
-
-def test_the_saved_model_gives_the_reported_numbers(trained):
-    workdir, _ = trained
-    results = read(workdir / 'results.json')
+    # The saved model gives the reported numbers.
     run = classifier.load_run(workdir)
     assert run.class_names == ('dark', 'light')
     assert run.image_shape == (12, 16, 3)
@@ -105,9 +74,6 @@ def test_the_saved_model_gives_the_reported_numbers(trained):
     assert list(row.output_shape[:2]) == reported['sizes']
     assert counted.macs == results['macs']
 
-
-def test_tensorboard_receives_strides_and_sizes(trained):
-    workdir, _ = trained
     tags = set()
     for path in (workdir / 'logs').rglob('events*'):
         for record in tf.data.TFRecordDataset(str(path)):
@@ -116,12 +82,14 @@ def test_tensorboard_receives_strides_and_sizes(trained):
     text = '\n'.join(tag for _, tag in tags)
     for tag in 'stride', 'size':
         pattern = f'^epoch_{tag}/diff_stride.*/(height|width)$'
-        axes = re.findall(pattern, text, re.M)
-        assert sorted(axes) == ['height', 'width']
+        assert sorted(re.findall(pattern, text, re.M)) == ['height', 'width']
 
 
 def test_test_data_are_touched_once_and_at_the_end(run, capsys):
-    """Without validation data the last epoch is the result."""
+    """Results that are lost are made again.
+
+    Without validation data the last epoch is the result.
+    """
     touched = []
 
     def counted(**kwargs):
@@ -139,29 +107,27 @@ def test_test_data_are_touched_once_and_at_the_end(run, capsys):
     gin.register(counted)
     workdir = run('train.load_data_fn = @counted')
     assert len(touched) == 1
-    results = read(workdir / 'results.json')
+    path = workdir / 'results.json'
+    results = read(path)
     assert results['epoch'] == 2 and results['validation_accuracy'] is None
     assert not (workdir / 'best.keras').exists()
     assert not [key for key in results['history'][0] if 'val' in key]
     run('train.load_data_fn = @counted')
     assert len(touched) == 1
     assert 'Test accuracy of epoch 2: ' in capsys.readouterr().out
+    for content in '{"epochs": 2, "ste', '[]', None:
+        path.unlink() if content is None else path.write_text(content)
+        run('train.load_data_fn = @counted')
+        assert read(path) == results
 
 
-def test_strides_of_another_run_are_held(trained, run):
-    before, _ = trained
-    now = run(f"train.strides_from = '{before}'", model=(), epochs=1)
-    (expected,), (found,) = (
-        read(workdir / 'results.json')['layers'].values()
-        for workdir in (before, now)
-    )
-    assert found == expected and found['strides'] != found['initial_strides']
-    (row,) = history_of(now)
-    strides = [v for k, v in row.items() if k.startswith('stride/')]
-    assert strides == found['strides']
-
-
-# Going on.
+def test_strides_of_another_run_are_held(run, tmp_path):
+    results = {'layers': {'of_another_name': {'strides': [3.5, 2.75]}}}
+    (tmp_path / 'results.json').write_text(json.dumps(results))
+    workdir = run(f"train.strides_from = '{tmp_path}'", model=(), epochs=1)
+    (layer,) = read(workdir / 'results.json')['layers'].values()
+    assert layer['strides'] == [3.5, 2.75]
+    assert layer['initial_strides'] == [3, 3]
 
 
 def test_a_continued_run_equals_an_uninterrupted_one(run, capsys):
@@ -205,7 +171,7 @@ def test_other_settings_are_refused_or_explicitly_continued(run, monkeypatch):
             run(f'{setting} = {value}', *go_on, epochs=3)
         assert f' and is {value!r}' in error.value.code
         assert (GO_ON in error.value.code) == can_go_on
-    with pytest.raises(SystemExit, match='cannot be continued: it is damaged'):
+    with pytest.raises(SystemExit, match='is damaged, or of another model'):
         run('small_data.linear.units = 2', GO_ON, epochs=3)
     with pytest.raises(SystemExit, match=r'2 epochs are done in .*, more than'):
         run(epochs=1)
@@ -216,47 +182,41 @@ def test_other_settings_are_refused_or_explicitly_continued(run, monkeypatch):
 
 
 def test_settings_change_with_the_first_checkpoint_under_them(run, monkeypatch):
-    """A process that ends before has changed nothing."""
+    """A process that ends before has changed nothing.
+
+    A schedule has no variable of the rate; without momentum there is none.
+    Averages of weights cannot begin later.
+    """
 
     def stop(*args):
         raise checkpoints.Stop('The disk is full')
 
-    run(epochs=1)
-    rate = f'{SGD}.learning_rate = 0.01'
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(checkpoints, 'save', stop)
-        run(rate, GO_ON)
-    with pytest.raises(SystemExit, match=r'learning_rate was 0\.05 and is 0'):
-        run(rate)
-    workdir = run(rate, GO_ON)
-    optimizer = model_of(workdir, 2).optimizer
-    assert float(optimizer.learning_rate) == pytest.approx(0.01)
-    assert optimizer.iterations == 8
-    assert 'learning_rate = 0.01' in (workdir / 'config.gin').read_text()
-    run(rate)
-
-
-def test_an_optimizer_of_other_variables_goes_on(run):
-    """A schedule has no variable of the rate; without momentum there is none.
-
-    Averages of weights cannot begin later.
-    """
     still = (
         f'{SGD}.learning_rate = @schedules.warmup_cosine()',
         'schedules.warmup_cosine.peak = 1e-9',
+        f'{SGD}.momentum = 0.9999',
     )
     before = model_of(run(epochs=1), 1).optimizer
-    workdir = run(*still, f'{SGD}.momentum = 0.9999', GO_ON, epochs=2)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(checkpoints, 'save', stop)
+        run(*still, GO_ON)
+    with pytest.raises(SystemExit, match=r'learning_rate was 0\.05 and is '):
+        run(*still)
+    workdir = run(*still, GO_ON)
+    assert 'momentum = 0.9999' in (workdir / 'config.gin').read_text()
+    run(*still)
     after = model_of(workdir, 2).optimizer
     assert after.iterations == 8
     for x, y in zip(after.momentums, before.momentums):
         np.testing.assert_allclose(x, y, rtol=1e-3)
-    run(f'{SGD}.momentum = 0.0', GO_ON, epochs=3)
-    after = model_of(workdir, 3).optimizer
-    assert after.iterations == 12
-    assert float(after.learning_rate) == pytest.approx(0.05)
+    plain = f'{SGD}.momentum = 0.0'
+    for epochs, rate in (3, 0.05), (4, 0.01):
+        run(plain, f'{SGD}.learning_rate = {rate}', GO_ON, epochs=epochs)
+        after = model_of(workdir, epochs).optimizer
+        assert after.iterations == 4 * epochs
+        assert float(after.learning_rate) == pytest.approx(rate)
     with pytest.raises(SystemExit, match='use_ema was False and is True'):
-        run(f'{SGD}.use_ema = True', GO_ON, epochs=4)
+        run(plain, f'{SGD}.use_ema = True', GO_ON, epochs=5)
 
 
 def test_other_callbacks_do_not_get_the_values_of_those_before(run):
@@ -317,9 +277,6 @@ def test_the_result_is_within_the_budget(run, config):
     assert complexity(model, (12, 16, 3)).macs == results['macs']
 
 
-# The effects of settings.
-
-
 def first_loss(training):
     """The loss of the first batch, without a step."""
     x, y = next(iter(training.datasets.train()))
@@ -327,27 +284,18 @@ def first_loss(training):
     return float(training.model.compute_loss(x, y, outputs, training=True))
 
 
-plain_loss = []  # It is computed once.
-
-
-@pytest.mark.parametrize(
-    'binding',
-    [
+def test_every_binding_changes_the_loss_of_the_first_batch(config):
+    plain = first_loss(prepared(gin_config=[config]))
+    for binding in (
         'keras.losses.CategoricalCrossentropy.label_smoothing = 0.2',
         'resnet.Resnet.weight_decay = 0.0',
         "train.dtype_policy = 'mixed_bfloat16'",
         'train.seed = 1',
         'resnet.Resnet.pooling_cls = @keras.layers.AvgPool2D',  # An alias.
-    ],
-)
-def test_every_binding_has_its_effect(config, binding):
-    """Each changes the loss of the first batch."""
-    if not plain_loss:
-        plain_loss.append(first_loss(prepared(gin_config=[config])))
-    (plain,) = plain_loss
-    other = first_loss(prepared(binding, gin_config=[config]))
-    assert np.isfinite(other)
-    assert abs(other - plain) > 1e-6 * plain
+    ):
+        other = first_loss(prepared(binding, gin_config=[config]))
+        assert np.isfinite(other)
+        assert abs(other - plain) > 1e-6 * plain, binding
 
 
 def test_averaged_weights_are_validated_and_kept(run):
@@ -423,9 +371,6 @@ def test_a_schedule_is_checked(arguments):
         schedules.warmup_cosine(0.1)
 
 
-# Devices and backends.
-
-
 @pytest.mark.slow
 def test_two_replicas_train_as_one_device_does():
     """Two logical CPUs, in a process of their own, on the same batches."""
@@ -436,11 +381,11 @@ tf.config.set_logical_device_configuration(
     cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 from diffstride import DiffStride
 from diffstride.examples import devices
+weights = []
 for distribution, replicas in ('none', 1), ('mirrored', 2):
     keras.utils.set_random_seed(0)
     with devices.scope(distribution):
-        strategy = tf.distribute.get_strategy()
-        assert strategy.num_replicas_in_sync == replicas
+        assert tf.distribute.get_strategy().num_replicas_in_sync == replicas
         # Without batch normalization, whose batch is that of a replica.
         model = keras.Sequential([
             keras.Input((8, 8, 1)), DiffStride(2.0, 1.0),
@@ -450,13 +395,11 @@ for distribution, replicas in ('none', 1), ('mirrored', 2):
     x = np.random.default_rng(0).normal(size=(16, 8, 8, 1))
     y = np.eye(2)[np.arange(16) % 2]
     model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
-    print(*np.concatenate([np.ravel(w) for w in model.get_weights()]))
+    weights.append(np.concatenate([np.ravel(w) for w in model.get_weights()]))
+assert weights[0][:2].tolist() != [2, 2]  # The strides.
+np.testing.assert_allclose(*weights, rtol=1e-5, atol=1e-6)
 """
-    lines = output_of('-c', code).splitlines()
-    weights = [np.array(line.split(), 'float64') for line in lines]
-    assert len(weights) == 2
-    assert weights[0][:2].tolist() != [2, 2]  # The strides.
-    np.testing.assert_allclose(*weights, rtol=1e-5, atol=1e-6)
+    output_of('-c', code)
 
 
 @pytest.mark.slow
@@ -473,7 +416,7 @@ def test_backends_train_and_continue(backend, compiles, config, tmp_path):
         pytest.skip(f'{backend} is not installed')
     workdirs = {tmp_path / f'run_{i}': x for i, x in enumerate(compiles)}
     commands = [
-        command(
+        small_runs.command(
             f'train.num_epochs = {epochs}',
             f'{SGD}.learning_rate = 5.0',
             'resnet.Resnet.filters = [2]',
@@ -487,9 +430,9 @@ def test_backends_train_and_continue(backend, compiles, config, tmp_path):
     ]
     if backend == 'tensorflow':
         for each in commands:
-            run_flags(each)  # A warning would be an error.
+            small_runs.run_flags(each)  # A warning would be an error.
     else:
-        output = run_apart_in_turn(commands, KERAS_BACKEND=backend)
+        output = small_runs.run_apart_in_turn(commands, KERAS_BACKEND=backend)
         assert output.count('Epochs 2 to 2') == len(compiles)
     for workdir in workdirs:
         before = read(workdir / 'checkpoints/epoch_0001/state.json')['history']
@@ -501,24 +444,17 @@ def test_backends_train_and_continue(backend, compiles, config, tmp_path):
         assert layer['strides'] != [3.0, 3.0]
 
 
-# Packaged configurations.
-
-
 def test_imports_of_the_2022_release_are_understood():
-    for line in (
-        'diffstride.examples.external_configurables',
-        'diffstride.examples.data as data',
-        'diffstride.examples.train as train',
-        'diffstride.resnet as resnet',
-        'diffstride.pooling as pooling',
-    ):
-        gin.parse_config(f'import {line}')
+    for name in 'examples.data', 'examples.train', 'resnet', 'pooling':
+        gin.parse_config(f'import diffstride.{name} as {name.split(".")[-1]}')
 
 
-@pytest.mark.parametrize('path', GIN_FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize('path', sorted(GIN_FILES), ids=lambda path: path.name)
 def test_every_gin_file_is_understood(path):
     settings.parse([str(path)], [])
+    variants = {}
     with contextlib.suppress(ValueError):  # It is bound in a grid alone.
-        for bindings in gin.query_parameter('grid.variants').values():
-            with gin.unlock_config():
-                gin.parse_config(bindings)
+        variants = gin.query_parameter('grid.variants')
+    with gin.unlock_config():
+        for bindings in variants.values():
+            gin.parse_config(bindings)

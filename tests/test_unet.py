@@ -12,10 +12,8 @@ from diffstride.examples import unet
 
 
 def test_every_stride_is_trained_at_any_sizes(capsys, without_tracing):
-    pooling_cls = functools.partial(
-        DiffStride, ramp='inside', smoothness_factor=2.0
-    )
-    model = unet.unet(3, (4, 4, 4), 2.6, pooling_cls=pooling_cls)
+    pooling = functools.partial(DiffStride, ramp='inside', smoothness_factor=2)
+    model = unet.unet(3, (4, 4, 4), 2.6, pooling)
     pools = diffstride_layers(model)
     assert [pool.name for pool in pools] == ['pool_0', 'pool_1']
     images, classes = unet.draw(8, np.random.default_rng(0), 16)
