@@ -109,7 +109,7 @@ def known_values(variable: keras.Variable) -> tuple[float, ...] | None:
 
 
 def is_traced(variable: keras.Variable) -> bool:
-    """Tells whether a function is traced, for any values of a variable."""
+    """Tells whether a variable has no values now, for a graph or a jit."""
     return known_values(variable) is None
 
 

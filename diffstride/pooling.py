@@ -4,9 +4,9 @@ A call has two steps for each spatial axis. `_plan` returns the output size and
 the weights of the frequencies, and `resampling.resample` computes the output.
 
 `DiffStride._plan` turns strides into sizes: `_size_strides_in_call`, then
-`Ramp.band_edge`, then `Ramp.output_size`. The gradient of a stride goes
-through `StrideState.tensor`, `Ramp.band_edge`, `Ramp.weights` and the `varying`
-weights of `resampling.resample`. The two variables of a `StrideState`
+`Ramp.band_edge`, then `Ramp.output_size`. The gradient of a stride comes from
+the `varying` weights of `resampling.resample`, through `Ramp.weights` and
+`Ramp.band_edge` to `StrideState.tensor`. The two variables of a `StrideState`
 are saved as weights of the layer. The config has the initial strides. It has
 the state too while sizes are static, since models must know their shapes before
 weights are loaded.
@@ -200,12 +200,12 @@ class _TracedConstants:
     axis and input size.
     """
 
-    held: tuple[float, ...] | None
+    held_strides: tuple[float, ...] | None
     sizes: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)
 
     def are_those_of(self, layer: 'DiffStride') -> bool:
         """Tells whether a function that is traced now would take the same."""
-        return self.held == layer.state.held_strides and all(
+        return self.held_strides == layer.state.held_strides and all(
             layer.output_size(size, index) == output_size
             for (index, size), output_size in self.sizes.items()
         )
@@ -276,7 +276,7 @@ class DiffStride(SpectralPooling):
         strides: The learned strides, a float32 variable under every dtype
             policy, [rank], or [1] with `shared_stride`. Assigning numbers to
             the attribute sets its values.
-        held: Whether learning is over.
+        held: Whether `hold()` has ended learning, whatever `trainable` is.
         state: The `StrideState`, which knows whether the layer
             `has_static_sizes`, and the strides in use as a `tensor()`.
 
@@ -344,8 +344,8 @@ class DiffStride(SpectralPooling):
             )
         # Keras saves variables that are attributes of a layer, in an order that
         # depends on `trainable` at this moment. So it is set afterwards.
-        self._saved_variable = self.state.variable
-        self._saved_record = self.state.record
+        self._tracked_strides = self.state.variable
+        self._tracked_record = self.state.record
         self.state.variable.trainable = trainable
         self._on_change()
 
@@ -410,36 +410,34 @@ class DiffStride(SpectralPooling):
         return outputs
 
     def _plan(self):
-        ramp, held = self._ramp, self.state.held_strides
+        held_strides = self.state.held_strides
         is_traced = backend.is_traced(self.state.record)
         if is_traced:
-            self._traced = self._traced or _TracedConstants(held)
-        if held:
-            strides = size_strides = held
-        else:
-            strides = backend.with_finite_gradient(self.state.tensor())
-            size_strides = self._size_strides_in_call(is_traced)
+            self._traced = self._traced or _TracedConstants(held_strides)
+        strides = held_strides or self.state.tensor()
+        size_strides = held_strides or self._size_strides_in_call(is_traced)
 
         def plan(index, size):
             # The response follows the stride, the size may be a static one.
-            edge = ramp.band_edge(size, strides[index])
+            edge = self._ramp.band_edge(size, strides[index])
             output_size = self._size_at(size, size_strides[index])
             if is_traced and known(output_size):  # See `_on_change`.
                 self._traced.sizes[index, size] = output_size
             response = (
-                ramp.forward_response(output_size, edge)
-                if held
-                else ramp.learned_response(size, output_size, edge)
+                self._ramp.forward_response(output_size, edge)
+                if held_strides
+                else self._ramp.learned_response(size, output_size, edge)
             )
             return output_size, response
 
         return plan
 
     def _size_strides_in_call(self, is_traced):
-        """Returns the strides that set sizes, as numbers or as a tensor.
+        """Returns the strides that set sizes while strides are not held.
 
-        A graph of TensorFlow reads them from the variables each time it runs.
-        XLA, which JAX always uses, compiles the numbers of now as constants.
+        Eager calls take numbers. A graph of TensorFlow reads a tensor from the
+        variables each time it runs, even for static sizes. XLA, which JAX
+        always uses, compiles the numbers of now as constants.
         """
         if not is_traced:
             return self.state.size_strides
@@ -467,7 +465,7 @@ class DiffStride(SpectralPooling):
         )
         if self._traced is None:
             return
-        # Functions that XLA has compiled would keep the old sizes.
+        # XLA would keep sizes that follow the strides again.
         is_stale = bool(self._traced.sizes) and not self.supports_jit
         if is_stale or not self._traced.are_those_of(self):
             self._traced = None
@@ -497,9 +495,8 @@ class DiffStride(SpectralPooling):
             ),
         }
         state = self.state.get_config()
-        # Models must know static sizes before their weights are loaded.
-        # So a clone has the same static or held strides. Any other starts at
-        # its initial strides.
+        # Models must know static sizes before their weights are loaded. The
+        # clone of a layer without them starts at the initial strides.
         return config if state is None else {**config, 'state': state}
 
     @classmethod

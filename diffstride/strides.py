@@ -133,16 +133,20 @@ class StrideState:
         return values * (self.rank // len(values))
 
     def tensor(self) -> Any:
-        """Returns the strides in use, float32 [rank], with their gradient."""
+        """Returns the strides in use, float32 [rank], with their gradient.
+
+        A gradient that is infinite or NaN counts as 0.
+        """
         record = ops.convert_to_tensor(self.record)
         strides = ops.convert_to_tensor(self.variable)
         clipped = backend.with_gradient_of(self._clipped(strides), strides)
-        return self._broadcast(ops.where(record[0] > 0, record[1:], clipped))
+        strides = ops.where(record[0] > 0, record[1:], clipped)
+        return backend.with_finite_gradient(self._broadcast(strides))
 
     def size_strides_tensor(self) -> Any:
         """Returns the strides that sizes are computed from, float32 [rank].
 
-        `Ramp.clip` keeps them within the limits.
+        They are not clipped: `Ramp.clip` keeps them within the limits.
         """
         record = ops.convert_to_tensor(self.record)
         strides = ops.convert_to_tensor(self.variable)

@@ -25,6 +25,14 @@ def fit(model, x, **kwargs):
     return model.fit(x, y, batch_size=len(x), verbose=0, **kwargs)
 
 
+def test_a_cost_whose_gradient_is_infinite_does_not_move_strides():
+    pool = DiffStride(
+        1.0, strides_regularizer=lambda s: ops.sum((s - 1) ** 0.5)
+    )
+    fit(meter(pool, keras.optimizers.Adam(0.1)), np.zeros((4, 16, 12, 2)))
+    assert pool.stride_values == (1.0, 1.0)
+
+
 @pytest.mark.parametrize(
     'ramp, method, bad',
     [

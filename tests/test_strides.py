@@ -110,6 +110,17 @@ def test_compiled_functions_follow_every_change(tmp_path):
         assert error_of(model.predict(x, verbose=0), y) <= 2e-5
 
 
+def test_compiled_masks_follow_a_release():
+    x = image((24,))
+    layer = DiffStride1D(2.0, 2.0, cropping=False)
+    layer.hold()
+    model = sequential((24, 2), layer)
+    for change in layer.release, lambda: layer.strides.assign([3.3]):
+        model.predict(x, verbose=0)
+        change()
+    assert error_of(model.predict(x, verbose=0), layer(x)) <= 2e-5
+
+
 @only('tensorflow', 'XLA is optional there')
 def test_xla_follows_every_change_of_static_sizes():
     x = image((24,))
