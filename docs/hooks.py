@@ -20,7 +20,9 @@ def on_files(files, config):
     for folder in FOLDERS:
         paths += sorted((ROOT / folder).rglob('*'))
     for path in paths:
-        if path.suffix in SUFFIXES:
+        # This page would take the place of docs/results.md.
+        is_page = path != ROOT / 'results/README.md'
+        if path.suffix in SUFFIXES and is_page:
             name = path.relative_to(ROOT).as_posix()
             files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
