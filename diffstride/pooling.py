@@ -381,7 +381,11 @@ class DiffStride(SpectralPooling):
         self.state.hold()
 
     def release(self) -> None:
-        """Lets the strides be learned, and the sizes follow them."""
+        """Lets the strides be learned, and the sizes follow them.
+
+        Functions of Keras models are traced anew. A `tf.function` of your own
+        that was traced before keeps the held strides.
+        """
         self.state.release()
 
     @property
