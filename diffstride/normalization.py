@@ -16,8 +16,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
     and, to rounding, the same results. That layer computes about ten operations
     on the whole feature map. TensorFlow has one for all, which is used in
     training with the channels last, but not under XLA. A ResNet of width 16
-    then trains 1.7 times as fast on a CPU in bfloat16. Everywhere else
-    this layer is Keras's.
+    then trains 1.7 times as fast on a CPU in bfloat16. Everywhere else this
+    layer is Keras's.
 
     Args:
         **kwargs: Arguments of `keras.layers.BatchNormalization`.

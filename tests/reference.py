@@ -5,7 +5,6 @@ shortest repr shows, so that 33 / 1.1 is 30. A Fraction may be given instead.
 """
 
 import math
-import operator
 from fractions import Fraction
 
 import numpy as np
@@ -128,11 +127,17 @@ def diffstride(
     return x
 
 
-# The arguments of `diffstride` that a layer has.
-_arguments = operator.attrgetter(
-    *('smoothness_factor', 'ramp', 'norm', 'cropping'),
-    *('lower_limit_stride', 'upper_limit_stride', 'data_format'),
-)
+def _arguments(layer):
+    """Returns the keyword arguments of `diffstride` that a layer has."""
+    return {
+        'smoothness': layer.smoothness_factor,
+        'ramp': layer.ramp,
+        'norm': layer.norm,
+        'cropping': layer.cropping,
+        'lower': layer.lower_limit_stride,
+        'upper': layer.upper_limit_stride,
+        'data_format': layer.data_format,
+    }
 
 
 def of_layer(layer, x, strides=None):
@@ -142,7 +147,7 @@ def of_layer(layer, x, strides=None):
     """
     strides = np.float32(layer.stride_values) if strides is None else strides
     if hasattr(layer, 'ramp'):
-        return diffstride(x, strides, *_arguments(layer))
+        return diffstride(x, strides, **_arguments(layer))
     axes = _axes(x, layer.data_format)
     sizes = [fixed_size(x.shape[a], s) for a, s in zip(axes, strides)]
     return resize(x, sizes, layer.norm, layer.data_format)
@@ -157,19 +162,22 @@ def stride_gradient_of_layer(layer, x, weights, strides, epsilon=1e-6):
     mean of both sides.
     """
     axes, arguments = _axes(x, layer.data_format), _arguments(layer)
-    smoothness, ramp, _, _, lower, upper, _ = arguments
+    names = 'smoothness', 'ramp', 'lower', 'upper'
+    limits = {name: arguments[name] for name in names}
     strides = [
-        clip_stride(s, x.shape[axis], smoothness, ramp, lower, upper)
+        clip_stride(s, x.shape[axis], **limits)
         for s, axis in zip(strides, axes, strict=True)
     ]
-    y = diffstride(x, strides, *arguments)
+    y = diffstride(x, strides, **arguments)
     assert np.shape(weights) == y.shape, (np.shape(weights), y.shape)
     sizes = [y.shape[axis] for axis in axes]
 
     def loss(axis, change):
         moved = list(strides)
         moved[axis] += change
-        y = diffstride(x, moved, *arguments, sizes, False, (axis,))
+        y = diffstride(
+            x, moved, **arguments, sizes=sizes, clip=False, sloped_axes=(axis,)
+        )
         return np.sum(np.asarray(weights, np.float64) * y)
 
     step = _exact(epsilon)

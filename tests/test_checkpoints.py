@@ -64,9 +64,13 @@ class Killer:
         self.halfway = halfway
         self.begin(0)
         for owner, name in (
-            *((os, 'replace'), (os, 'mkdir'), (keras.Model, 'save')),
-            *((shutil, 'copyfile'), (shutil, 'rmtree')),
-            *((pathlib.Path, 'write_text'), (pathlib.Path, 'unlink')),
+            (os, 'replace'),
+            (os, 'mkdir'),
+            (shutil, 'copyfile'),
+            (shutil, 'rmtree'),
+            (pathlib.Path, 'write_text'),
+            (pathlib.Path, 'unlink'),
+            (keras.Model, 'save'),
         ):
             monkeypatch.setattr(owner, name, self.guard(getattr(owner, name)))
 

@@ -222,11 +222,17 @@ test_wrong_arguments_are_refused = refusals(
 
 @every_pooling
 def test_layer_config_round_trips_through_json(pooling_cls):
-    kwargs = {'kernel_size': 5, 'strides': (2, 3), 'weight_decay': 0.1}
-    kwargs |= {'pool_after': 'activation', 'channels_first': True}
-    kwargs |= {'name': 'residual', 'dtype': 'mixed_bfloat16'}
-    norm = {'momentum': 0.5, 'epsilon': 0.1}
-    layer = pooling_layer(pooling_cls, batch_norm_args=norm, **kwargs)
+    layer = pooling_layer(
+        pooling_cls,
+        kernel_size=5,
+        strides=(2, 3),
+        channels_first=True,
+        weight_decay=0.1,
+        batch_norm_args={'momentum': 0.5, 'epsilon': 0.1},
+        pool_after='activation',
+        name='residual',
+        dtype='mixed_bfloat16',
+    )
     config = json.loads(json.dumps(keras.layers.serialize(layer)))
     copy = keras.layers.deserialize(config)
     assert copy.get_config() == layer.get_config()
