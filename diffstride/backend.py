@@ -21,7 +21,7 @@ def is_compiled_by_xla() -> bool:
     return keras.backend.backend() == 'jax'
 
 
-def is_symbolic() -> bool:
+def is_tensorflow_graph() -> bool:
     """Tells whether TensorFlow traces a graph, whose tensors have no values."""
     if keras.backend.backend() == 'tensorflow':
         import tensorflow as tf
@@ -103,7 +103,7 @@ def known_values(variable: keras.Variable) -> tuple[float, ...] | None:
         if isinstance(value, jax.core.Tracer) or value.is_deleted():
             return None
         return tuple(np.asarray(value).reshape(variable.shape).tolist())
-    if is_symbolic():
+    if is_tensorflow_graph():
         return None
     return tuple(ops.convert_to_numpy(value).tolist())
 

@@ -98,7 +98,7 @@ class ActivationCost(keras.layers.Layer):
         )
         product, total = 1.0, 0.0
         for layer in layers:
-            product = product / ops.prod(layer.state.tensor())
+            product = product / ops.prod(layer.state.strides_tensor())
             total = total + product
         self.add_loss(self.weight * total)
         return inputs

@@ -207,7 +207,7 @@ def measure(
         else:
             outputs = call(*args, **kwargs)
         shapes = _shapes((args, kwargs)), _shapes(outputs)
-        calls_of_layer.append(Call(*shapes, backend.is_symbolic()))
+        calls_of_layer.append(Call(*shapes, backend.is_tensorflow_graph()))
         return outputs
 
     with contextlib.ExitStack() as stack:

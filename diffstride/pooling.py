@@ -5,11 +5,11 @@ the weights of the frequencies, and `resampling.resample` computes the output.
 
 `DiffStride._plan` turns strides into sizes: `_size_strides_in_call`, then
 `Ramp.band_edge`, then `Ramp.output_size`. The gradient of a stride comes from
-the `varying` weights of `resampling.resample`, through `Ramp.weights` and
-`Ramp.band_edge` to `StrideState.tensor`. The two variables of a `StrideState`
-are saved as weights of the layer. The config has the initial strides. It has
-the state too while sizes are static, since models must know their shapes before
-weights are loaded.
+the `gradient_weights` of `resampling.Response`, through `Ramp.weights` and
+`Ramp.band_edge` to `StrideState.strides_tensor`. The two variables of a
+`StrideState` are saved as weights of the layer. The config has the initial
+strides. It has the state too while sizes are static, since models must know
+their shapes before weights are loaded.
 """
 
 import dataclasses
@@ -155,10 +155,10 @@ class SpectralPooling(SpectralResampling):
         shape = list(input_shape)
         for index, axis in enumerate(spatial_axes(self)):
             if shape[axis] is not None:
-                shape[axis] = self._symbolic_size(shape[axis], index)
+                shape[axis] = self._size_if_known(shape[axis], index)
         return tuple(shape)
 
-    def _symbolic_size(self, size, index):
+    def _size_if_known(self, size, index):
         return self.output_size(size, index)
 
     def get_config(self) -> dict[str, Any]:
@@ -278,7 +278,8 @@ class DiffStride(SpectralPooling):
             the attribute sets its values.
         held: Whether `hold()` has ended learning, whatever `trainable` is.
         state: The `StrideState`, which knows whether the layer
-            `has_static_sizes`, and the strides in use as a `tensor()`.
+            `has_static_sizes`, and has the strides in use as a tensor,
+            `strides_tensor()`.
 
     Example:
 
@@ -340,7 +341,7 @@ class DiffStride(SpectralPooling):
             # It sees the strides in use. Held ones still add to the loss, but
             # get no gradient.
             self.state.variable.regularizer = lambda _: (
-                self.strides_regularizer(self.state.tensor())
+                self.strides_regularizer(self.state.strides_tensor())
             )
         # Keras saves variables that are attributes of a layer, in an order that
         # depends on `trainable` at this moment. So it is set afterwards.
@@ -361,7 +362,7 @@ class DiffStride(SpectralPooling):
     @property
     def stride_values(self) -> tuple[float, ...]:
         """The strides in use, as numbers, one per spatial axis."""
-        return self.state.values
+        return self.state.stride_values
 
     def make_sizes_static(self) -> None:
         """Fixes the output sizes at those of the present strides.
@@ -418,7 +419,7 @@ class DiffStride(SpectralPooling):
         is_traced = backend.is_traced(self.state.record)
         if is_traced:
             self._traced = self._traced or _TracedConstants(held_strides)
-        strides = held_strides or self.state.tensor()
+        strides = held_strides or self.state.strides_tensor()
         size_strides = held_strides or self._size_strides_in_call(is_traced)
 
         def plan(index, size):
@@ -475,7 +476,7 @@ class DiffStride(SpectralPooling):
             self._traced = None
             models.recompile_models_with(self)
 
-    def _symbolic_size(self, size, index):
+    def _size_if_known(self, size, index):
         if self.cropping and not self.state.has_static_sizes:
             return None
         return self.output_size(size, index)

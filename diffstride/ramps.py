@@ -90,7 +90,7 @@ class Ramp:
     ) -> Response:
         """Returns forward weights, and those on the ramp for the gradient."""
         forward = self.forward_response(output_size, edge)
-        frequencies = self.varying_frequencies(size, output_size, edge)
+        frequencies = self.gradient_frequencies(size, output_size, edge)
         return Response(
             None if forward is None else forward.weights,
             frequencies,
@@ -106,7 +106,7 @@ class Ramp:
         frequencies = ops.arange(output_size // 2 + 1, dtype='int32')
         return Response(self.weights(frequencies, edge))
 
-    def varying_frequencies(
+    def gradient_frequencies(
         self, size: Any, output_size: Any, edge: Any
     ) -> Any:
         """Returns the frequencies whose weight varies with the stride.

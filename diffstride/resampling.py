@@ -47,15 +47,15 @@ class Response(NamedTuple):
     Attributes:
         weights: Tensor or NumPy array [min(M, N) // 2 + 1]; None for ones.
             Their gradient is not used.
-        frequencies: int32 tensor [count], the frequencies whose weights receive
-            a gradient; None for none. Fewer are faster.
-        varying: Tensor [count], the weights at these frequencies as a function
-            of learned variables; only their gradient is used.
+        gradient_frequencies: int32 tensor [count], the frequencies whose
+            weights receive a gradient; None for none. Fewer are faster.
+        gradient_weights: Tensor [count], the weights at these frequencies as a
+            function of learned variables; only their gradient is used.
     """
 
     weights: Any = None
-    frequencies: Any = None
-    varying: Any = None
+    gradient_frequencies: Any = None
+    gradient_weights: Any = None
 
 
 def resample(
@@ -89,31 +89,32 @@ def resample(
     dtype = _table_dtype(inputs[0])
     weights = response.weights
     if weights is not None and not isinstance(weights, np.ndarray):
-        weights = ops.stop_gradient(weights)  # `varying` has the gradient.
+        weights = ops.stop_gradient(weights)  # Others have the gradient.
     if method == 'auto':
         shape = backend.shape_of(inputs[0])
         method = _fastest_method(shape, axis, output_size)
     operators = _operators(method, size, output_size, weights, norm, dtype)
-    if response.frequencies is None:
+    if response.gradient_frequencies is None:
         if isinstance(method, str) and method == 'matmul':
             # Automatic differentiation already yields the adjoint here.
             return [operators[0](x, axis) for x in inputs]
         return [_apply(x, axis, operators) for x in inputs]
     # The roots keep the spectra of long axes within the range of float16.
     roots = [real(size) ** 0.5, real(output_size) ** 0.5]
-    scales = _scales(response.frequencies, size, output_size, norm)
+    scales = _scales(response.gradient_frequencies, size, output_size, norm)
     scales = _cast(scales * roots[0] * roots[1], dtype)
-    varying = ops.cast(response.varying, dtype) * scales
+    gradient_weights = ops.cast(response.gradient_weights, dtype) * scales
     bases = [
-        _cast(_basis(response.frequencies, length) / root, dtype)
+        _cast(_basis(response.gradient_frequencies, length) / root, dtype)
         for length, root in zip((size, output_size), roots)
     ]
     # The gradient needs either the input or its spectrum on the ramp, which has
     # two rows per frequency. On a short axis the input costs less time.
-    count = ops.shape(response.frequencies)[0]
+    count = ops.shape(response.gradient_frequencies)[0]
     keeps_input = known(size, count) and size < 4 * count
     return [
-        _apply(x, axis, operators, bases, keeps_input, varying) for x in inputs
+        _apply(x, axis, operators, bases, keeps_input, gradient_weights)
+        for x in inputs
     ]
 
 
@@ -165,7 +166,7 @@ def _fastest_method(shape, axis, output_size):
     return ops.logical_and(is_below, is_small)
 
 
-def _apply(inputs, axis, operators, bases=(), keeps_input=False, *varying):
+def _apply(inputs, axis, operators, bases=(), keeps_input=False, *weights):
     """Applies an operator along `axis`, with a custom gradient.
 
     The adjoint operator gives the gradient of the inputs. The gradient of the
@@ -181,23 +182,23 @@ def _apply(inputs, axis, operators, bases=(), keeps_input=False, *varying):
             receive a gradient.
         keeps_input: Whether the input is kept for the gradient. Otherwise its
             spectrum at these frequencies is.
-        *varying: Nothing, or the weights of these frequencies, [count].
+        *weights: Nothing, or the weights of these frequencies, [count].
     """
 
-    def function(tables, inputs, *varying):
+    def function(tables, inputs, *weights):
         operators, bases = tables
         kept = inputs
-        if varying and not keeps_input:
+        if weights and not keeps_input:
             kept = _multiply(inputs, axis, bases[0])
-        return operators[0](inputs, axis), kept if varying else None
+        return operators[0](inputs, axis), kept if weights else None
 
-    def gradients(tables, kept, varying, upstream):
+    def gradients(tables, kept, weights, upstream):
         operators, bases = tables
         # By this recursion second derivatives exist.
         of_inputs = _apply(
-            upstream, axis, operators[::-1], bases[::-1], keeps_input, *varying
+            upstream, axis, operators[::-1], bases[::-1], keeps_input, *weights
         )
-        if not varying:
+        if not weights:
             return (of_inputs,)
         if keeps_input:
             spectra = backend.matmul(bases[0], _outer(kept, upstream, axis))
@@ -210,7 +211,7 @@ def _apply(inputs, axis, operators, bases=(), keeps_input=False, *varying):
         return of_inputs, real_parts + imaginary_parts
 
     apply = backend.custom_gradient(function, gradients, (operators, bases))
-    return apply(inputs, *varying)
+    return apply(inputs, *weights)
 
 
 def _outer(a, b, axis):

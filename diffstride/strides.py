@@ -30,7 +30,7 @@ class StrideState:
         shared: Whether all axes share one stride.
         lower: The least stride in use, at least 1.
         upper: The largest stride in use, or None.
-        changed: A function that is called, outside of tracing, after a value
+        on_change: A function that is called, outside of tracing, after a value
             has changed.
 
     Raises:
@@ -49,7 +49,7 @@ class StrideState:
         shared: bool,
         lower: float,
         upper: float | None,
-        changed: Callable[[], None],
+        on_change: Callable[[], None],
     ):
         validation.require(
             upper is None or lower <= upper,
@@ -63,10 +63,10 @@ class StrideState:
         self.upper = math.inf if upper is None else upper
         self._check(initial)
         stored = self._values_to_store(initial)
-        self.variable = _Variable(stored, 'strides', True, changed)
+        self.variable = _Variable(stored, 'strides', True, on_change)
         self.variable.constraint = self._clipped
         zeros = [0.0] * (1 + len(stored))
-        self.record = _Variable(zeros, 'stride_record', False, changed)
+        self.record = _Variable(zeros, 'stride_record', False, on_change)
 
     def _values_to_store(self, strides):
         """Returns the values to store of strides, one per axis."""
@@ -110,7 +110,7 @@ class StrideState:
         return self._clipped_per_axis(strides) if held > 0 else None
 
     @property
-    def values(self) -> tuple[float, ...]:
+    def stride_values(self) -> tuple[float, ...]:
         """The strides in use, as numbers within the limits, one per axis."""
         return self.held_strides or self._clipped_per_axis(
             self.variable.numbers()
@@ -132,7 +132,7 @@ class StrideState:
         )
         return values * (self.rank // len(values))
 
-    def tensor(self) -> Any:
+    def strides_tensor(self) -> Any:
         """Returns the strides in use, float32 [rank], with their gradient.
 
         A gradient that is infinite or NaN counts as 0.
@@ -180,7 +180,7 @@ class StrideState:
         self._fix_sizes(held=0.0)
 
     def _fix_sizes(self, held):
-        values = self._values_to_store(self.values)
+        values = self._values_to_store(self.stride_values)
         validation.require(
             all(map(math.isfinite, values)),
             '`strides` must be finite for static sizes',
@@ -190,7 +190,7 @@ class StrideState:
 
     def release(self) -> None:
         """Resumes learning from the strides in use; sizes follow them."""
-        self.variable.assign(self._values_to_store(self.values))
+        self.variable.assign(self._values_to_store(self.stride_values))
         self.record.assign([0.0] * self.record.shape[0])
 
     def assign(self, strides: Sequence[float]) -> None:
@@ -227,9 +227,9 @@ class _Variable(keras.Variable):
     JAX runs, the variable has no values, and they are those that it last had.
     """
 
-    def __init__(self, values, name, trainable, changed):
+    def __init__(self, values, name, trainable, on_change):
         self._numbers = tuple(map(float, values))
-        self._changed = None  # The initialization is not reported.
+        self._on_change = None  # The initialization is not reported.
         super().__init__(
             lambda shape, dtype: ops.convert_to_tensor(values, dtype),
             shape=(len(values),),
@@ -238,16 +238,16 @@ class _Variable(keras.Variable):
             autocast=False,
             name=name,
         )
-        self._changed = changed
+        self._on_change = on_change
 
     def numbers(self):
         """Returns the values, one float each; while tracing, those stored."""
         if self._value is None:  # Keras would initialize it to read `value`.
             return self._numbers
         values = backend.known_values(self)
-        return self._stored() if values is None else values
+        return self._refreshed_numbers() if values is None else values
 
-    def _stored(self):
+    def _refreshed_numbers(self):
         values = backend.stored_values(self)
         if values is not None:
             self._numbers = values
@@ -255,10 +255,10 @@ class _Variable(keras.Variable):
 
     def assign(self, value):
         """Assigns values. On JAX, `fit` does so at the end of an epoch."""
-        if self._changed is None or backend.is_symbolic():
+        if self._on_change is None or backend.is_tensorflow_graph():
             return super().assign(value)
         before = self._numbers  # Traced functions may contain them.
         value = super().assign(value)
-        if self._stored() != before:
-            self._changed()
+        if self._refreshed_numbers() != before:
+            self._on_change()
         return value

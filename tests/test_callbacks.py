@@ -152,7 +152,9 @@ class AddedLoss(layers.Layer):
         self.function, self.pools = function, pools
 
     def call(self, inputs):
-        strides = ops.stack([pool.state.tensor() for pool in self.pools])
+        strides = ops.stack(
+            [pool.state.strides_tensor() for pool in self.pools]
+        )
         self.add_loss(self.function(inputs, strides))
         return inputs
 

@@ -94,7 +94,7 @@ def test_frequencies_hold_every_slope(kind):
         edge = ramp.band_edge(size, stride)
         output_size = ramp.output_size(size, edge)
         edge = ops.convert_to_tensor(edge, 'float32')
-        frequencies = array(ramp.varying_frequencies(size, output_size, edge))
+        frequencies = array(ramp.gradient_frequencies(size, output_size, edge))
         assert len(set(frequencies)) == len(frequencies) <= width + 2, case
         assert frequencies.max() <= output_size // 2, case
         slopes = slopes_of(ramp, size, output_size, stride)

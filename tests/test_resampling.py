@@ -55,8 +55,8 @@ def test_gradient_of_a_gradient_is_the_central_difference(method, size):
     if size > 7:
         frequencies = frequencies[-4:]
 
-    def penalty(varying):
-        response = Response(weights, frequencies, varying)
+    def penalty(gradient_weights):
+        response = Response(weights, frequencies, gradient_weights)
 
         def loss(x):
             return ops.sum(resample(x, 1, output_size, response, method) ** 2)
@@ -69,10 +69,12 @@ def test_gradient_of_a_gradient_is_the_central_difference(method, size):
         matrix = reference.resample(np.eye(size), 0, output_size, moved)
         return np.sum(np.einsum('pn,pm,bmc->bnc', 2 * matrix, matrix, x) ** 2)
 
-    varying = ops.take(weights, frequencies)
+    gradient_weights = ops.take(weights, frequencies)
     compiled = COMPILERS[USUAL](lambda x: gradients(penalty, [x]))
-    (actual,) = compiled(varying)
-    expected = central_differences(expected_penalty, np.zeros(len(varying)))
+    (actual,) = compiled(gradient_weights)
+    expected = central_differences(
+        expected_penalty, np.zeros(len(gradient_weights))
+    )
     assert error_of(actual, expected) <= 1e-4
 
 
@@ -106,8 +108,8 @@ def test_float16_holds_the_gradient_of_a_weight_on_a_long_axis():
     frequencies = np.array([0, 1, 5], 'int32')
 
     def gradient(dtype):
-        def loss(x, varying):
-            response = Response(None, ops.array(frequencies), varying)
+        def loss(x, gradient_weights):
+            response = Response(None, ops.array(frequencies), gradient_weights)
             y = resample(ops.cast(x, dtype), 1, 64, response, 'fft')
             return ops.sum(ops.cast(y, 'float32') / 100)
 
