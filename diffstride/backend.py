@@ -11,7 +11,10 @@ from keras import ops
 
 
 def is_compiled_by_xla() -> bool:
-    """Tells whether XLA will compile the function that is being traced."""
+    """Tells whether XLA will compile the function that is being traced.
+
+    It must be called while one is.
+    """
     if keras.backend.backend() == 'tensorflow':
         import tensorflow as tf
         from tensorflow.python.ops import control_flow_util
@@ -109,7 +112,10 @@ def known_values(variable: keras.Variable) -> tuple[float, ...] | None:
 
 
 def is_traced(variable: keras.Variable) -> bool:
-    """Tells whether a variable has no values now, for a graph or a jit."""
+    """Tells whether a variable has no values now, in a graph or a jit.
+
+    PyTorch has neither.
+    """
     return known_values(variable) is None
 
 

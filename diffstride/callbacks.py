@@ -137,8 +137,8 @@ class UpdateSizes(keras.callbacks.Callback):
 
     With `model.compile(jit_compile=True)` on TensorFlow, XLA needs static
     sizes. This makes them static at the start of each epoch. A model is
-    compiled again only if a size has changed. Elsewhere sizes follow by
-    themselves, and nothing is done.
+    compiled again only if a size has changed. Elsewhere it does so to sizes
+    that are static; others follow by themselves.
 
     Example:
 
@@ -149,8 +149,11 @@ class UpdateSizes(keras.callbacks.Callback):
     """
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        if self.model.jit_compile and keras.backend.backend() == 'tensorflow':
-            for layer in _learned_layers(self.model):
+        uses_xla = (
+            self.model.jit_compile and keras.backend.backend() == 'tensorflow'
+        )
+        for layer in _learned_layers(self.model):
+            if uses_xla or layer.state.has_static_sizes:
                 layer.make_sizes_static()
 
 

@@ -4,12 +4,12 @@ A call has two steps for each spatial axis. `_plan` returns the output size and
 the weights of the frequencies, and `resampling.resample` computes the output.
 
 `DiffStride._plan` turns strides into sizes: `_size_strides_in_call`, then
-`Ramp.band_edge`, then `Ramp.output_size`. The gradient of a stride comes from
-the `gradient_weights` of `resampling.Response`, through `Ramp.weights` and
-`Ramp.band_edge` to `StrideState.strides_tensor`. The two variables of a
-`StrideState` are saved as weights of the layer. The config has the initial
-strides. It has the state too while sizes are static, since models must know
-their shapes before weights are loaded.
+`Ramp.band_edge`, then `Ramp.output_size`. `resampling.resample` computes the
+gradient of `Response.gradient_weights`, which reaches the variable through
+`Ramp.weights`, `Ramp.band_edge` and `StrideState.strides_tensor`. The two
+variables of a `StrideState` are saved as weights of the layer. The config has
+the initial strides. While sizes are static or held it has the state too, since
+models must know their shapes before weights are loaded.
 """
 
 import dataclasses
@@ -197,17 +197,35 @@ class _TracedConstants:
     """The constants that traced functions took from a layer.
 
     They are the strides if these were held, and the output sizes by spatial
-    axis and input size.
+    axis and input size. Where the input size was not known, they are the stride
+    that sets the output size, by spatial axis.
     """
 
     held_strides: tuple[float, ...] | None
     sizes: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)
+    size_strides: dict[int, float] = dataclasses.field(default_factory=dict)
+
+    def note(
+        self, index: int, size: Any, output_size: Any, stride: Any
+    ) -> None:
+        """Notes what sets the size of an axis, if it is a constant."""
+        if known(output_size):
+            self.sizes[index, size] = output_size
+        elif known(stride):
+            self.size_strides[index] = stride
 
     def are_those_of(self, layer: 'DiffStride') -> bool:
         """Tells whether a function that is traced now would take the same."""
-        return self.held_strides == layer.state.held_strides and all(
-            layer.output_size(size, index) == output_size
-            for (index, size), output_size in self.sizes.items()
+        return (
+            self.held_strides == layer.state.held_strides
+            and all(
+                layer.output_size(size, index) == output_size
+                for (index, size), output_size in self.sizes.items()
+            )
+            and all(
+                layer.state.size_strides[index] == stride
+                for index, stride in self.size_strides.items()
+            )
         )
 
 
@@ -227,8 +245,7 @@ class DiffStride(SpectralPooling):
     epoch. The response follows the stride in every case.
 
     The strides and their state (held or not, static sizes) are weights, so
-    saving and restoring weights saves and restores the sizes too. The config
-    has the initial strides, and the state while sizes are static.
+    saving and restoring weights saves and restores the sizes too.
 
     An infinite or NaN gradient of a stride counts as 0.
 
@@ -344,7 +361,7 @@ class DiffStride(SpectralPooling):
                 self.strides_regularizer(self.state.strides_tensor())
             )
         # Keras saves variables that are attributes of a layer, in an order that
-        # depends on `trainable` at this moment. So it is set afterwards.
+        # depends on `trainable` at this moment. So it is set after both.
         self._tracked_strides = self.state.variable
         self._tracked_record = self.state.record
         self.state.variable.trainable = trainable
@@ -376,8 +393,7 @@ class DiffStride(SpectralPooling):
         """Ends the learning of the strides, which stay as they are.
 
         Sizes become those of the present strides, and stay, too. The optimizer
-        may still move the variable `strides`, which has no effect until
-        `release()`.
+        may still move the variable `strides`, which has no effect.
         """
         self.state.hold()
 
@@ -420,14 +436,14 @@ class DiffStride(SpectralPooling):
         if is_traced:
             self._traced = self._traced or _TracedConstants(held_strides)
         strides = held_strides or self.state.strides_tensor()
-        size_strides = held_strides or self._size_strides_in_call(is_traced)
+        size_strides = self._size_strides_in_call(is_traced)
 
         def plan(index, size):
             # The response follows the stride, the size may be a static one.
             edge = self._ramp.band_edge(size, strides[index])
             output_size = self._size_at(size, size_strides[index])
-            if is_traced and known(output_size):  # See `_on_change`.
-                self._traced.sizes[index, size] = output_size
+            if is_traced:
+                self._traced.note(index, size, output_size, size_strides[index])
             response = (
                 self._ramp.forward_response(output_size, edge)
                 if held_strides
@@ -438,13 +454,13 @@ class DiffStride(SpectralPooling):
         return plan
 
     def _size_strides_in_call(self, is_traced):
-        """Returns the strides that set sizes while strides are not held.
+        """Returns the strides that set sizes.
 
-        Eager calls take numbers. A graph of TensorFlow reads a tensor from the
-        variables each time it runs, even for static sizes. XLA, which JAX
-        always uses, compiles the numbers of now as constants.
+        Eager calls and held strides give numbers. A graph of TensorFlow reads
+        a tensor from the variables each time it runs, even for static sizes.
+        XLA, which JAX always uses, compiles the numbers of now as constants.
         """
-        if not is_traced:
+        if not is_traced or self.held:
             return self.state.size_strides
         if not backend.is_compiled_by_xla():
             return self.state.size_strides_tensor()
@@ -471,7 +487,8 @@ class DiffStride(SpectralPooling):
         if self._traced is None:
             return
         # XLA would keep sizes that follow the strides again.
-        is_stale = bool(self._traced.sizes) and not self.supports_jit
+        has_sizes = bool(self._traced.sizes or self._traced.size_strides)
+        is_stale = has_sizes and not self.supports_jit
         if is_stale or not self._traced.are_those_of(self):
             self._traced = None
             models.recompile_models_with(self)
@@ -500,8 +517,8 @@ class DiffStride(SpectralPooling):
             ),
         }
         state = self.state.get_config()
-        # Models must know static sizes before their weights are loaded. The
-        # clone of a layer without them starts at the initial strides.
+        # Models must know static sizes before their weights are loaded. While
+        # sizes follow, a clone starts at the initial strides.
         return config if state is None else {**config, 'state': state}
 
     @classmethod

@@ -103,7 +103,7 @@ def resample(
     roots = [real(size) ** 0.5, real(output_size) ** 0.5]
     scales = _scales(response.gradient_frequencies, size, output_size, norm)
     scales = _cast(scales * roots[0] * roots[1], dtype)
-    gradient_weights = ops.cast(response.gradient_weights, dtype) * scales
+    scaled_weights = ops.cast(response.gradient_weights, dtype) * scales
     bases = [
         _cast(_basis(response.gradient_frequencies, length) / root, dtype)
         for length, root in zip((size, output_size), roots)
@@ -113,7 +113,7 @@ def resample(
     count = ops.shape(response.gradient_frequencies)[0]
     keeps_input = known(size, count) and size < 4 * count
     return [
-        _apply(x, axis, operators, bases, keeps_input, gradient_weights)
+        _apply(x, axis, operators, bases, keeps_input, scaled_weights)
         for x in inputs
     ]
 

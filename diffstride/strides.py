@@ -64,7 +64,7 @@ class StrideState:
         self._check(initial)
         stored = self._values_to_store(initial)
         self.variable = _Variable(stored, 'strides', True, on_change)
-        self.variable.constraint = self._clipped
+        self.variable.constraint = self._clipped_tensor
         zeros = [0.0] * (1 + len(stored))
         self.record = _Variable(zeros, 'stride_record', False, on_change)
 
@@ -83,7 +83,7 @@ class StrideState:
             all(
                 abs(stride - clipped) <= rounding * clipped
                 for stride, clipped in zip(
-                    strides, self._clipped_per_axis(strides)
+                    strides, self._numbers_per_axis(strides)
                 )
             ),
             '`strides` must lie between `lower_limit_stride` and '
@@ -107,12 +107,12 @@ class StrideState:
     def held_strides(self) -> tuple[float, ...] | None:
         """The held strides, one per axis, or None while they are learned."""
         held, *strides = self.record.numbers()
-        return self._clipped_per_axis(strides) if held > 0 else None
+        return self._numbers_per_axis(strides) if held > 0 else None
 
     @property
     def stride_values(self) -> tuple[float, ...]:
         """The strides in use, as numbers within the limits, one per axis."""
-        return self.held_strides or self._clipped_per_axis(
+        return self.held_strides or self._numbers_per_axis(
             self.variable.numbers()
         )
 
@@ -120,11 +120,12 @@ class StrideState:
     def size_strides(self) -> tuple[float, ...]:
         """The strides that sizes are computed from, as numbers."""
         _, *static = self.record.numbers()
-        return self._clipped_per_axis(
+        return self._numbers_per_axis(
             static if static[0] > 0 else self.variable.numbers()
         )
 
-    def _clipped_per_axis(self, values):
+    def _numbers_per_axis(self, values):
+        """Returns stored values within the limits, one per axis."""
         values = tuple(
             # A NaN stays NaN.
             x if math.isnan(x) else min(max(x, self.lower), self.upper)
@@ -139,8 +140,9 @@ class StrideState:
         """
         record = ops.convert_to_tensor(self.record)
         strides = ops.convert_to_tensor(self.variable)
-        clipped = backend.with_gradient_of(self._clipped(strides), strides)
-        strides = ops.where(record[0] > 0, record[1:], clipped)
+        strides = ops.where(record[0] > 0, record[1:], strides)
+        clipped = self._clipped_tensor(strides)
+        strides = backend.with_gradient_of(clipped, strides)
         return backend.with_finite_gradient(self._broadcast(strides))
 
     def size_strides_tensor(self) -> Any:
@@ -154,7 +156,7 @@ class StrideState:
             self._broadcast(ops.where(record[1] > 0, record[1:], strides))
         )
 
-    def _clipped(self, strides):
+    def _clipped_tensor(self, strides):
         """Returns a tensor of strides within the limits."""
         return ops.clip(
             strides,
@@ -222,13 +224,13 @@ class StrideState:
 class _Variable(keras.Variable):
     """A float32 variable that remembers its numbers and reports changes.
 
-    Its numbers are its values where these are known. While TensorFlow or JAX
-    traces, they are those that it holds outside of the trace. While `fit` on
-    JAX runs, the variable has no values, and they are those that it last had.
+    Its numbers are its present values. While TensorFlow or JAX traces, they are
+    those that it holds outside of the trace. While `fit` on JAX runs, it has no
+    values, and they are the last known ones.
     """
 
     def __init__(self, values, name, trainable, on_change):
-        self._numbers = tuple(map(float, values))
+        self._last_numbers = tuple(map(float, values))
         self._on_change = None  # The initialization is not reported.
         super().__init__(
             lambda shape, dtype: ops.convert_to_tensor(values, dtype),
@@ -243,21 +245,24 @@ class _Variable(keras.Variable):
     def numbers(self):
         """Returns the values, one float each; while tracing, those stored."""
         if self._value is None:  # Keras would initialize it to read `value`.
-            return self._numbers
+            return self._last_numbers
         values = backend.known_values(self)
         return self._refreshed_numbers() if values is None else values
 
     def _refreshed_numbers(self):
         values = backend.stored_values(self)
         if values is not None:
-            self._numbers = values
-        return self._numbers
+            self._last_numbers = values
+        return self._last_numbers
 
     def assign(self, value):
-        """Assigns values. On JAX, `fit` does so at the end of an epoch."""
+        """Assigns values and reports a change.
+
+        On JAX, `fit` assigns the values of its training at the end of an epoch.
+        """
         if self._on_change is None or backend.is_tensorflow_graph():
             return super().assign(value)
-        before = self._numbers  # Traced functions may contain them.
+        before = self._last_numbers  # Traced functions may contain them.
         value = super().assign(value)
         if self._refreshed_numbers() != before:
             self._on_change()

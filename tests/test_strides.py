@@ -28,30 +28,12 @@ START = (2.0, None, False)
 STATES = [*AFTER][:3]
 
 
-def energy_meter(pool):
-    """Returns a model of the mean square: more for smaller strides."""
-    inputs = keras.Input((32, 1))
-    return keras.Model(inputs, ops.mean(ops.square(pool(inputs)), axis=1))
-
-
 def output_of(state, x):
     strides, size_strides, _ = state
     size = reference.diffstride_size(
         x.shape[1], size_strides or strides, 2.0, 'outside'
     )
     return reference.diffstride(x, (strides,), 2.0, sizes=(size,))
-
-
-def assert_agrees(layer, state, x):
-    strides, size_strides, held = state
-    expected = output_of(state, x)
-    assert layer.held == held
-    assert layer.state.has_static_sizes == (size_strides is not None)
-    assert layer.stride_values == pytest.approx((strides,))
-    assert layer.output_size(x.shape[1]) == expected.shape[1]
-    symbolic = expected.shape[1] if size_strides else None
-    assert layer.compute_output_shape(x.shape)[1] == symbolic
-    assert error_of(layer(x), expected) <= 2e-5
 
 
 def changed(layer, state, change):
@@ -82,7 +64,15 @@ def test_every_change_of_every_state_works_or_is_refused():
         layer, state = DiffStride1D(2.0, 2.0), START
         for change in way:
             layer, state = changed(layer, state, change)
-        assert_agrees(layer, state, x)
+        strides, size_strides, held = state
+        expected = output_of(state, x)
+        assert layer.held == held
+        assert layer.state.has_static_sizes == (size_strides is not None)
+        assert layer.stride_values == pytest.approx((strides,))
+        assert layer.output_size(24) == expected.shape[1]
+        symbolic = expected.shape[1] if size_strides else None
+        assert layer.compute_output_shape(x.shape)[1] == symbolic
+        assert error_of(layer(x), expected) <= 2e-5
         if state not in seen:
             seen.append(state)
             ways += [(*way, change) for change in AFTER]
@@ -122,11 +112,17 @@ def test_compiled_masks_follow_a_release():
 
 
 @only('tensorflow', 'XLA is optional there')
-def test_xla_follows_every_change_of_static_sizes():
+@pytest.mark.parametrize('size', [24, None])
+def test_xla_follows_every_change_of_static_sizes(size):
+    import tensorflow as tf
+
     x = image((24,))
+    batches = tf.data.Dataset.from_generator(
+        lambda: [x], output_signature=tf.TensorSpec((len(x), size, 2))
+    ).repeat()
     layer = DiffStride1D(2.0, 2.0)
     layer.make_sizes_static()
-    model = sequential((24, 2), layer)
+    model = sequential((size, 2), layer)
     model.compile(jit_compile=True)
     first = model.get_weights()
     for change in (
@@ -136,16 +132,16 @@ def test_xla_follows_every_change_of_static_sizes():
         lambda: model.set_weights(first),
     ):
         change()
-        assert error_of(model.predict(x, verbose=0), layer(x)) <= 2e-5
+        outputs = model.predict(batches, steps=1, verbose=0)
+        assert error_of(outputs, layer(x)) <= 2e-5
     layer.release()
     with pytest.raises(ValueError, match='must be static for XLA'):
-        model.predict(x, verbose=0)
+        model.predict(batches, steps=1, verbose=0)
 
 
 @pytest.mark.parametrize(
     'values, limits, expected',
     [
-        ((0.98, 1.2), {}, (1.0, 1.2)),
         ((-0.3, 0.2), {}, (1.0, 1.0)),
         ((0.2, 2.0), {'lower_limit_stride': 1.5}, (1.5, 2.0)),
         ((100.0, 2.0), {'upper_limit_stride': 3.0}, (3.0, 2.0)),
@@ -190,8 +186,6 @@ def test_bad_numbers_are_not_assigned():
     layer = DiffStride(2.0, shared_stride=True, upper_limit_stride=3.0)
     for values, rule in [
         ((3.0, 0.5), 'be a number or a sequence of 2'),
-        ((3.0,), 'be a number or a sequence of 2'),
-        (None, 'be a number or a sequence of 2'),
         ((3.0, 2.0), 'be equal on all axes'),
         (3.5, 'lie between'),
     ]:
@@ -214,7 +208,8 @@ def test_a_forward_pass_writes_to_no_variable():
 
 def fit_energy(pool, epochs=10):
     """Trains strides to keep all of the energy; returns the losses."""
-    model = energy_meter(pool)
+    inputs = keras.Input((32, 1))
+    model = keras.Model(inputs, ops.mean(ops.square(pool(inputs)), axis=1))
     x = image((32,), batch=16, channels=1)
     model.compile(keras.optimizers.SGD(4.0), 'mse')
     y = np.mean(x**2, axis=1)
@@ -250,10 +245,10 @@ def test_layers_tell_whether_xla_can_compile_them():
     assert FixedSpectralPooling(3.0).supports_jit
     assert SpatialPooling().supports_jit
     with pytest.warns(UserWarning, match="doesn't support `jit_compile=True`"):
-        model = energy_meter(DiffStride1D(3.0))
+        model = sequential((32, 32, 1), pool)
         model.compile('sgd', 'mse', jit_compile=True)
     assert model.jit_compile is False
-    energy_meter(DiffStride1D(3.0)).compile('sgd', 'mse')  # Without a warning.
+    model.compile('sgd', 'mse')  # Without a warning.
 
 
 def test_held_strides_stay_while_other_weights_learn():
@@ -286,32 +281,29 @@ def test_a_layer_is_trained_in_a_scope_that_saves_memory():
     assert pool.stride_values == pytest.approx(expected.stride_values)
 
 
-def functional(pool):
-    inputs = keras.Input((12, 17, 2))
-    x = keras.layers.Concatenate()([pool(inputs), pool(ops.relu(inputs))])
-    return keras.Model(inputs, keras.layers.GlobalMaxPooling2D()(x))
-
-
-def flattening(pool):
-    layers = keras.layers.Flatten(), keras.layers.Dense(3)
-    return sequential((12, 17, 2), pool, *layers)
+def network(pool):
+    """Returns a model that must know its sizes if they are static."""
+    head = keras.layers.GlobalMaxPooling2D()
+    if pool.state.has_static_sizes:
+        head = keras.layers.Flatten()
+    return sequential((12, 17, 2), pool, head, keras.layers.Dense(3))
 
 
 @pytest.mark.parametrize(
-    'make_model, state, arguments',
+    'state, arguments',
     [
-        (functional, 'release', {'lower_limit_stride': 1.5, 'ramp': 'inside'}),
-        (functional, 'make_sizes_static', {'shared_stride': True}),
-        (flattening, 'make_sizes_static', {'strides_regularizer': 'l1'}),
-        (flattening, 'hold', {}),
-        (flattening, 'hold', {'ramp': 'straight_through'}),
+        ('release', {'lower_limit_stride': 1.5, 'ramp': 'inside'}),
+        ('make_sizes_static', {'shared_stride': True}),
+        ('make_sizes_static', {'strides_regularizer': 'l1'}),
+        ('hold', {}),
+        ('hold', {'ramp': 'straight_through'}),
     ],
 )
-def test_copies_of_a_model_are_alike(make_model, state, arguments, tmp_path):
+def test_copies_of_a_model_are_alike(state, arguments, tmp_path):
     """Strides have moved since the sizes were made static."""
     pool = DiffStride(2.5, name='pool', **arguments)
     getattr(pool, state)()
-    model = make_model(pool)
+    model = network(pool)
     for weight in model.trainable_weights:
         weight.assign(weight + 0.1)
     x = image((12, 17))
@@ -319,7 +311,7 @@ def test_copies_of_a_model_are_alike(make_model, state, arguments, tmp_path):
     model.save_weights(tmp_path / 'model.weights.h5')
     clone = keras.models.clone_model(model)
     clone.set_weights(model.get_weights())
-    other = make_model(DiffStride.from_config(pool.get_config()))
+    other = network(DiffStride.from_config(pool.get_config()))
     other.load_weights(tmp_path / 'model.weights.h5')
     loaded = keras.models.load_model(tmp_path / 'model.keras')
     for copy in (loaded, clone, other):
