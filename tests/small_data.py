@@ -22,9 +22,8 @@ def images(seed=0, validation=True, brightness=1.0, class_weights=None):
     pixels = (brightness * pixels).astype('float32')
     labels = np.eye(2, dtype='float32')[labels]
 
-    def batches(*limits):
-        part = slice(*limits)
-        arrays = pixels[part], labels[part]
+    def batches(start, stop):
+        arrays = pixels[start:stop], labels[start:stop]
         examples = tf.data.Dataset.from_tensor_slices(arrays)
         return examples.batch(8, drop_remainder=True)
 
@@ -35,9 +34,8 @@ def images(seed=0, validation=True, brightness=1.0, class_weights=None):
         )
 
     def train(initial_epoch=0):
-        return tf.data.Dataset.range(initial_epoch, 10**6).flat_map(
-            noisy_batches
-        )
+        epochs = tf.data.Dataset.range(initial_epoch, 10**6)
+        return epochs.flat_map(noisy_batches)
 
     return Datasets(
         train=train,

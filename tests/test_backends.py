@@ -19,9 +19,11 @@ from backends import (
     image,
     only,
     output_of,
+    random,
     sequential,
     start,
 )
+from keras import layers
 
 from diffstride import DiffStride, diffstride_layers, resnet
 
@@ -79,17 +81,16 @@ def check(folder, backend):
 
 CODE = """
 import pathlib, sys, test_backends
-folder, others = pathlib.Path(sys.argv[1]), sys.argv[2:]
-for other in others:
-    test_backends.check(folder, other)
+folder = pathlib.Path(sys.argv[1])
+test_backends.check(folder, sys.argv[2])
 test_backends.save(folder)
 """
 
 
 def test_single_batches_are_trained_on_tested_and_predicted():
     """On JAX variables have no values while these functions are traced."""
-    layers = keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(2)
-    model = sequential((12, 16, 3), DiffStride(2.0, ramp='inside'), *layers)
+    head = layers.GlobalAveragePooling2D(), layers.Dense(2)
+    model = sequential((12, 16, 3), DiffStride(2.0, ramp='inside'), *head)
     model.compile('sgd', 'mse', run_eagerly=EAGER)
     x, y = images(), np.eye(2)
     before = model.predict_on_batch(x)
@@ -119,38 +120,33 @@ def test_saved_models_are_the_same_on_every_backend(tmp_path):
         check(folder, backend)
 
 
-DISTRIBUTED = """
-import sys
-count, process = int(sys.argv[1]), int(sys.argv[2])
-import jax
-if count > 1:
-    jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-import keras, numpy as np
-from keras import distribution
-if count > 1:
-    distribution.initialize(','.join([sys.argv[3]] * count), count, process)
-from diffstride import DiffStride
-
-def train():
+def train_share(count, process):
+    """Prints the weights after two steps with a process's share of batches."""
     keras.utils.set_random_seed(0)
-    model = keras.Sequential([
-        keras.Input((8, 8, 1)), keras.layers.Conv2D(2, 3),
-        keras.layers.BatchNormalization(), DiffStride(2.0, 1.0),
-        keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(2)])
+    conv, norm = layers.Conv2D(2, 3), layers.BatchNormalization()
+    head = layers.GlobalAveragePooling2D(), layers.Dense(2)
+    model = sequential((8, 8, 1), conv, norm, DiffStride(2.0, 1.0), *head)
     model.compile(keras.optimizers.SGD(0.1), 'mse')
-    x = np.random.default_rng(0).normal(size=(2, 8, 8, 8, 1)).astype('float32')
-    y = np.tile(np.eye(2, dtype='float32')[np.arange(8) % 2], (2, 1, 1))
     share = slice(process * 8 // count, (process + 1) * 8 // count)
-    model.fit(
-        x[:, share].reshape(-1, 8, 8, 1), y[:, share].reshape(-1, 2),
-        batch_size=8 // count, shuffle=False, verbose=0)
+    x = random(2, 8, 8, 8, 1)[:, share].reshape(-1, 8, 8, 1)
+    y = np.tile(np.eye(2, dtype='float32')[np.arange(8) % 2][share], (2, 1))
+    model.fit(x, y, batch_size=8 // count, shuffle=False, verbose=0)
     print(*np.concatenate([np.ravel(w) for w in model.get_weights()]))
 
+
+DISTRIBUTED = """
+import sys, jax
+from keras import distribution
+count, process, address = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+if count > 1:
+    jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+    distribution.initialize(','.join([address] * count), count, process)
+from test_backends import train_share
 if count == 1:
-    train()
+    train_share(count, process)
 distribution.set_distribution(
     distribution.DataParallel(auto_shard_dataset=False))
-train()
+train_share(count, process)
 """
 
 

@@ -1,25 +1,22 @@
-"""Blurred subsampling against NumPy, and in a network."""
+"""Blurred subsampling against NumPy."""
 
-import keras
 import numpy as np
 import pytest
-from backends import array, error_of, random, refusals
+from backends import array, error_of, random
 
 from diffstride.blurring import BlurPooling
 
 FILTERS = {1: [1], 3: [0.25, 0.5, 0.25], 5: [0.0625, 0.25, 0.375, 0.25, 0.0625]}
 
 
+def blurred(line, length):
+    padded = np.pad(line, length // 2, mode='reflect')
+    return np.convolve(padded, FILTERS[length], 'valid')
+
+
 def expected(x, strides, lengths):
     for axis, stride, length in zip((1, 2), strides, lengths):
-        half = length // 2
-        x = np.apply_along_axis(
-            lambda v, half=half, length=length: np.convolve(
-                np.pad(v, half, mode='reflect'), FILTERS[length], 'valid'
-            ),
-            axis,
-            np.asarray(x, 'float64'),
-        )
+        x = np.apply_along_axis(blurred, axis, array(x), length)
         x = x.take(range(0, x.shape[axis], stride), axis)
     return x
 
@@ -33,7 +30,7 @@ def expected(x, strides, lengths):
         (2, 1, (1, 1)),
     ],
 )
-@pytest.mark.parametrize('shape', [(16, 13), (7, 8)])
+@pytest.mark.parametrize('shape', [(16, 13), (3, 4)])
 def test_values_agree_with_numpy(strides, kernel_size, lengths, shape):
     x = random(2, *shape, 3)
     layer = BlurPooling(strides, kernel_size)
@@ -51,22 +48,3 @@ def test_maximum_comes_before_the_blur():
     y = array(BlurPooling(2, pool_size=3)(x))
     line = np.convolve([0, 0, 0, 1, 1, 1, 0, 0, 0], FILTERS[3], 'same')[::2]
     np.testing.assert_allclose(y[0, :, :, 0], np.outer(line, line), atol=1e-6)
-
-
-test_wrong_arguments_are_refused = refusals(
-    (lambda: BlurPooling(1.5), '`strides` of BlurPooling must be integers'),
-    (lambda: BlurPooling(0), '`strides` must be .*=0'),
-    (lambda: BlurPooling(kernel_size=4), '`kernel_size` must be None or .*=4'),
-    (lambda: BlurPooling(pool_size=0), '`pool_size` must be .*=0'),
-    (lambda: BlurPooling(data_format='last'), "`data_format` must .*='last'"),
-)
-
-
-def test_wrong_inputs_are_refused():
-    layer = BlurPooling((4, 2))
-    for make in (lambda shape: np.zeros(shape, 'float32'), keras.KerasTensor):
-        with pytest.raises(ValueError, match=r'have ndim=4.*=\(1, 32, 8\)'):
-            layer(make((1, 32, 8)))
-        with pytest.raises(ValueError, match=r'exceed half.* filter, \(3, 1\)'):
-            layer(make((1, 3, 9, 8)))
-    assert layer(np.zeros((1, 4, 2, 8), 'float32')).shape == (1, 1, 1, 8)

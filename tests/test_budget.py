@@ -237,12 +237,6 @@ def shared():
     return keras.Model(inputs, pool(pool(inputs)))
 
 
-def attention():
-    inputs = keras.Input((8, 8, 3))
-    x = DiffStride(1.5)(inputs)
-    return keras.Model(inputs, layers.MultiHeadAttention(1, 2)(x, x))
-
-
 test_budgets_that_are_refused = refusals(
     (lambda: set_budget(chain()), 'Either `macs` or `share` must be given'),
     (lambda: set_budget(chain(), 1e6, 0.5), 'Either `macs` or `share`'),
@@ -253,8 +247,9 @@ test_budgets_that_are_refused = refusals(
      'must have trainable DiffStride'),
     (lambda: set_budget(keras.Sequential([DiffStride()]), 1),
      '`input_shape` must be given'),
-    (lambda: set_budget(attention(), share=0.5),
-     'multi_head_attention.*" must be known'),
+    (lambda: set_budget(
+        sequential((8, 3), DiffStride1D(), layers.LSTM(2)), share=0.5),
+     'lstm.*" must be known'),
     (lambda: set_budget(apart(), share=0.5), '"a" must take maps of any size'),
     (lambda: set_budget(shared(), share=0.5),
      '"pool" must pool maps of one size'),

@@ -116,31 +116,27 @@ def test_bfloat16_is_exported_as_float32_with_class_names(tmp_path, run):
     np.testing.assert_allclose(probabilities, reference(PIXELS), atol=1e-5)
 
 
-def test_predict_says_the_likely_classes(workdir, run, tmp_path):
-    expected = []
-    for name, channel in ('a.png', 1), ('b.png', 0):
-        pixels = picture(channel, seed=channel)
-        Image.fromarray(pixels).save(tmp_path / name)
-        (row,) = reference(pixels[None])
-        texts = [f'{NAMES[i]} {row[i]:.1%}' for i in np.argsort(-row)[:2]]
-        expected.append(f'{tmp_path / name}: {", ".join(texts)}')
-    paths = tmp_path / 'a.png', tmp_path / 'b.png'
-    text = run(predict, workdir, '--top=2', *paths)
-    assert [x for x in text.splitlines() if '.png' in x] == expected
-
-
-def test_predict_resizes_and_makes_logits_probabilities(tmp_path, run):
+def test_predict_says_the_likely_classes_at_any_size(run, tmp_path):
+    """The network puts out logits; the last picture is resized."""
     workdir = make_workdir(tmp_path / 'run', color_model(activation=None))
-    pixels = picture(1, size=(36, 32))
-    path, output = tmp_path / 'large.png', tmp_path / 'out'
-    Image.fromarray(pixels).save(path)
-    run(predict, workdir, f'--output={output}', path)
+    output, paths, expected = tmp_path / 'out', [], []
+    for channel, size in (1, (12, 16)), (0, (12, 16)), (1, (36, 32)):
+        pixels = picture(channel, size=size)
+        paths.append(str(tmp_path / f'{len(paths)}.png'))
+        Image.fromarray(pixels).save(paths[-1])
+        expected.append(reference(pixels[None])[0])
+    text = run(predict, workdir, '--top=2', f'--output={output}', *paths)
+    lines = [line for line in text.splitlines() if '.png' in line]
+    assert len(lines) == len(paths)
+    for line, path, row in zip(lines[:2], paths, expected):
+        likely = [f'{NAMES[i]} {row[i]:.1%}' for i in np.argsort(-row)[:2]]
+        assert line == f'{path}: {", ".join(likely)}'
     text = (output / 'predictions.csv').read_text()
-    header, (name, *row) = csv.reader(text.splitlines())
-    assert header == ['file', *NAMES] and name == str(path)
+    header, *rows = csv.reader(text.splitlines())
+    assert header == ['file', *NAMES] and [row[0] for row in rows] == paths
     # Resizing keeps mean colors, to the rounding of pixels.
-    (expected,) = reference(pixels[None])
-    np.testing.assert_allclose(np.float64(row), expected, atol=0.02)
+    found = np.float64([row[1:] for row in rows])
+    np.testing.assert_allclose(found, expected, atol=0.02)
 
 
 def test_evaluate_on_a_folder_and_a_split(workdir, run, tmp_path):

@@ -200,43 +200,35 @@ def test_image_size_resizes_with_antialiasing(load, cache):
     np.testing.assert_allclose(images, expected, atol=0.51)
 
 
-@functools.cache
-def stored_labels(data_dir, split):
-    """TFDS stores examples in an order of its own."""
-    builder = tfds.builder('tiny_noise', data_dir=data_dir)
-    return [int(x['label']) for x in builder.as_dataset(split)]
-
-
-def classes_of(dataset):
-    return set(take(dataset)[1].argmax(-1).tolist())
-
-
 @pytest.mark.parametrize(
     'splits, train, validation, test',
     [
-        (('train[:50%]', None, 'train[50%:]'), (0, 20), (0, 0), (20, 40)),
+        (('train[:50%]', None, 'train[50%:]'), (0, 20), None, (20, 40)),
         (('train[:20]', 0.1, 'train[-5:]'), (0, 18), (18, 20), (35, 40)),
         (('train', 0.25, 0.5), (0, 15), (15, 20), (20, 40)),
         (('train', 'auto', 'test'), (0, 36), (36, 40), (0, 13)),
         (('train', 'test', 'test'), (0, 40), (0, 13), (0, 13)),
     ],
 )
-def test_names_slices_shares(load, data_dir, splits, train, validation, test):
-    names = 'train_split', 'validation_split', 'test_split'
-    datasets = load(**dict(zip(names, splits)), **PLAIN)
+def test_splits_are_names_slices_or_shares(splits, train, validation, test):
+    pieces = sources.resolve_splits({'train': [40], 'test': [13]}, *splits)
+    limits = {name: piece[1:] for name, (piece,) in pieces.items()}
+    assert limits.pop('validation', None) == validation
+    assert limits == {'train': train, 'test': test}
 
-    def stored(split, limits):
-        split = 'test' if split == 'test' else 'train'
-        return set(stored_labels(data_dir, split)[slice(*limits)])
 
-    assert datasets.steps_per_epoch == train[1] // 8
-    assert f': {train[1]} train' in datasets.summary
-    seen = classes_of(datasets.train().take(2 * datasets.steps_per_epoch))
-    assert seen <= stored('train', train)
-    if validation[1]:
-        expected = stored(splits[1], validation)
-        assert classes_of(datasets.validation) == expected
-    assert classes_of(datasets.test) == stored(splits[2], test)
+def test_slices_hold_what_tfds_stores_there(load, data_dir):
+    def classes_of(dataset):
+        return set(take(dataset)[1].argmax(-1).tolist())
+
+    splits = {'train_split': 'train[:20]', 'validation_split': 0.1}
+    datasets = load(**splits, test_split='train[-5:]', **PLAIN)
+    assert datasets.steps_per_epoch == 2 and ': 18 train' in datasets.summary
+    builder = tfds.builder('tiny_noise', data_dir=data_dir)
+    stored = [int(x['label']) for x in builder.as_dataset('train')]
+    assert classes_of(datasets.train().take(4)) <= set(stored[:18])
+    assert classes_of(datasets.validation) == set(stored[18:20])
+    assert classes_of(datasets.test) == set(stored[35:])
 
 
 def test_splits_are_cut_between_shards_and_what_they_share_is_told():

@@ -3,14 +3,13 @@
 import contextlib
 import csv
 import json
-import re
 import subprocess
 import types
 
 import filelock
 import pytest
-from backends import environment, start
-from small_runs import SMALL, command, files, read, run_flags
+from backends import start
+from small_runs import command, files, read, run_flags
 
 from diffstride.examples import checkpoints, grid, report
 
@@ -25,11 +24,10 @@ grid.variants = {'plain': []}
 
 
 @pytest.fixture
-def config(tmp_path):
-    path = tmp_path / 'grid.gin'
-    small = re.sub('.*(resnet|pooling|num_epochs|model_cls).*', '', SMALL)
-    path.write_text(small + GRID)
-    return path
+def config(config):
+    """A gin file of a grid of small trainings."""
+    config.write_text(config.read_text() + GRID)
+    return config
 
 
 @pytest.fixture
@@ -156,9 +154,8 @@ def test_report(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_grid_continues(config, tmp_path, capsys, monkeypatch):
+def test_a_killed_grid_continues(config, commands, tmp_path, capsys):
     """The run that was cut off is made, and the one before is left alone."""
-    monkeypatch.setenv('PYTHONPATH', environment()['PYTHONPATH'])
     arguments = command(workdir=tmp_path / 'run', gin_config=[config])
     with start('-m', *arguments, stdout=subprocess.PIPE) as killed:
         for line in killed.stdout:

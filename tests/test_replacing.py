@@ -65,7 +65,6 @@ STRIDED = [
     layers.SeparableConv2D(4, 3, 2, padding='same'),
     layers.MaxPooling1D(2, padding='same'),
     layers.MaxPooling2D(3, 2),
-    layers.MaxPooling2D((1, 2)),
     layers.MaxPooling3D(2),
     layers.AveragePooling1D(3, 2, padding='same'),
     layers.AveragePooling2D(2),
@@ -118,16 +117,14 @@ def test_pooling_comes_first_where_it_commutes(layer, kwargs, is_pooled_first):
 
 
 def test_only_chosen_layers_that_stride_are_replaced():
-    names = ['conv', 'transposed', 'max', 'chosen', 'other']
+    names = ['transposed', 'chosen', 'other']
     model = sequential(
         SHAPE,
-        layers.Conv2D(4, 3, padding='same', name='conv'),
         layers.Conv2DTranspose(4, 3, 2, padding='same', name='transposed'),
-        layers.MaxPooling2D(3, 1, padding='same', name='max'),
         layers.MaxPooling2D(2, name='chosen'),
         layers.MaxPooling2D(2, name='other'),
     )
-    assert names_of(diffstride_layers(replace_strides(model))) == names[3:]
+    assert names_of(diffstride_layers(replace_strides(model))) == names[1:]
     arguments = {'smoothness_factor': 2.5, 'ramp': 'outside', 'norm': 'ortho'}
     result = replace_strides(model, layers=['chosen'], **arguments)
     (pool,) = diffstride_layers(result)
@@ -162,8 +159,7 @@ def residual_network(x):
 def several_outputs(x):
     """Two shortcuts meet, and two other paths do not."""
     shortcuts = [conv(name, size=1)(x) for name in 'ab']
-    maps = [layers.Add()(shortcuts), down(x, 2, 'c'), down(x, 2, 'd')]
-    return [layers.GlobalMaxPooling2D()(y) for y in maps]
+    return [layers.Add()(shortcuts), down(x, 2, 'c'), down(x, 2, 'd')]
 
 
 def parallel_paths(x):
@@ -187,11 +183,6 @@ def squeeze_and_excitation(x):
     x = conv('a')(x)
     y = layers.Reshape((1, 1, 4))(layers.GlobalAveragePooling2D()(x))
     return layers.Multiply()([x, layers.Conv2D(4, 1)(y)])
-
-
-def layer_called_twice(x):
-    layer = conv('a', 3)
-    return layers.GlobalMaxPooling2D()(layer(layers.ReLU()(layer(x))))
 
 
 def features(x):
@@ -219,7 +210,6 @@ def resized_output(x):
         (padded_windows, ['a'], [2]),
         (operators, ['a'], [2]),
         (squeeze_and_excitation, ['a'], [1]),
-        (layer_called_twice, ['a'], [2]),
         (features, ['a', 'b'], [1, 1]),
     ],
 )
@@ -302,27 +292,34 @@ def enlarged(x):
 @pytest.mark.parametrize('network', [flatten, enlarged])
 def test_fixed_sizes_must_be_those_of_the_strided_layer(network):
     """A Dense layer needs them, and so does an output of the input's size."""
-    model = randomized(functional(network))
+    model = functional(network)
     result = replace_strides(model, FixedSpectralPooling)
-    assert not diffstride_layers(result)
     assert result.output_shape == model.output_shape
-    assert_same_weights(result, model)
     with pytest.raises(ValueError, match='"meet"'):  # 9 became 8.
         replace_strides(functional(network, (18, 18, 3)), FixedSpectralPooling)
 
 
-def test_any_callable_is_a_pooling_cls():
-    calls = []
+def test_any_callable_can_make_the_pooling_of_a_layer():
+    """The names of the model and of its input are kept, too."""
 
-    def pooling_cls(**kwargs):
-        calls.append(kwargs)
-        return layers.AveragePooling2D(2, **kwargs)
+    def pooling_cls(strides, data_format, name, dtype):
+        kwargs = {'data_format': data_format, 'name': name, 'dtype': dtype}
+        return DiffStride(strides, ramp='inside', **kwargs)
 
-    layer = conv('conv', 2, dtype='float16')
-    result = replace_strides(sequential(SHAPE, layer), pooling_cls)
-    names = {'data_format': 'channels_last', 'name': 'conv_pooling'}
-    assert calls == [{'strides': (2, 2), 'dtype': layer.dtype_policy, **names}]
-    assert result.output_shape == (None, 8, 8, 2)
+    kwargs = {'padding': 'same', 'data_format': 'channels_first'}
+    inputs = keras.Input((3, 16, 16), name='pixels')
+    first = layers.Conv2D(4, 3, (2, 4), dtype='mixed_bfloat16', **kwargs)
+    second = layers.Conv2D(4, 3, 2, dtype='float32', **kwargs)
+    model = keras.Sequential([inputs, first, second], name='network')
+    result = replace_strides(model, pooling_cls)
+    assert result.name == 'network'
+    assert result.inputs[0].name == 'pixels'
+    policies = [layer.dtype_policy.name for layer in result.layers]
+    assert policies == ['mixed_bfloat16'] * 2 + ['float32'] * 2
+    pool, _ = diffstride_layers(result)
+    assert pool.data_format == 'channels_first'
+    assert pool.stride_values == (2.0, 4.0)
+    assert pool.ramp == 'inside'
 
 
 POOL = layers.MaxPooling2D(2, name='down')
@@ -367,22 +364,6 @@ def test_the_given_model_is_left_as_it_is():
     assert not set(map(id, model.layers)) & set(map(id, result.layers))
 
 
-def test_dtypes_formats_and_names_are_kept():
-    kwargs = {'padding': 'same', 'data_format': 'channels_first'}
-    inputs = keras.Input((3, 16, 16), name='pixels')
-    first = layers.Conv2D(4, 3, (2, 4), dtype='mixed_bfloat16', **kwargs)
-    second = layers.Conv2D(4, 3, 2, dtype='float32', **kwargs)
-    model = keras.Sequential([inputs, first, second], name='network')
-    result = replace_strides(model)
-    assert result.name == 'network'
-    assert result.inputs[0].name == 'pixels'
-    policies = [layer.dtype_policy.name for layer in result.layers]
-    assert policies == ['mixed_bfloat16'] * 2 + ['float32'] * 2
-    pool, _ = diffstride_layers(result)
-    assert pool.data_format == 'channels_first'
-    assert pool.stride_values == (2.0, 4.0)
-
-
 def base_within(x):
     """An inner base with a learned stride of its own."""
     own = DiffStride(1.5, name='own')
@@ -394,21 +375,24 @@ ALL = {'own', 'inner', 'outer'}
 
 
 @pytest.mark.parametrize(
-    'network, frozen, learned',
+    'network, trainable, learned',
     [
-        (base_within, [], ALL),
-        (base_within, ['base'], {'outer'}),
-        (base_within, ['inner'], ALL - {'inner'}),
-        (base_within, ['outer'], ALL - {'outer'}),
-        (residual_network, ['first_shortcut'], {'stem', 'second_main'}),
+        (base_within, {}, ALL),
+        (base_within, {'base': False}, {'outer'}),
+        (base_within, {'base': False, 'inner': True}, ALL - {'own'}),
+        (base_within, {'inner': False}, ALL - {'inner'}),
+        (base_within, {'outer': False}, ALL - {'outer'}),
+        (residual_network, {'first_shortcut': False}, {'stem', 'second_main'}),
     ],
 )
-def test_strides_of_frozen_layers_are_not_learned(network, frozen, learned):
+def test_strides_of_frozen_layers_are_not_learned(network, trainable, learned):
     model = functional(network)
-    for layer in models.flatten(model):
-        if layer.name in frozen:
-            layer.trainable = False
+    for layer in models.flatten(model):  # A model comes before its layers.
+        if layer.name in trainable:
+            layer.trainable = trainable[layer.name]
     result = replace_strides(model, **NARROW)
+    flags = {layer.name: layer.trainable for layer in models.flatten(result)}
+    assert flags.items() >= trainable.items()
     pools = diffstride_layers(result)
     variables = set(map(id, result.trainable_variables))
     found = [pool for pool in pools if id(pool.strides) in variables]
@@ -417,41 +401,19 @@ def test_strides_of_frozen_layers_are_not_learned(network, frozen, learned):
     assert all(pool.trainable for pool in pools if pool.name != 'own')
 
 
-def test_a_frozen_model_stays_frozen():
-    model = sequential(SHAPE, layers.Conv2D(4, 3, 2, name='conv'))
-    model.trainable = False
-    model.get_layer('conv').trainable = True
-    result = replace_strides(model)
-    assert not result.trainable_variables
-    result.trainable = True
-    assert len(result.trainable_variables) == 3
-
-
 def test_several_inputs_and_outputs_in_their_structures():
     inputs = {x: keras.Input(SHAPE, name=x) for x in ('left', 'right')}
     layer = conv('conv')
     maps = [layer(x) for x in inputs.values()]
     outputs = {'left': maps[0], 'sum': layers.Add()(maps)}
     result = replace_strides(randomized(keras.Model(inputs, outputs)), **NARROW)
-    (pool,) = diffstride_layers(result)
-    assert pool.name == 'conv_pooling'
+    assert names_of(diffstride_layers(result)) == ['conv']
     x = {x: random(1, 16, 16, 3, seed=len(x)) for x in inputs}
     left, right = (pooled(result.get_layer('conv')(y)) for y in x.values())
     y = result(x)
     assert set(y) == set(outputs)
     np.testing.assert_allclose(array(y['left']), left, atol=1e-4)
     np.testing.assert_allclose(array(y['sum']), left + right, atol=1e-4)
-
-
-def nested_network():
-    """A shared Sequential, then a Functional of a fixed input size."""
-    stem = sequential((32, 32, 3), conv('stem', 3), name='stems')
-    inner = functional(conv('inside'))
-    inner.name = 'inner'
-    left, right = keras.Input((32, 32, 3)), keras.Input((32, 32, 3))
-    x = layers.Add()([stem(left), stem(right)])
-    y = layers.GlobalMaxPooling2D()(inner(x, training=False))
-    return randomized(keras.Model([left, right], y))
 
 
 def test_a_model_that_shares_a_pooling_is_dissolved():
@@ -476,7 +438,14 @@ def test_a_model_that_shares_a_pooling_is_dissolved():
 
 
 def test_models_within_models_are_replaced(tmp_path):
-    model = nested_network()
+    """A shared Sequential, then a Functional of a fixed input size."""
+    stem = sequential((32, 32, 3), conv('stem', 3), name='stems')
+    inner = functional(conv('inside'))
+    inner.name = 'inner'
+    left, right = keras.Input((32, 32, 3)), keras.Input((32, 32, 3))
+    x = layers.Add()([stem(left), stem(right)])
+    y = layers.GlobalMaxPooling2D()(inner(x, training=False))
+    model = randomized(keras.Model([left, right], y))
     result = replace_strides(model, **NARROW)
     assert_same_weights(result, model)
     assert names_of(diffstride_layers(result)) == ['stem', 'inside']
@@ -495,28 +464,18 @@ def test_models_within_models_are_replaced(tmp_path):
         np.testing.assert_allclose(array(loaded(x)), expected, rtol=1e-5)
 
 
-def test_preprocessing_and_functions_are_kept():
-    factor = 3.0
-    norm = layers.Normalization()
-    norm.adapt(random(64, 16, 16, 3) * 3.0 + 5.0)
-    first = layers.Lambda(lambda x: ops.tanh(factor * x))
-    second = layers.Lambda(lambda x: x[..., :2], output_shape=(16, 16, 2))
-    strided = layers.Conv2D(2, 1, 2, name='conv')
-    model = sequential(SHAPE, norm, first, second, strided)
-    x = random(2, 16, 16, 3)
-    actual = array(replace_strides(model, **NARROW)(x))
-    # The strided convolution takes every second pixel.
-    x = pooled(second(first(norm(x)))).repeat(2, 1).repeat(2, 2)
-    np.testing.assert_allclose(actual, array(strided(x)), atol=1e-5)
-
-
-def test_vocabularies_are_kept():
+def test_vocabularies_statistics_and_functions_are_kept():
+    """Strides and poolings leave constant signals as they are."""
     pytest.importorskip('tensorflow')  # For the lookup, on every backend.
-    words = layers.IntegerLookup()
+    factor = 3.0
+    words, norm = layers.IntegerLookup(), layers.Normalization()
     words.adapt([7, 7, 5, 3])
-    rest = layers.Embedding(5, 4), layers.Conv1D(2, 1, 2)
+    norm.adapt(0.05 * random(64, 8, 4) + 0.01)
+    first = layers.Lambda(lambda x: ops.tanh(factor * x))
+    second = layers.Lambda(lambda x: x[..., :2], output_shape=(8, 2))
+    rest = layers.Embedding(5, 4), norm, first, second, layers.Conv1D(2, 1, 2)
     model = keras.Sequential([keras.Input((8,), dtype='int64'), words, *rest])
-    result = replace_strides(randomized(model), **NARROW)
+    result = replace_strides(model, **NARROW)
     x = np.array([[5] * 8, [7] * 8])
     np.testing.assert_allclose(array(result(x)), array(model(x)), atol=2e-6)
 
@@ -561,19 +520,8 @@ def test_applications(name):
     assert_same_weights(result, model)
     pools = diffstride_layers(result)
     assert len(pools) == 5
-
-    # At the start, each layer behind a pooling has the sizes that it had.
     x, y = 64 * random(2, 64, 64, 3), random(2, 3)
-
-    def shapes(model, names):
-        outputs = [model.get_layer(name).output for name in names]
-        return [y.shape for y in keras.Model(model.inputs[0], outputs)(x)]
-
-    strides = {x.name: getattr(x, 'strides', (1,)) for x in model.layers[1:]}
-    names = [name for name in strides if max(strides[name]) == 1]
-    assert shapes(result, names) == shapes(model, names)
     result.compile(keras.optimizers.SGD(0.1), 'mse', run_eagerly=True)
-    history = result.fit(x, y, verbose=0)
-    assert np.isfinite(history.history['loss'][0])
+    assert np.isfinite(result.train_on_batch(x, y))
     for pool in pools:
         assert pool.stride_values != (2.0, 2.0)

@@ -1,6 +1,5 @@
 """Training through the command line's own entry points."""
 
-import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -27,7 +26,6 @@ from diffstride.examples import checkpoints, classifier, schedules, settings
 ROOT = pathlib.Path(__file__).parents[1]
 GIN_FILES = [*ROOT.glob('diffstride/*/*.gin'), *ROOT.glob('results/*/*.gin')]
 SGD = 'keras.optimizers.SGD'
-AVERAGES = f'{SGD}.use_ema = True', f'{SGD}.ema_momentum = 0.7'
 
 
 def model_of(workdir, epoch, name='model'):
@@ -39,13 +37,11 @@ def test_a_run_leaves_all_its_outputs(config, tmp_path, capsys):
     workdir = tmp_path / 'run'
     small_runs.run_here(workdir=workdir, gin_config=[config])
     output = capsys.readouterr().out
-    assert {path.name for path in workdir.iterdir()} == {
-        *('best.keras', 'checkpoints', 'config.gin', 'data.json', 'lock'),
-        *('logs', 'results.json', 'strides.png'),
-    }
-    assert sorted(path.name for path in workdir.glob('checkpoints/*/*')) == [
-        *('model.keras', 'model.keras', 'state.json', 'state.json')
-    ]
+    names = 'best.keras checkpoints config.gin data.json lock logs results.json'
+    found = {path.name for path in workdir.iterdir()}
+    assert found == {*names.split(), 'strides.png'}
+    found = sorted(path.name for path in workdir.glob('checkpoints/*/*'))
+    assert found == ['model.keras'] * 2 + ['state.json'] * 2
     results = read(workdir / 'results.json')
     assert [row['epoch'] for row in results['history']] == [1, 2]
     assert results['epochs'] == 2 and results['steps'] == 8
@@ -74,46 +70,39 @@ def test_a_run_leaves_all_its_outputs(config, tmp_path, capsys):
     assert list(row.output_shape[:2]) == reported['sizes']
     assert counted.macs == results['macs']
 
-    tags = set()
-    for path in (workdir / 'logs').rglob('events*'):
-        for record in tf.data.TFRecordDataset(str(path)):
-            event = tf.compat.v1.Event.FromString(record.numpy())
-            tags |= {(path.parent.name, v.tag) for v in event.summary.value}
-    text = '\n'.join(tag for _, tag in tags)
-    for tag in 'stride', 'size':
-        pattern = f'^epoch_{tag}/diff_stride.*/(height|width)$'
-        assert sorted(re.findall(pattern, text, re.M)) == ['height', 'width']
+    tags = {
+        value.tag
+        for path in workdir.glob('logs/*/events*')
+        for event in tf.compat.v1.train.summary_iterator(str(path))
+        for value in event.summary.value
+    }
+    for axis in 'height', 'width':
+        assert f'epoch_stride/{layer.name}/{axis}' in tags
+        assert f'epoch_size/{layer.name}/{axis}' in tags
 
 
 def test_test_data_are_touched_once_and_at_the_end(run, capsys):
-    """Results that are lost are made again.
+    """Results that are lost are made again."""
+    touched = tf.Variable(0)
 
-    Without validation data the last epoch is the result.
-    """
-    touched = []
+    def count(x, y):
+        touched.assign_add(1)
+        return x, y
 
+    @gin.register
     def counted(**kwargs):
         datasets = small_data.images(**kwargs, validation=False)
+        return dataclasses.replace(datasets, test=datasets.test.map(count))
 
-        def batches():
-            touched.append(1)
-            yield from datasets.test
-
-        spec = datasets.test.element_spec
-        test = tf.data.Dataset.from_generator(batches, output_signature=spec)
-        test = test.apply(tf.data.experimental.assert_cardinality(2))
-        return dataclasses.replace(datasets, test=test)
-
-    gin.register(counted)
     workdir = run('train.load_data_fn = @counted')
-    assert len(touched) == 1
+    assert touched == 2  # There are two batches.
     path = workdir / 'results.json'
     results = read(path)
     assert results['epoch'] == 2 and results['validation_accuracy'] is None
     assert not (workdir / 'best.keras').exists()
     assert not [key for key in results['history'][0] if 'val' in key]
     run('train.load_data_fn = @counted')
-    assert len(touched) == 1
+    assert touched == 2
     assert 'Test accuracy of epoch 2: ' in capsys.readouterr().out
     for content in '{"epochs": 2, "ste', '[]', None:
         path.unlink() if content is None else path.write_text(content)
@@ -132,29 +121,46 @@ def test_strides_of_another_run_are_held(run, tmp_path):
 
 def test_a_continued_run_equals_an_uninterrupted_one(run, capsys):
     """So do the averages of weights and what callbacks remember."""
+    weights = []
+
+    @gin.register
+    class Watch(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            weights.append(self.model.get_weights()[0])
+
     bindings = (
-        *AVERAGES,
-        'train.callbacks = [@callbacks.ReduceLROnPlateau(), '
+        f'{SGD}.use_ema = True',
+        f'{SGD}.ema_momentum = 0.7',
+        'train.callbacks = [@Watch(), @callbacks.ReduceLROnPlateau(), '
         '@callbacks.EarlyStopping()]',
-        "callbacks.ReduceLROnPlateau.monitor = 'loss'",
         'callbacks.ReduceLROnPlateau.min_delta = 10.0',
         'callbacks.ReduceLROnPlateau.patience = 2',
-        "callbacks.EarlyStopping.monitor = 'loss'",
         'callbacks.EarlyStopping.min_delta = 10.0',
         'callbacks.EarlyStopping.patience = 4',
     )
     whole = run(*bindings, name='whole', epochs=9)
-    for epochs in (2, 3, 9):
-        parts = run(*bindings, name='parts', epochs=epochs)
-    history = history_of(parts)
-    assert history == history_of(whole)
+    history = history_of(whole)
     rates = [row['learning_rate'] for row in history]
     np.testing.assert_allclose(rates[2:5], [0.05, 0.005, 0.005])
+
+    # The average, from the first step on, is validated and kept.
+    average = functools.reduce(lambda a, w: 0.7 * a + 0.3 * w, weights)
+    done = len(history)
+    model, raw = (model_of(whole, done, x) for x in ('model', 'training'))
+    np.testing.assert_allclose(model.get_weights()[0], average, atol=1e-5)
+    np.testing.assert_allclose(raw.get_weights()[0], weights[-1], atol=1e-5)
+    data = small_data.images()
+    loss = model.evaluate(data.validation, return_dict=True, verbose=0)['loss']
+    assert history[-1]['val_loss'] == pytest.approx(loss, rel=1e-5)
+
+    for epochs in (2, 3, 9):
+        parts = run(*bindings, name='parts', epochs=epochs)
+    assert history_of(parts) == history
     before = files(parts)
     capsys.readouterr()
     run(*bindings, name='parts', epochs=9)  # It ended early.
     assert files(parts) == before
-    told = f'{len(rates)} epochs of 9 are done in {parts}. Test accuracy'
+    told = f'{done} epochs of 9 are done in {parts}. Test accuracy'
     assert capsys.readouterr().out.splitlines()[-1].startswith(told)
 
 
@@ -187,18 +193,14 @@ def test_settings_change_with_the_first_checkpoint_under_them(run, monkeypatch):
     A schedule has no variable of the rate; without momentum there is none.
     Averages of weights cannot begin later.
     """
-
-    def stop(*args):
-        raise checkpoints.Stop('The disk is full')
-
     still = (
         f'{SGD}.learning_rate = @schedules.warmup_cosine()',
         'schedules.warmup_cosine.peak = 1e-9',
         f'{SGD}.momentum = 0.9999',
     )
     before = model_of(run(epochs=1), 1).optimizer
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(checkpoints, 'save', stop)
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(checkpoints, 'save', None)
         run(*still, GO_ON)
     with pytest.raises(SystemExit, match=r'learning_rate was 0\.05 and is '):
         run(*still)
@@ -237,19 +239,15 @@ def test_other_callbacks_do_not_get_the_values_of_those_before(run):
     assert np.isfinite(seen[-1])
 
 
-def test_a_loss_that_is_not_finite_ends_the_training(run, tmp_path):
-    schedule = 'keras.optimizers.schedules.PiecewiseConstantDecay'
+def test_a_loss_that_is_not_finite_ends_the_training(run):
+    """Steps on very bright images lead to weights whose outputs overflow."""
+    workdir = run(epochs=1)
     with pytest.raises(SystemExit, match=r'loss of epoch 2 is (nan|inf)\. The'):
-        run(
-            f'{SGD}.learning_rate = @{schedule}()',
-            f'{schedule}.boundaries = [3]',
-            f'{schedule}.values = [0.01, 1e38]',
-            epochs=3,
-        )
-    (folder,) = checkpoints.epoch_folders(tmp_path / 'run')
+        run('small_data.images.brightness = 1e30', GO_ON, epochs=3)
+    (folder,) = checkpoints.epoch_folders(workdir)
     assert folder.name == 'epoch_0001'
     assert np.isfinite(read(folder / 'state.json')['history'][0]['loss'])
-    model = keras.models.load_model(tmp_path / 'run' / 'best.keras')
+    model = keras.models.load_model(workdir / 'best.keras')
     assert all(np.isfinite(w).all() for w in model.get_weights())
 
 
@@ -298,25 +296,6 @@ def test_every_binding_changes_the_loss_of_the_first_batch(config):
         assert abs(other - plain) > 1e-6 * plain, binding
 
 
-def test_averaged_weights_are_validated_and_kept(run):
-    """From the first step on it is m * average + (1 - m) * weights."""
-    weights = []
-
-    @gin.register
-    class Watch(keras.callbacks.Callback):
-        def on_train_batch_end(self, batch, logs=None):
-            weights.append(self.model.get_weights()[0])
-
-    workdir = run(*AVERAGES, 'train.callbacks = [@Watch()]')
-    average = functools.reduce(lambda a, w: 0.7 * a + 0.3 * w, weights)
-    model, raw = (model_of(workdir, 2, name) for name in ('model', 'training'))
-    np.testing.assert_allclose(model.get_weights()[0], average, rtol=1e-5)
-    np.testing.assert_allclose(raw.get_weights()[0], weights[-1], rtol=1e-6)
-    data = small_data.images()
-    loss = model.evaluate(data.validation, return_dict=True, verbose=0)['loss']
-    assert history_of(workdir)[-1]['val_loss'] == pytest.approx(loss, rel=1e-5)
-
-
 def test_class_weights_reach_the_loss(run):
     """In an epoch without steps the loss is that of the model at its end."""
     weights = f'small_data.images.class_weights = {(3.0, 0.5)}'
@@ -329,13 +308,11 @@ def test_class_weights_reach_the_loss(run):
 
 def test_weight_decay_does_not_reach_strides(config):
     """A step without a gradient takes a tenth of all other weights."""
-    adamw = 'keras.optimizers.AdamW'
-    scaled = 'keras.optimizers.LossScaleOptimizer'
     model = prepared(
-        f'train.optimizer_cls = @{scaled}',
-        f'{scaled}.inner_optimizer = @{adamw}()',
-        f'{adamw}.learning_rate = 1e-6',
-        f'{adamw}.weight_decay = 1e5',
+        'train.optimizer_cls = @optimizers.LossScaleOptimizer',
+        'optimizers.LossScaleOptimizer.inner_optimizer = @optimizers.AdamW()',
+        'optimizers.AdamW.learning_rate = 1e-6',
+        'optimizers.AdamW.weight_decay = 1e5',
         gin_config=[config],
     ).model
     variables = model.trainable_variables
@@ -404,17 +381,18 @@ np.testing.assert_allclose(*weights, rtol=1e-5, atol=1e-6)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'backend, compiles',
+    'backend, jit_compile',
     [
-        ('tensorflow', ['True']),
-        ('jax', ['True', "'auto'"]),
-        ('torch', ["'auto'"]),  # It needs a compiler of C++ for True.
+        ('tensorflow', 'True'),
+        ('jax', 'True'),
+        ('jax', "'auto'"),
+        ('torch', "'auto'"),  # It needs a compiler of C++ for True.
     ],
 )
-def test_backends_train_and_continue(backend, compiles, config, tmp_path):
+def test_backends_train_and_continue(backend, jit_compile, config, tmp_path):
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f'{backend} is not installed')
-    workdirs = {tmp_path / f'run_{i}': x for i, x in enumerate(compiles)}
+    workdir = tmp_path / 'run'
     commands = [
         small_runs.command(
             f'train.num_epochs = {epochs}',
@@ -425,7 +403,6 @@ def test_backends_train_and_continue(backend, compiles, config, tmp_path):
             workdir=workdir,
             gin_config=[config],
         )
-        for workdir, jit_compile in workdirs.items()
         for epochs in (1, 2)
     ]
     if backend == 'tensorflow':
@@ -433,15 +410,14 @@ def test_backends_train_and_continue(backend, compiles, config, tmp_path):
             small_runs.run_flags(each)  # A warning would be an error.
     else:
         output = small_runs.run_apart_in_turn(commands, KERAS_BACKEND=backend)
-        assert output.count('Epochs 2 to 2') == len(compiles)
-    for workdir in workdirs:
-        before = read(workdir / 'checkpoints/epoch_0001/state.json')['history']
-        results = read(workdir / 'results.json')
-        assert results['history'][:1] == before and results['epochs'] == 2
-        assert results['versions']['backend'] == backend
-        assert results['steps'] == 8
-        (layer,) = results['layers'].values()
-        assert layer['strides'] != [3.0, 3.0]
+        assert 'Epochs 2 to 2' in output
+    before = read(workdir / 'checkpoints/epoch_0001/state.json')['history']
+    results = read(workdir / 'results.json')
+    assert results['history'][:1] == before and results['epochs'] == 2
+    assert results['versions']['backend'] == backend
+    assert results['steps'] == 8
+    (layer,) = results['layers'].values()
+    assert layer['strides'] != [3.0, 3.0]
 
 
 def test_imports_of_the_2022_release_are_understood():
@@ -452,9 +428,8 @@ def test_imports_of_the_2022_release_are_understood():
 @pytest.mark.parametrize('path', sorted(GIN_FILES), ids=lambda path: path.name)
 def test_every_gin_file_is_understood(path):
     settings.parse([str(path)], [])
-    variants = {}
-    with contextlib.suppress(ValueError):  # It is bound in a grid alone.
+    if 'grid.variants' in path.read_text():
         variants = gin.query_parameter('grid.variants')
-    with gin.unlock_config():
-        for bindings in variants.values():
-            gin.parse_config(bindings)
+        with gin.unlock_config():
+            for bindings in variants.values():
+                gin.parse_config(bindings)
