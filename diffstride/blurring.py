@@ -1,14 +1,17 @@
 """Blurred subsampling, the antialiased baseline without a spectrum."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import gin
 import keras
+import numpy as np
 from keras import ops
 
-from diffstride import backend, validation
+from diffstride import backend, resampling, validation
+from diffstride.backend import known
 from diffstride.pooling import spatial_axes
 
 
@@ -107,7 +110,9 @@ class BlurPooling(keras.layers.Layer):
         if self.pool_size > 1:
             x = ops.max_pool(x, self.pool_size, 1, 'same', self.data_format)
         for axis, stride, length in zip(axes, self.strides, self._lengths()):
-            x = _blurred(x, axis, stride, length)
+            if stride > 1 or length > 1:
+                matrix = _matrix(backend.shape_of(x)[axis], stride, length)
+                x = resampling.multiply(x, axis, matrix)
         return x
 
     def compute_output_shape(self, input_shape: Sequence) -> tuple:
@@ -127,21 +132,27 @@ class BlurPooling(keras.layers.Layer):
         }
 
 
-def _blurred(x, axis, stride, length):
-    """Returns every `stride`-th sample of a blurred axis, from the first on."""
+def _matrix(size, stride, length):
+    """Returns the matrix [M, N] that blurs an axis and keeps M samples."""
+    if known(size):
+        return _constant_matrix(size, stride, length)
+    return _matrix_by(ops, size, stride, length)
 
-    def part(x, *limits):
-        index = [slice(None)] * len(x.shape)
-        index[axis] = slice(*limits)
-        return x[tuple(index)]
 
-    half = length // 2
-    if half:  # The samples are reflected at the borders.
-        left = ops.flip(part(x, 1, half + 1), axis)
-        right = ops.flip(part(x, -half - 1, -1), axis)
-        x = ops.concatenate([left, x, right], axis)
-    total = 0.0
-    for i in range(length):
-        weight = math.comb(length - 1, i) / 2 ** (length - 1)
-        total = total + weight * part(x, i, i - 2 * half or None, stride)
-    return total
+@functools.lru_cache(maxsize=64)
+def _constant_matrix(size, stride, length):
+    return _matrix_by(np, size, stride, length)
+
+
+def _matrix_by(xp, size, stride, length):
+    """Returns the matrix as an array of the module `xp`, NumPy or Keras."""
+    offsets = np.arange(length, dtype='int32') - length // 2
+    weights = [
+        math.comb(length - 1, i) / 2 ** (length - 1) for i in range(length)
+    ]
+    count = (size + stride - 1) // stride
+    places = xp.arange(count, dtype='int32')[:, None] * stride + offsets
+    # The samples are reflected at the borders.
+    places = size - 1 - xp.abs(size - 1 - xp.abs(places))
+    is_used = places[..., None] == xp.arange(size, dtype='int32')
+    return xp.sum(xp.where(is_used, np.array(weights)[:, None], 0.0), axis=1)

@@ -137,8 +137,9 @@ class UpdateSizes(keras.callbacks.Callback):
 
     With `model.compile(jit_compile=True)` on TensorFlow, XLA needs static
     sizes. This makes them static at the start of each epoch. A model is
-    compiled again only if a size has changed. Elsewhere it does so to sizes
-    that are static; others follow by themselves.
+    compiled again only if a size has changed, or a stride where TensorFlow does
+    not know the size of the input. Elsewhere this updates sizes that are static
+    already; others follow by themselves.
 
     Example:
 

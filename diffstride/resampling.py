@@ -189,7 +189,7 @@ def _apply(inputs, axis, operators, bases=(), keeps_input=False, *weights):
         operators, bases = tables
         kept = inputs
         if weights and not keeps_input:
-            kept = _multiply(inputs, axis, bases[0])
+            kept = multiply(inputs, axis, bases[0])
         return operators[0](inputs, axis), kept if weights else None
 
     def gradients(tables, kept, weights, upstream):
@@ -205,7 +205,7 @@ def _apply(inputs, axis, operators, bases=(), keeps_input=False, *weights):
             per_weight = ops.sum(spectra * bases[1], axis=1)
         else:
             # The diagonal of a matrix product is faster than sum(a * b).
-            spectrum = _multiply(upstream, axis, bases[1])
+            spectrum = multiply(upstream, axis, bases[1])
             per_weight = ops.diagonal(_outer(kept, spectrum, axis))
         real_parts, imaginary_parts = ops.split(per_weight, 2)
         return of_inputs, real_parts + imaginary_parts
@@ -237,12 +237,12 @@ def _by_matrix(size, output_size, weights, norm, dtype):
     """Returns the product with the matrix, and with its transpose."""
     matrix = resampling_matrix(size, output_size, weights, norm, dtype)
     return (
-        backend.partial(_multiply, matrix=matrix),
-        backend.partial(_multiply, matrix=_transpose(matrix)),
+        backend.partial(multiply, matrix=matrix),
+        backend.partial(multiply, matrix=_transpose(matrix)),
     )
 
 
-def _multiply(inputs, axis, matrix):
+def multiply(inputs: Any, axis: int, matrix: Any) -> Any:
     """Multiplies an axis by a matrix [M, N]: [..., N, ...] -> [..., M, ...]."""
     output_size = ops.shape(matrix)[0]
     shape = backend.shape_of(inputs)
