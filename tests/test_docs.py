@@ -34,6 +34,8 @@ def check_commands(example):
             source += (EXAMPLES / 'classifier.py').read_text()
             for flag in re.findall(r'--(\w+)=', command):
                 assert f"'{flag}'" in source
+        for path in re.findall(r'python3? ([\w/]+\.py)', command):
+            assert (ROOT / path).exists()
         for extras in re.findall(r"install .*'\.\[(.+?)\]'", command):
             for extra in extras.split(','):
                 assert re.search(f'^{extra} = \\[', PYPROJECT, re.M)

@@ -46,6 +46,6 @@ def test_1000_steps_through_many_sizes_take_no_more_memory():
     model.fit(x, y, batch_size=4, callbacks=[mover], verbose=0)
     assert len(sizes) > 15
     assert megabytes[-1] < megabytes[3] + 4  # After 1,000 and 400 steps.
-    # One for the steps of all sizes, and some where shapes are inferred.
-    assert len(traces) < 10
+    # When the model is built, when shapes are inferred, in one trace.
+    assert len(traces) <= 3
     assert np.all(np.isfinite(array(model(x[:4]))))

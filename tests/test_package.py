@@ -64,6 +64,8 @@ def test_wheel_holds_the_package_alone_and_asks_for_no_backend(tmp_path):
     assert 'diffstride/py.typed' in found
     needed = re.findall(r'^Requires-Dist: ([\w-]+)(?!.*extra)', metadata, re.M)
     assert needed == ['gin-config', 'keras', 'numpy']
+    extras = re.findall('^Provides-Extra: (.+)$', metadata, re.M)
+    assert {'tensorflow', 'jax', 'torch', 'train', 'export'} <= set(extras)
 
 
 # The public classes and functions of some modules, by name.

@@ -449,8 +449,10 @@ test_bad_sizes_are_refused = refusals(
 
 
 def test_fixed_strides_are_not_assigned():
+    layer = FixedSpectralPooling(2.0)
     with pytest.raises(AttributeError):
-        FixedSpectralPooling(2.0).strides = (4.0, 4.0)
+        layer.strides = (4.0, 4.0)
+    assert layer.strides == (2.0, 2.0)
 
 
 RESIZING = partial(SpectralResizing, 4)

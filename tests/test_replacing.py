@@ -520,7 +520,17 @@ def test_applications(name):
     assert_same_weights(result, model)
     pools = diffstride_layers(result)
     assert len(pools) == 5
+
+    # At the start, each layer behind a pooling has the sizes that it had.
     x, y = 64 * random(2, 64, 64, 3), random(2, 3)
+
+    def shapes(model, names):
+        outputs = [model.get_layer(name).output for name in names]
+        return [y.shape for y in keras.Model(model.inputs[0], outputs)(x)]
+
+    strides = {x.name: getattr(x, 'strides', (1,)) for x in model.layers[1:]}
+    names = [name for name in strides if max(strides[name]) == 1]
+    assert shapes(result, names) == shapes(model, names)
     result.compile(keras.optimizers.SGD(0.1), 'mse', run_eagerly=True)
     assert np.isfinite(result.train_on_batch(x, y))
     for pool in pools:
